@@ -1,0 +1,1 @@
+"""Networks and mathematics in pure torch: no I/O, no ray."""

@@ -1,0 +1,242 @@
+"""SiT, the flow-matching student (Ma et al., 2024, arXiv:2401.08740): a diffusion transformer with adaLN-Zero.
+
+It predicts the velocity v = ε - x at time t, with t = 0 data and t = 1 noise. Parameter names are those of the
+published SiT state dicts. Those were trained with time running the other way: wrap such a network in `ReversedTime`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.labels import NULL_LABEL, class_rows
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
+
+
+class VelocityField(Protocol):
+    """v(x_t, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) labels with -1 = dropped; returns (B, C, H, W)."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    channels: int  # image channels C
+    image_size: int  # H = W
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    num_classes: int
+    mlp_ratio: int = 4
+    learn_sigma: bool = False  # published networks carry C unused output channels
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch:
+            raise ValueError(
+                f"got image size {self.image_size} and patch {self.patch}; the patch must divide the image"
+            )
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"got width {self.width} and {self.heads} heads; the width must be a multiple of both heads and 4"
+            )
+
+
+def parse_size(name: str) -> dict[str, Any]:
+    """`SiT-XL/4`, or free sizes `SiT-<depth>x<width>h<heads>/<patch>`, to depth, width, heads and patch."""
+    kind, _, rest = name.partition("-")
+    size, _, patch = rest.partition("/")
+    if kind == "SiT" and patch.isdigit() and int(patch) > 0:
+        if size in SIZES:
+            return dict(zip(("depth", "width", "heads"), SIZES[size], strict=True)) | {"patch": int(patch)}
+        numbers = size.replace("h", "x").split("x")
+        if len(numbers) == 3 and all(number.isdigit() and int(number) > 0 for number in numbers):
+            depth, width, heads = map(int, numbers)
+            return {"depth": depth, "width": width, "heads": heads, "patch": int(patch)}
+    raise ValueError(
+        f"got student size {name!r}; expected SiT-{{S,B,L,XL}}/<patch> or SiT-<depth>x<width>h<heads>/<patch>"
+    )
+
+
+def sincos_position(width: int, side: int) -> Tensor:
+    """Fixed 2-D sine-cosine embedding of a side × side grid, (1, side², width), as in MAE and DiT."""
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.outer(torch.arange(side, dtype=torch.float64), omega)  # (side, width/4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width/2)
+    columns = axis[None, :, :].expand(side, side, -1)  # the published order: column index first
+    rows = axis[:, None, :].expand(side, side, -1)
+    return torch.cat([columns, rows], dim=2).reshape(1, side * side, width).float()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbedding(nn.Module):
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]  # (B, T, D)
+
+
+class TimeEmbedding(nn.Module):
+    FREQUENCIES = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.FREQUENCIES // 2
+        omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t.float()[:, None] * omega  # (B, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))  # type: ignore[no-any-return]  # (B, D)
+
+
+class LabelEmbedding(nn.Module):
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)  # last row: ∅
+
+    def forward(self, y: Tensor) -> Tensor:
+        return class_rows(self.embedding_table.weight, y)  # (B, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, head_dim) each
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, ratio: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, width * ratio)
+        self.fc2 = nn.Linear(width * ratio, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # type: ignore[no-any-return]  # (B, T, D)
+
+
+class SiTBlock(nn.Module):
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.mlp = MLP(config.width, config.mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (B, D) each
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (B, T, D)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # type: ignore[no-any-return]
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: SiTConfig, out_dim: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(config.width, out_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # type: ignore[no-any-return]  # (B, T, P)
+
+
+class SiT(nn.Module):
+    pos_embed: Tensor
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.side = config.image_size // config.patch
+        self.out_channels = config.channels * (2 if config.learn_sigma else 1)
+        self.x_embedder = PatchEmbedding(config)
+        self.t_embedder = TimeEmbedding(config.width)
+        self.y_embedder = LabelEmbedding(config.num_classes, config.width)
+        self.register_buffer("pos_embed", sincos_position(config.width, self.side))
+        self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config, self.out_channels * config.patch**2)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """DiT's initialization: Xavier everywhere, and adaLN-Zero, so that each block starts as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
+        assert self.x_embedder.proj.bias is not None
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.startswith("t_embedder.mlp") and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            elif "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """(B, T, patch·patch·C) to (B, C, H, W), channels last within a patch as in the published code."""
+        p = self.config.patch
+        grid = tokens.unflatten(2, (p, p, self.out_channels)).unflatten(1, (self.side, self.side))  # (B, h, w, p, q, C)
+        image: Tensor = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return image
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """v(x_t, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) labels with -1 = dropped; returns (B, C, H, W)."""
+        h = self.x_embedder(x) + self.pos_embed  # (B, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        for block in self.blocks:
+            h = block(h, c)  # (B, T, D)
+        v = self.unpatchify(self.final_layer(h, c))  # (B, C or 2C, H, W)
+        return v[:, : self.config.channels]
+
+
+class ReversedTime(nn.Module):
+    """A network of the published SiT convention (t = 1 data, v = x - ε) as a velocity field of ours."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return -self.network(x, 1 - t, y)  # type: ignore[no-any-return]
+
+
+class Guided(nn.Module):
+    """Classifier-free guidance: v_∅ + w·(v_c - v_∅) on all channels; w = 1 is the plain conditional field.
+
+    `guided_channels` limits it to the first few channels, and leaves the rest conditional: the published SiT code
+    guides three of four latent channels, and its numbers can be reproduced only that way.
+    """
+
+    def __init__(self, field: VelocityField, weight: float, guided_channels: int | None = None) -> None:
+        super().__init__()
+        self.field = field
+        self.weight = weight
+        self.guided_channels = guided_channels
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if self.weight == 1:
+            return self.field(x, t, y)
+        null = torch.full_like(y, NULL_LABEL)
+        conditional, unconditional = self.field(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+        guided = unconditional + self.weight * (conditional - unconditional)
+        if self.guided_channels is None:
+            return guided
+        return torch.cat([guided[:, : self.guided_channels], conditional[:, self.guided_channels :]], dim=1)

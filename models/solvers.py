@@ -1,0 +1,154 @@
+"""ODE solvers from noise (t = 1) to data (t = 0): dx/dt = v(x, t, y) (NFM paper equation 2).
+
+Every solver is a plain function `solver(field, x, y, times)`: x (B, C, H, W) at times[0], y (B,) labels, `times`
+falling from 1 to 0 with one more entry than there are steps. NFE is counted as the paper does.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.sit import VelocityField
+
+SolverName = Literal["euler", "heun"]
+ScheduleName = Literal["t", "t2"]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The solution x (B, C, H, W) at the last time, the start, and the velocity the field predicted at the start of
+    each step, for the curvature."""
+
+    x: Tensor
+    start: Tensor
+    velocities: tuple[Tensor, ...]
+    nfe: int
+
+
+Solver = Callable[[VelocityField, Tensor, Tensor, Sequence[float]], Trajectory]
+
+
+def schedule(name: ScheduleName, steps: int) -> list[float]:
+    """`t`: {1, 1 - δt, …, δt, 0}; `t2`: the squares of it; δt = 1/steps (section 4)."""
+    power = {"t": 1, "t2": 2}[name]
+    return [(1 - i / steps) ** power for i in range(steps)] + [0.0]
+
+
+def _at(x: Tensor, t: float) -> Tensor:
+    return torch.full((len(x),), t, device=x.device)
+
+
+def euler(field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float]) -> Trajectory:
+    """x ← x - Δt·v(x, t) (Euler, 1768). NFE = steps."""
+    start, velocities = x, []
+    for t, t_next in pairwise(times):
+        v = field(x, _at(x, t), y)
+        velocities.append(v)
+        x = x - (t - t_next) * v
+    return Trajectory(x, start, tuple(velocities), nfe=len(velocities))
+
+
+def heun(field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float]) -> Trajectory:
+    """Heun's second-order method, Euler for the last step (Karras et al., 2022, algorithm 1). NFE = 2·steps - 1."""
+    start, velocities, nfe = x, [], 0
+    for t, t_next in pairwise(times):
+        v = field(x, _at(x, t), y)
+        velocities.append(v)
+        nfe += 1
+        x_next = x - (t - t_next) * v
+        if t_next > 0:
+            x_next = x - (t - t_next) * 0.5 * (v + field(x_next, _at(x, t_next), y))
+            nfe += 1
+        x = x_next
+    return Trajectory(x, start, tuple(velocities), nfe)
+
+
+# Dormand and Prince (1980): stage times, stage weights, and fifth- minus fourth-order weights.
+_C = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+_A: tuple[tuple[float, ...], ...] = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+_E = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def dopri5(
+    field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float], rtol: float = 1e-5, atol: float = 1e-5
+) -> Trajectory:
+    """Adaptive Dormand–Prince 5(4) from times[0] to times[-1], with one step size for the whole batch (Hairer,
+    Nørsett & Wanner, section II.4). NFE counts every evaluation, those of rejected steps too.
+
+    Raises FloatingPointError when the step size vanishes, as it does for a field that is not finite.
+    """
+    start, velocities = x, []
+    t, end = times[0], times[-1]
+    h = (t - end) / 20
+    k = [field(x, _at(x, t), y)]
+    nfe = 1
+    while t - end > 1e-9:
+        h = min(h, t - end)
+        k = k[:1]
+        for stage in range(1, 7):
+            x_next = x - h * torch.stack([a * v for a, v in zip(_A[stage], k, strict=True)]).sum(dim=0)
+            k.append(field(x_next, _at(x, t - _C[stage] * h), y))
+        nfe += 6
+        error = h * torch.stack([e * v for e, v in zip(_E, k, strict=True)]).sum(dim=0)
+        scale = atol + rtol * torch.maximum(x.abs(), x_next.abs())
+        ratio = (error / scale).square().mean().sqrt().item()
+        if ratio <= 1:
+            velocities.append(k[0])
+            t, x, k = t - h, x_next, k[-1:]  # first same as last
+        h *= min(5.0, max(0.2, 0.9 * ratio**-0.2)) if ratio > 0 else 5.0
+        if not h > 1e-9:
+            raise FloatingPointError(
+                f"dopri5 step size vanished at t = {t:.6f}: the velocity field is not finite or too stiff"
+            )
+    return Trajectory(x, start, tuple(velocities), nfe)
+
+
+SOLVERS: dict[SolverName, Solver] = {"euler": euler, "heun": heun}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver, a schedule and a budget of function evaluations, as the paper names them: heun31, euler5."""
+
+    solver: SolverName
+    nfe: int
+    schedule: ScheduleName = "t2"
+
+    def __post_init__(self) -> None:
+        if self.nfe < 1 or (self.solver == "heun" and self.nfe % 2 == 0):
+            raise ValueError(
+                f"got {self.solver} with NFE {self.nfe}; expected at least 1, and for heun an odd number (2·steps - 1)"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"{self.solver}{self.nfe}"
+
+    def __call__(self, field: VelocityField, noise: Tensor, y: Tensor) -> Trajectory:
+        steps = (self.nfe + 1) // 2 if self.solver == "heun" else self.nfe
+        trajectory = SOLVERS[self.solver](field, noise, y, schedule(self.schedule, steps))
+        assert trajectory.nfe == self.nfe
+        return trajectory
+
+
+def parse_sampler(text: str) -> Sampler:
+    """`heun31` or `euler5`, optionally with its schedule: `euler128:t`. Raises ValueError on anything else."""
+    head, _, schedule_name = text.partition(":")
+    schedule_name = schedule_name or "t2"
+    for solver in SOLVERS:
+        digits = head.removeprefix(solver)
+        if digits != head and digits.isdigit() and schedule_name in ("t", "t2"):
+            return Sampler(solver, int(digits), "t" if schedule_name == "t" else "t2")
+    raise ValueError(f"got sampler {text!r}; expected euler<NFE> or heun<NFE>, optionally ':t' or ':t2'")

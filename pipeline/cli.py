@@ -1,0 +1,240 @@
+"""`nfm`: one command a stage, and the demo that runs them all. Heavy imports wait until a command needs them."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.config import Config, ConfigError, load_config, preset_names
+from stages.section import StageError
+from storage_specs.errors import StoreError
+
+USER_ERRORS = (ConfigError, StageError, StoreError, OSError)
+EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def configured(command: Callable[..., None]) -> Callable[..., None]:
+    """The options every stage shares; the command gets the resolved `config`, with `shortcuts` applied last."""
+
+    @click.option(
+        "--preset",
+        default="digits",
+        show_default=True,
+        help=f"One of {', '.join(preset_names())}, or the path of a .toml file.",
+    )
+    @click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        help="Override one value of the preset; may be repeated.",
+    )
+    @click.option("--dry-run", is_flag=True, help="Print the resolved config and stop.")
+    @functools.wraps(command)
+    def wrapped(preset: str, overrides: tuple[str, ...], dry_run: bool, **arguments: Any) -> None:
+        shortcuts = {key: arguments.pop(name) for name, key in SHORTCUTS.items() if name in arguments}
+        chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+        config = load_config(preset, [*overrides, *chosen])
+        if dry_run:
+            click.echo(config.model_dump_json(indent=2))
+        else:
+            command(config=config, **arguments)
+
+    return wrapped
+
+
+SHORTCUTS = {"layout": "encode.layout", "draws": "encode.draws", "coupling": "student.coupling"}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="nfm")
+def nfm() -> None:
+    """Normalized Flow Matching: train flow-matching students on the noise/data pairs of a normalizing-flow teacher.
+
+    Data flows one way: prepare → train-teacher → encode → train-student → evaluate. Stores and checkpoints are local
+    paths or any fsspec URL (s3://, gs://). The same command again continues where it stopped.
+    """
+
+
+@nfm.command()
+@configured
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Image folder: train/<class>/*.jpg, and optionally val/<class>/*.jpg.",
+)
+@click.option("--out", required=True, help="Where the sample stores train and val are written.")
+@click.option(
+    "--skip-bad-images", is_flag=True, help="Leave out images that do not decode, and count them, instead of stopping."
+)
+def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) -> None:
+    """Images → sample stores (x as uint8, label, index)."""
+    from stages.prepare import prepare as run
+
+    run(config.data, out, data, skip_bad_images)
+
+
+@nfm.command()
+@configured
+@click.option("--samples", required=True, help="What prepare wrote.")
+@click.option("--out", required=True, help="Folder of the checkpoint; model.safetensors is the finished teacher.")
+def train_teacher(config: Config, samples: str, out: str) -> None:
+    """Sample store → TarFlow teacher, chosen by held-out likelihood."""
+    from stages.train_teacher import train_teacher as run
+
+    document = run(config.teacher, samples, out)
+    click.echo(
+        f"{out}/model.safetensors: {document['bpd']:.3f} bits per dimension held out, chosen at "
+        f"{document['training']['chosen_at']} images"
+    )
+
+
+@nfm.command()
+@configured
+@click.option("--samples", required=True, help="The sample store to encode: the train folder of what prepare wrote.")
+@click.option("--teacher", required=True, help="model.safetensors of a teacher.")
+@click.option("--out", required=True, help="Where the coupling store is written.")
+@click.option("--layout", type=click.Choice(["webdataset", "zarr"]), help="Short for --set encode.layout=…")
+@click.option("--draws", type=click.IntRange(min=1), help="Noise draws an image; short for --set encode.draws=…")
+def encode(config: Config, samples: str, teacher: str, out: str) -> None:
+    """Sample store + teacher → coupling store, on all GPUs of a Ray cluster (RAY_ADDRESS) or of this machine."""
+    from pipeline.encode_job import encode_couplings
+
+    dataset = encode_couplings(config.encode, samples, teacher, out)
+    click.echo(
+        f"{out}: {dataset.spec.rows} images × {dataset.spec.draws} draws in {dataset.totals.files} files, "
+        f"{dataset.totals.bytes / 1e6:.1f} MB"
+    )
+
+
+@nfm.command()
+@configured
+@click.option("--couplings", required=True, help="A coupling store.")
+@click.option("--out", required=True, help="Folder of the checkpoint; model.safetensors is the finished student.")
+@click.option("--coupling", type=click.Choice(["nfm", "independent"]), help="Short for --set student.coupling=…")
+def train_student(config: Config, couplings: str, out: str) -> None:
+    """Coupling store → SiT student. Under torchrun, all processes train one student."""
+    from stages.train_student import train_student as run
+
+    document = run(config.student, couplings, out)
+    click.echo(
+        f"{out}/model.safetensors: loss {document['curves']['loss'][-1]:.4f} after "
+        f"{document['training']['images']} images"
+    )
+
+
+@nfm.command()
+@click.argument("checkpoint")
+@click.option("--out", required=True, help="A .png grid, or .npz with arrays x and label.")
+@click.option("--count", default=100, show_default=True, type=click.IntRange(min=1), help="How many images.")
+@click.option(
+    "--sampler", default="heun31", show_default=True, help="heun<NFE> or euler<NFE>, with :t for a linear schedule."
+)
+@click.option("--class", "classes", multiple=True, type=int, help="Only this class index (-1: none); may be repeated.")
+@click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance weight; 1 is none.")
+@click.option("--seed", default=0, show_default=True)
+def sample(
+    checkpoint: str, out: str, count: int, sampler: str, classes: tuple[int, ...], guidance: float, seed: int
+) -> None:
+    """Draw images from the model.safetensors of a student or a teacher."""
+    from models.solvers import parse_sampler
+    from stages.sample import SampleRequest
+    from stages.sample import sample as run
+
+    try:
+        parsed = parse_sampler(sampler)
+    except ValueError as error:
+        raise StageError(str(error)) from error
+    run(checkpoint, out, SampleRequest(count, parsed, classes, guidance, seed))
+
+
+@nfm.command()
+@configured
+@click.option("--samples", required=True, help="What prepare wrote.")
+@click.option("--couplings", required=True, help="The coupling store the students were trained on.")
+@click.option("--teacher", required=True, help="model.safetensors of the teacher.")
+@click.option(
+    "--student",
+    "students",
+    multiple=True,
+    required=True,
+    metavar="NAME=URL",
+    help="model.safetensors of a student; may be repeated.",
+)
+@click.option("--out", required=True, help="Folder for metrics.json and report.html.")
+def evaluate(config: Config, samples: str, couplings: str, teacher: str, students: tuple[str, ...], out: str) -> None:
+    """Teacher and students → metrics.json and a report to look at."""
+    from pipeline.demo import evaluate_and_report
+
+    named: dict[str, str] = {}
+    for student in students:
+        name, equals, url = student.partition("=")
+        if not equals or not name.isidentifier():
+            raise StageError(f"got --student {student!r}; expected NAME=URL, as in nfm=runs/student/model.safetensors")
+        named[name] = url
+    click.echo(evaluate_and_report(config, samples, couplings, teacher, named, out))
+
+
+@nfm.command()
+@configured
+@click.option("--data", type=click.Path(path_type=Path), help="Image folder instead of the embedded digits.")
+@click.option("--out", default="runs/demo", show_default=True, help="Folder of the whole run.")
+@click.option(
+    "--skip-bad-images", is_flag=True, help="Leave out images that do not decode, and count them, instead of stopping."
+)
+def demo(config: Config, data: Path | None, out: str, skip_bad_images: bool) -> None:
+    """The whole path: data, teacher, couplings in both layouts, two students, evaluation, report."""
+    from pipeline.demo import run_demo
+
+    run_demo(config, out, data, skip_bad_images)
+
+
+@nfm.group()
+def store() -> None:
+    """Look at sample and coupling stores, and check them."""
+
+
+@store.command()
+@click.argument("url")
+def info(url: str) -> None:
+    """What the store holds."""
+    from storage_specs.card import summary
+    from storage_specs.store import Store
+
+    click.echo(summary(Store(url).dataset))
+
+
+@store.command()
+@click.argument("url")
+def verify(url: str) -> None:
+    """Read every file and check size, sha256, structure, labels and finite values."""
+    from storage_specs.store import Store
+
+    opened = Store(url)
+    faults = opened.verify()
+    for fault in faults:
+        click.echo(fault, err=True)
+    if faults:
+        raise StoreError(f"{url}: {len(faults)} of {len(opened.files)} files are bad")
+    click.echo(f"{url}: {len(opened.files)} files are sound")
+
+
+def main() -> None:
+    """Exit codes: 0 done; 2 something the user can mend, said in one line; 1 a run that failed; 130 interrupted."""
+    try:
+        nfm.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; the same command continues", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except USER_ERRORS as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USER)
+    except FloatingPointError as error:
+        click.echo(f"failed: {error}", err=True)
+        sys.exit(EXIT_FAILED)

@@ -1,0 +1,87 @@
+"""The config of a whole run: one typed section a stage, from a TOML preset and `--set section.key=value`."""
+
+import tomllib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from stages.encode import EncodeConfig
+from stages.evaluate import EvaluateConfig
+from stages.prepare import DataConfig
+from stages.section import Section
+from stages.train_student import StudentConfig
+from stages.train_teacher import TeacherConfig
+
+
+class ConfigError(ValueError):
+    """A preset or an override that does not describe a run."""
+
+
+class Config(Section):
+    data: DataConfig
+    teacher: TeacherConfig
+    encode: EncodeConfig
+    student: StudentConfig
+    evaluate: EvaluateConfig
+
+
+def preset_names() -> list[str]:
+    folder = files("pipeline") / "presets"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_config(preset: str, overrides: Sequence[str] = ()) -> Config:
+    """A shipped preset by name, or a TOML file by path, with overrides. Raises ConfigError naming what is wrong."""
+    if preset in preset_names():
+        text = (files("pipeline") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
+    elif preset.endswith(".toml") and Path(preset).is_file():
+        text = Path(preset).read_text(encoding="utf-8")
+    else:
+        raise ConfigError(
+            f"got preset {preset!r}; expected one of {', '.join(preset_names())}, or the path of a .toml file"
+        )
+    try:
+        values: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"preset {preset}: not TOML: {error}") from error
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"preset {preset}: {'; '.join(_explain(fault) for fault in error.errors())}") from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"got --set {override!r}; expected section.key=value, as in student.train.lr=0.001")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    section = values
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"got --set {override!r}, but {part} is a value, not a section")
+    section[parts[-1]] = value
+
+
+def _explain(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(_fields_at(fault["loc"][:-1]))
+        return f"unknown key {where}; expected one of {known}"
+    return f"{where}: got {fault['input']!r}; {fault['msg']}"
+
+
+def _fields_at(path: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        model = model.model_fields[part].annotation
+    return sorted(model.model_fields)

@@ -1,0 +1,111 @@
+"""The demo: every stage in turn on one preset. Each stage continues or skips by itself, so the demo holds no state."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.config import Config
+from pipeline.encode_job import encode_couplings
+from pipeline.report import write_report
+from stages.checkpoint import load_network, weights_sha256
+from stages.evaluate import evaluate, save_evaluation
+from stages.prepare import prepare
+from stages.train_student import train_student
+from stages.train_teacher import train_teacher
+from storage_specs.files import Root
+from storage_specs.schema import LayoutName
+from storage_specs.store import Store
+
+LAYOUT_ORDER: tuple[LayoutName, ...] = ("webdataset", "zarr")
+MAX_METRICS_BYTES = 1 << 28
+
+
+def run_demo(config: Config, out: str, data: Path | None, skip_bad_images: bool) -> None:
+    """Write `<out>/report.html` and `<out>/metrics.json`, and on the way every store and checkpoint."""
+    start = time.monotonic()
+    if data is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": "folder"})})
+
+    def step(number: int, text: str) -> None:
+        click.echo(f"[{number}/6 {time.monotonic() - start:5.0f} s] {text}", err=True)
+
+    step(1, "prepare: images → sample stores")
+    prepare(config.data, f"{out}/samples", data, skip_bad_images)
+    step(2, "train-teacher: TarFlow by maximum likelihood")
+    document = train_teacher(config.teacher, f"{out}/samples", f"{out}/teacher")
+    click.echo(f"    {document['bpd']:.3f} bits per dimension held out", err=True)
+    teacher = f"{out}/teacher/model.safetensors"
+    step(3, "encode: teacher × noise draws → coupling stores, on Ray, in both layouts")
+    for layout in LAYOUT_ORDER:
+        encode = config.encode.model_copy(update={"layout": layout})
+        encode_couplings(encode, f"{out}/samples/train", teacher, f"{out}/couplings-{layout}")
+    couplings = f"{out}/couplings-{LAYOUT_ORDER[0]}"
+    students = {}
+    step(4, "train-student: flow matching on the teacher's pairs and on random pairs")
+    for coupling in ("nfm", "independent"):
+        student = config.student.model_copy(update={"coupling": coupling})
+        train_student(student, couplings, f"{out}/student-{coupling}")
+        students[coupling] = f"{out}/student-{coupling}/model.safetensors"
+    step(5, "evaluate: Fréchet distance, curvature, z-space")
+    summary = evaluate_and_report(config, f"{out}/samples", couplings, teacher, students, out)
+    step(6, "done")
+    click.echo(summary)
+
+
+def evaluate_and_report(
+    config: Config, samples: str, couplings: str, teacher: str, students: dict[str, str], out: str
+) -> str:
+    """`metrics.json`, `grids.npz` and `report.html` in `out`; what was measured before on the same inputs is reused.
+
+    Returns a summary for the terminal.
+    """
+    root = Root(out)
+    inputs = _inputs(samples, couplings, teacher, students)
+    settings = config.model_dump(mode="json")
+    metrics: dict[str, Any] | None = None
+    if root.exists("metrics.json"):
+        metrics = json.loads(root.read("metrics.json", MAX_METRICS_BYTES))
+        if metrics is not None and (metrics.get("inputs"), metrics.get("config")) != (inputs, settings):
+            metrics = None
+    if metrics is None:
+        measured, grids = evaluate(config.evaluate, samples, couplings, teacher, students)
+        metrics = measured | {"config": settings, "inputs": inputs}
+        save_evaluation(root, metrics, grids)
+    write_report(root, metrics)
+    return _summary(metrics, f"{out}/report.html")
+
+
+def _inputs(samples: str, couplings: str, teacher: str, students: dict[str, str]) -> dict[str, Any]:
+    """Identity of everything that the metrics depend on."""
+    return {
+        "samples": [Store(f"{samples}/{split}", kind="samples").dataset.id for split in ("train", "val")],
+        "couplings": Store(couplings, kind="couplings").dataset.id,
+        "teacher": weights_sha256(load_network(teacher, "TarFlow")[0].state_dict()),
+        "students": {name: weights_sha256(load_network(url, "SiT")[0].state_dict()) for name, url in students.items()},
+    }
+
+
+def _summary(metrics: dict[str, Any], report: str) -> str:
+    fd = metrics["fd"]
+    lines = [
+        f"{'':16}{'loss':>8}" + "".join(f"{name:>18}" for name in _samplers(metrics)),
+        f"{'':24}" + f"{'FD      κ':>18}" * len(_samplers(metrics)),
+    ]
+    for name, student in metrics["students"].items():
+        cells = [f"{student[s]['fd']:.3f}  {student[s]['curvature']:.4f}" for s in _samplers(metrics)]
+        lines.append(f"{name:16}{student['loss']:8.4f}" + "".join(f"{cell:>18}" for cell in cells))
+    lines += [
+        f"teacher: FD {metrics['teacher']['fd']:.3f}, {metrics['teacher']['bpd']:.3f} bits/dim, round trip "
+        f"{metrics['teacher']['roundtrip_max_abs']:.1e}",
+        f"noise floor: {fd['floor']['samples']} held-out real images have FD {fd['floor']['fd']:.3f} "
+        f"({fd['features']}, against {fd['reference']} training images)",
+        f"report: {report}",
+    ]
+    return "\n".join(lines)
+
+
+def _samplers(metrics: dict[str, Any]) -> list[str]:
+    return [name.partition(":")[0] for name in metrics["config"]["evaluate"]["samplers"]]

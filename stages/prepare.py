@@ -1,0 +1,223 @@
+"""prepare: images → two sample stores, `train` and `val` (x as uint8, label, index)."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+from sklearn.datasets import load_digits
+
+from stages.progress import Progress
+from stages.section import Section, StageError
+from storage_specs.files import Root, sha256
+from storage_specs.order import permutation
+from storage_specs.schema import LayoutName, Spec, canonical_json
+from storage_specs.writer import StoreWriter
+
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+QUARANTINE = "quarantine.json"
+LISTED = 10  # names of bad images in an error message
+SPLITS = ("train", "val")
+
+
+class DataConfig(Section):
+    """`digits` is scikit-learn's; `folder` is train/<class>/*.{jpg,jpeg,png}, with val/<class>/… beside it or a share
+    of train held out. Images are resized to `image_size` with PIL's box filter (NFM paper section 4)."""
+
+    source: Literal["digits", "folder"]
+    image_size: Annotated[int, Field(ge=2, le=4096)]
+    channels: Literal[1, 3]
+    holdout: Annotated[float, Field(gt=0, lt=1)]
+    block_rows: Annotated[int, Field(ge=1, le=1 << 20)]
+    layout: LayoutName = "webdataset"
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split before it is a store: image i is `load(i)`, uint8 (C, H, W), with label `labels[i]` and name `names[i]`.
+
+    `identity` is JSON that changes whenever the content does.
+    """
+
+    load: Callable[[int], NDArray[np.uint8]]
+    names: list[str]
+    labels: NDArray[np.int64]
+    class_names: list[str]
+    identity: dict[str, Any]
+
+    def subset(self, rows: NDArray[np.int64]) -> "Images":
+        kept = rows.tolist()
+        return Images(
+            lambda i: self.load(kept[i]),
+            [self.names[i] for i in kept],
+            self.labels[rows],
+            self.class_names,
+            self.identity,
+        )
+
+
+class BadImageError(Exception):
+    """An image that does not decode."""
+
+
+def digits(config: DataConfig) -> Images:
+    """scikit-learn's 1,797 images of 8×8 with 17 grey levels, spread over 0 … 255."""
+    if (config.image_size, config.channels) != (8, 1):
+        raise StageError(
+            f"got digits at {config.channels}×{config.image_size}×{config.image_size}; they are 1×8×8 images"
+        )
+    bundle = load_digits()
+    x = np.rint(bundle.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = bundle.target.astype(np.int64)
+    identity = {"name": "scikit-learn digits", "sha256": sha256(x.tobytes() + labels.tobytes())}
+    names = [f"digit {i}" for i in range(len(x))]
+    return Images(lambda i: x[i], names, labels, [str(label) for label in range(10)], identity)
+
+
+def folder(config: DataConfig, path: Path) -> Images:
+    """Images of one folder per class, in the order of their names."""
+    if not path.is_dir():
+        raise StageError(
+            f"{path}: no such folder; expected one folder per class in it, with {', '.join(sorted(SUFFIXES))} files"
+        )
+    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    files = [
+        (label, file)
+        for label, name in enumerate(classes)
+        for file in sorted((path / name).iterdir())
+        if file.suffix.lower() in SUFFIXES and file.is_file()
+    ]
+    if not files:
+        raise StageError(f"{path}: got no images; expected <class>/*.jpg, .jpeg or .png in it")
+    names = [f"{file.parent.name}/{file.name}" for _, file in files]
+    listing = "\n".join(f"{name} {file.stat().st_size}" for name, (_, file) in zip(names, files, strict=True))
+    identity = {"name": "image folder", "files": len(files), "listing_sha256": sha256(listing.encode())}
+
+    def load(i: int) -> NDArray[np.uint8]:
+        return decode_image(files[i][1], config)
+
+    return Images(load, names, np.array([label for label, _ in files], dtype=np.int64), classes, identity)
+
+
+def decode_image(path: Path, config: DataConfig) -> NDArray[np.uint8]:
+    """uint8 (C, H, W). Raises BadImageError for a file that is no whole image of a sane size."""
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("L" if config.channels == 1 else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImageError(str(error)) from error
+    pixels = np.asarray(image.resize((config.image_size, config.image_size), Image.Resampling.BOX))
+    return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+
+
+def splits(config: DataConfig, data: Path | None) -> dict[str, Images]:
+    """Train and held-out images, each in a fixed random order so that a block holds a mix of classes."""
+    if config.source == "digits":
+        every = digits(config)
+    else:
+        if data is None:
+            raise StageError("data.source is 'folder', but no folder was given; say where with --data (make: DATA=)")
+        every = folder(config, data / "train")
+        if (data / "val").is_dir():
+            held_out = folder(config, data / "val")
+            if held_out.class_names != every.class_names:
+                raise StageError(f"{data}: got different class folders in train and val; expected the same ones")
+            return {"train": _shuffled(every), "val": _shuffled(held_out)}
+    order = permutation(len(every.names), seed=0, stream=0, counter=0)
+    held = round(len(order) * config.holdout)
+    if not 0 < held < len(order):
+        raise StageError(
+            f"got {len(order)} images and data.holdout = {config.holdout}; expected at least one image in each split"
+        )
+    return {"train": every.subset(order[held:]), "val": every.subset(order[:held])}
+
+
+def _shuffled(images: Images) -> Images:
+    return images.subset(permutation(len(images.names), seed=0, stream=0, counter=0))
+
+
+def prepare(config: DataConfig, out: str, data: Path | None = None, skip_bad_images: bool = False) -> None:
+    """Write `<out>/train` and `<out>/val`. The same call again continues, or does nothing when they are complete."""
+    for name, images in splits(config, data).items():
+        _write(config, f"{out}/{name}", name, images, skip_bad_images)
+
+
+def _write(config: DataConfig, url: str, split: str, images: Images, skip_bad_images: bool) -> None:
+    good, bad = _quarantine(url, images, skip_bad_images)
+    images = images.subset(good)
+    spec = Spec(
+        kind="samples",
+        layout=config.layout,
+        rows=len(images.names),
+        block_rows=config.block_rows,
+        shape=(config.channels, config.image_size, config.image_size),
+        num_classes=len(images.class_names),
+        class_names=images.class_names,
+        preprocessing={
+            "source": images.identity,
+            "split": split,
+            "resize": "none" if config.source == "digits" else "PIL box",
+            "quarantined": len(bad),
+        },
+    )
+    writer = StoreWriter(url, spec)
+    writer.begin()
+    if writer.complete():
+        return
+    done = writer.committed()
+    with Progress(f"prepare {split}", spec.rows, "img", done=sum(spec.rows_of(b) for b in done)) as progress:
+        for block in sorted(set(range(spec.blocks)) - done):
+            rows = spec.indices(block)
+            x = np.stack(list(_decoded(images, rows.tolist())))
+            writer.write_block(block, {"x": x, "label": images.labels[rows]}, {}, seconds=0.0)
+            progress.advance(len(rows))
+    writer.finalize()
+
+
+def _decoded(images: Images, rows: list[int]) -> Iterator[NDArray[np.uint8]]:
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(images.load, rows)
+
+
+def _quarantine(url: str, images: Images, skip: bool) -> tuple[NDArray[np.int64], dict[str, str]]:
+    """Rows that decode, and the names of those that do not with the reason, found once and kept beside the store."""
+    root, listing = Root(url), sha256(canonical_json(images.identity))
+    if root.exists(QUARANTINE):
+        known = json.loads(root.read(QUARANTINE, 1 << 28))
+        if known["listing"] == listing:
+            bad: dict[str, str] = known["images"]
+            return np.array([i for i, name in enumerate(images.names) if name not in bad], dtype=np.int64), bad
+    bad = {}
+    total = len(images.names)
+    with Progress(f"check {url.rpartition('/')[2]}", total, "img") as progress, ThreadPoolExecutor() as pool:
+        rows = iter(range(total))
+        while chunk := list(islice(rows, 1024)):
+            for i, reason in zip(chunk, pool.map(lambda i: _fault(images, i), chunk), strict=True):
+                if reason is not None:
+                    bad[images.names[i]] = reason
+            progress.advance(len(chunk))
+    if bad and not skip:
+        shown = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:LISTED])
+        more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        raise StageError(
+            f"{len(bad)} of {total} images do not decode: {shown}{more}. Mend them, or pass --skip-bad-images"
+        )
+    if len(bad) == total:
+        raise StageError(f"none of the {total} images decodes; expected image files")
+    root.write(QUARANTINE, canonical_json({"listing": listing, "images": bad}))
+    return np.array([i for i, name in enumerate(images.names) if name not in bad], dtype=np.int64), bad
+
+
+def _fault(images: Images, i: int) -> str | None:
+    try:
+        images.load(i)
+    except BadImageError as error:
+        return str(error)
+    return None

@@ -1,0 +1,13 @@
+"""What every stage's part of the config has in common."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """One part of the config: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StageError(ValueError):
+    """A stage cannot run on what the user gave it. The message says what was got, what was expected and what to do."""

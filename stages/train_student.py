@@ -1,0 +1,69 @@
+"""train-student: coupling store → SiT checkpoint."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from models.couplings import COUPLINGS, CouplingName
+from models.labels import drop_labels
+from models.paths import flow_matching_loss, linear_path, logit_normal
+from models.sit import SiT, SiTConfig, parse_size
+from stages.section import Section, StageError
+from stages.training import TrainConfig, Trainer, world
+from storage_specs.store import Store
+from storage_specs.stream import Batch, CouplingStream
+
+
+class StudentConfig(Section):
+    """`size` is SiT-{S,B,L,XL}/<patch> or SiT-<depth>x<width>h<heads>/<patch>; `t_mean`, `t_std` are the paper's a
+    and b.
+    """
+
+    size: str
+    coupling: CouplingName = "nfm"
+    label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    t_mean: float = -0.2
+    t_std: Annotated[float, Field(gt=0)] = 1.0
+    train: TrainConfig
+
+
+def student_network(config: StudentConfig, store: Store) -> SiT:
+    channels, size, _ = store.spec.shape
+    try:
+        parsed = parse_size(config.size)
+        return SiT(SiTConfig(channels=channels, image_size=size, num_classes=store.spec.num_classes, **parsed))
+    except ValueError as error:
+        raise StageError(f"student: {error}") from error
+
+
+def train_student(config: StudentConfig, couplings: str, out: str) -> dict[str, Any]:
+    """Flow matching on the pairs of a coupling store; returns the finished model's document.
+
+    Two couplings with the same config see the same network, images, times and dropped labels: only ε differs.
+    """
+    store = Store(couplings, kind="couplings")
+    torch.manual_seed(config.train.seed)
+    network = student_network(config, store)
+    couple = COUPLINGS[config.coupling]
+
+    def loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        t = logit_normal(len(batch.x), generator, config.t_mean, config.t_std).to(batch.x.device)
+        y = drop_labels(batch.label, config.label_drop, generator)
+        epsilon = couple(batch.x, batch.z, generator)  # last: what it draws must not shift t and y
+        return flow_matching_loss(model, linear_path(batch.x, epsilon, t), y)
+
+    with world() as here:
+        stream = CouplingStream(couplings, config.train.batch_size, config.train.seed, "pairs", here.rank, here.size)
+        trainer = Trainer(
+            f"train-student {config.coupling}",
+            network,
+            loss,
+            stream,
+            config.train,
+            out,
+            {"student": config.model_dump(mode="json"), "couplings": store.dataset.id},
+            here,
+        )
+        return trainer.run()

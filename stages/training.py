@@ -1,0 +1,285 @@
+"""The one training loop, of teacher and student alike.
+
+It counts images, not epochs. Every random number of a step comes from a generator seeded by (seed, images seen,
+rank), so a resumed run is bit-identical on CPU and there is no generator state to save.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.ema import EMA
+from stages.checkpoint import Checkpoint, architecture, exists, load, load_weights, save
+from stages.progress import Progress
+from stages.section import Section, StageError
+from storage_specs.stream import Batch, CouplingStream, StreamState
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class TrainConfig(Section):
+    """Budget and optimizer. Counts are in images; `batch_size` is the global one."""
+
+    images: Positive
+    batch_size: Positive
+    lr: Annotated[float, Field(gt=0)]
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_images: Annotated[int, Field(ge=0)]
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    log_images: Positive
+    checkpoint_images: Positive
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+
+
+# Loss of a batch: (network, batch, generator) to per-sample losses (B,).
+Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
+# Validation of the EMA network, lower is better; run at each checkpoint.
+Validate = Callable[[nn.Module], float]
+
+
+@dataclass
+class Curves:
+    """What a run recorded: at `images[i]` seen, mean `loss[i]` since the last entry; the same for validation."""
+
+    images: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    val_images: list[int] = field(default_factory=list)
+    val: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together, from the standard environment variables."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """Join the process group that torchrun or Ray Train set up, if any."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    joined_here = not dist.is_initialized()
+    if joined_here:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield World(dist.get_rank(), size, device)
+    finally:
+        if joined_here:
+            dist.destroy_process_group()
+
+
+def learning_rate(config: TrainConfig, images: int) -> float:
+    """Linear warm-up, then constant, or a half cosine down to a twentieth."""
+    warmup = min(1.0, (images + config.batch_size) / config.warmup_images) if config.warmup_images else 1.0
+    if config.lr_schedule == "constant":
+        return config.lr * warmup
+    return config.lr * warmup * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, images / config.images))))
+
+
+class Trainer:
+    """One run in the folder `out`: `state.safetensors` while it runs, `model.safetensors` once it is finished.
+
+    `document` is JSON that identifies the run (config, data); a state of another run is refused, not continued.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        loss: Loss,
+        stream: CouplingStream,
+        config: TrainConfig,
+        out: str,
+        document: dict[str, Any],
+        here: World,
+        validate: Validate | None = None,
+    ) -> None:
+        self.name, self.loss, self.stream, self.config, self.out = name, loss, stream, config, out
+        self.document, self.here, self.validate = document, here, validate
+        self.network = network.to(here.device)
+        self.ema = EMA(self.network, config.ema)
+        fused = here.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+        )
+        self.images = 0
+        self.curves = Curves()
+        self.best: dict[str, Tensor] = {}
+        self.best_val = math.inf
+
+    @property
+    def state_url(self) -> str:
+        return f"{self.out}/state.safetensors"
+
+    @property
+    def model_url(self) -> str:
+        return f"{self.out}/model.safetensors"
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, from the last state if there is one; returns the finished model's document."""
+        if exists(self.model_url):
+            return check_same_run(load(self.model_url).document, self.document, self.model_url)
+        if exists(self.state_url):
+            self._restore()
+        model: nn.Module = self.network
+        if self.here.device.type == "cuda":
+            model = torch.compile(model)  # type: ignore[assignment]
+        if self.here.size > 1:
+            model = DistributedDataParallel(model)
+        config, window, window_images = self.config, torch.zeros((), device=self.here.device), 0
+        start = time.monotonic()
+        shown = (
+            Progress(self.name, config.images, "img", done=min(self.images, config.images)) if self.here.first else None
+        )
+        try:
+            while self.images < config.images:
+                batch = next(self.stream).to(self.here.device)
+                loss = self._step(model, batch)
+                window += loss.detach()
+                window_images += config.batch_size
+                self.images += config.batch_size
+                checkpoint = (
+                    _passed(self.images, config.batch_size, config.checkpoint_images) or self.images >= config.images
+                )
+                # A checkpoint ends the log's window too, so that a resumed run records the same curve.
+                if checkpoint or _passed(self.images, config.batch_size, config.log_images):
+                    mean = self._mean(window) * config.batch_size / window_images
+                    self.curves.images.append(self.images)
+                    self.curves.loss.append(mean)
+                    window, window_images = torch.zeros_like(window), 0
+                if checkpoint:
+                    self._checkpoint()
+                if shown:
+                    recent = f"loss {self.curves.loss[-1]:.4f}" if self.curves.loss else ""
+                    shown.advance(min(config.batch_size, config.images - shown.done), recent)
+        finally:
+            if shown:
+                shown.bar.close()
+        return self._finish(time.monotonic() - start)
+
+    def _step(self, model: nn.Module, batch: Batch) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.images)
+        generator = torch.Generator().manual_seed(
+            (self.config.seed << 32) ^ (self.images * self.here.size + self.here.rank)
+        )
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.here.device.type == "cuda"):
+            losses = self.loss(model, batch, generator)
+        loss = losses.mean()
+        if not torch.isfinite(loss):
+            bad = batch.index[~torch.isfinite(losses)].tolist()
+            raise FloatingPointError(
+                f"{self.name}: loss is {loss.item()} at {self.images} images; images {bad[:8]} of the store are "
+                "not finite in it"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip, error_if_nonfinite=True)
+        self.optimizer.step()
+        self.ema.update(self.network, self.images // self.config.batch_size)
+        return loss
+
+    def _mean(self, value: Tensor) -> float:
+        if self.here.size > 1:
+            dist.all_reduce(value)
+        return value.item() / self.here.size
+
+    def _checkpoint(self) -> None:
+        if self.validate is not None:
+            val = self.validate(self.ema.network)
+            if not math.isfinite(val):
+                raise FloatingPointError(f"{self.name}: validation is {val} at {self.images} images")
+            self.curves.val_images.append(self.images)
+            self.curves.val.append(val)
+            if val < self.best_val:
+                self.best_val = val
+                self.best = {name: tensor.clone() for name, tensor in self.ema.network.state_dict().items()}
+        if not self.here.first:
+            return
+        tensors = _prefixed("network", self.network.state_dict()) | _prefixed("ema", self.ema.network.state_dict())
+        tensors |= _prefixed("best", self.best)
+        for number, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= _prefixed(f"optimizer.{number}", entry)
+        state = {
+            "run": self.document,
+            "images": self.images,
+            "stream": vars(self.stream.state),
+            "curves": vars(self.curves),
+            "best_val": self.best_val if self.best else None,
+        }
+        save(self.state_url, Checkpoint(tensors, state))
+
+    def _restore(self) -> None:
+        state = load(self.state_url)
+        check_same_run(state.document, self.document, self.state_url)
+        load_weights(self.network, state.group("network"), self.state_url)
+        load_weights(self.ema.network, state.group("ema"), self.state_url)
+        optimizer = self.optimizer.state_dict()
+        numbers = range(len(optimizer["param_groups"][0]["params"]))
+        optimizer["state"] = {number: state.group(f"optimizer.{number}") for number in numbers}
+        self.optimizer.load_state_dict(optimizer)
+        self.images = state.document["images"]
+        self.stream.state = StreamState(**state.document["stream"])
+        self.curves = Curves(**state.document["curves"])
+        self.best = {name: tensor.to(self.here.device) for name, tensor in state.group("best").items()}
+        self.best_val = state.document["best_val"] if self.best else math.inf
+
+    def _finish(self, seconds: float) -> dict[str, Any]:
+        weights = self.best or self.ema.network.state_dict()
+        document = {
+            "run": self.document,
+            "architecture": architecture(self.network),
+            "training": {
+                "images": self.images,
+                "val": self.best_val if self.best else None,
+                "chosen_at": self.curves.val_images[self.curves.val.index(self.best_val)] if self.best else self.images,
+                "seconds_since_resume": round(seconds, 2),
+            },
+            "curves": vars(self.curves),
+        }
+        if self.here.first:
+            save(self.model_url, Checkpoint(_prefixed("model", weights), document))
+        return document
+
+
+def check_same_run(found: dict[str, Any], expected: dict[str, Any], url: str) -> dict[str, Any]:
+    """`found`, the document of a checkpoint, if it is of the run `expected`; else StageError naming what differs."""
+    run = found.get("run", {})
+    different = [key for key in sorted(run.keys() | expected.keys()) if run.get(key) != expected.get(key)]
+    if different:
+        pairs = "; ".join(f"{key}: {run.get(key)} there, {expected.get(key)} here" for key in different)
+        raise StageError(f"{url} is of another run ({pairs}); write to another folder, or delete this one")
+    return found
+
+
+def _passed(images: int, batch: int, every: int) -> bool:
+    """Whether the last batch crossed a multiple of `every`."""
+    return images // every > (images - batch) // every
+
+
+def _prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}

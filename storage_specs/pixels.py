@@ -1,0 +1,16 @@
+"""What a stored x means: uint8 0 … 255 is [-1, 1]."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def to_float(pixels: NDArray[np.uint8]) -> Tensor:
+    """uint8 to float32 in [-1, 1], x / 127.5 - 1."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).float().div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """[-1, 1] to 0 … 255, rounded; values outside are clipped."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()

@@ -1,0 +1,213 @@
+"""The spec of a store, `dataset.json`, and the records its writers commit. All of it is plain JSON, checked on
+reading.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from storage_specs.errors import StoreError
+
+SCHEMA_MAJOR = 1
+SCHEMA_VERSION = f"{SCHEMA_MAJOR}.0"
+MAX_ROW_BYTES = 1 << 28  # a row beyond this is a damaged or hostile spec, not an image
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Kind = Literal["samples", "couplings"]
+LayoutName = Literal["webdataset", "zarr"]
+FloatDtype = Literal["float32", "float16"]
+Positive = Annotated[int, Field(ge=1, le=1 << 48)]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class NoiseSpec(Model):
+    """How ε′ was drawn (storage_specs/noise.py) and in which dtype the teacher saw it."""
+
+    law: Literal["philox-as241-v1"]
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)]
+    dtype: FloatDtype
+
+
+class TeacherSpec(Model):
+    """The network f that made z: its architecture, the sha256 of its weights, and how it was trained, for the
+    reader.
+    """
+
+    architecture: dict[str, Any]
+    sha256: Sha256
+    training: dict[str, Any]
+
+
+class CouplingSpec(Model):
+    """What only a coupling store has."""
+
+    draws: Annotated[int, Field(ge=1, le=1 << 16)]
+    eta: Annotated[float, Field(ge=0)]
+    z_dtype: FloatDtype
+    noise: NoiseSpec
+    teacher: TeacherSpec
+    source: Sha256  # id of the sample store that x comes from
+
+
+class Spec(Model):
+    """Everything that fixes the bytes of a store, known before the first file is written."""
+
+    kind: Kind
+    layout: LayoutName
+    rows: Positive
+    block_rows: Positive
+    shape: tuple[Positive, Positive, Positive]  # (C, H, W)
+    num_classes: Annotated[int, Field(ge=1, le=1_000_000)]
+    class_names: list[str]
+    preprocessing: dict[str, Any]
+    coupling: CouplingSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tuples(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("shape"), list):
+            return data | {"shape": tuple(data["shape"])}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Spec":
+        if (self.coupling is not None) != (self.kind == "couplings"):
+            raise ValueError("a store has a 'coupling' section exactly when its kind is 'couplings'")
+        if self.dim * 4 > MAX_ROW_BYTES:
+            raise ValueError(f"shape {self.shape} has more than {MAX_ROW_BYTES} bytes a row")
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+        return self
+
+    @property
+    def dim(self) -> int:
+        """n = C·H·W."""
+        c, h, w = self.shape
+        return c * h * w
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.rows // self.block_rows)
+
+    @property
+    def draws(self) -> int:
+        return self.coupling.draws if self.coupling else 0
+
+    def rows_of(self, block: int) -> int:
+        assert 0 <= block < self.blocks
+        return min(self.block_rows, self.rows - block * self.block_rows)
+
+    def indices(self, block: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        start = block * self.block_rows
+        return np.arange(start, start + self.rows_of(block), dtype=np.int64)
+
+    def dtype(self, column: str) -> np.dtype[Any]:
+        if column == "x":
+            return np.dtype("u1")
+        if column in ("label", "index"):
+            return np.dtype("<i8")
+        assert self.coupling is not None
+        name = {"z": self.coupling.z_dtype, "noise": self.coupling.noise.dtype}[column]
+        return np.dtype(name).newbyteorder("<")
+
+    def canonical(self) -> bytes:
+        return canonical_json(self.model_dump(mode="json"))
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+
+class FileRecord(Model):
+    """One file of the store: which column it holds, of which draw (-1: none) and block, and its exact bytes."""
+
+    column: str
+    draw: int
+    block: int
+    path: str
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class Commit(Model):
+    """A block whose files are all durable; the unit of resume."""
+
+    spec: Sha256
+    block: int
+    rows: int
+    files: list[FileRecord]
+    label_counts: dict[str, int]
+    sum_z2: FileRecord | None  # float64 (C, H, W): Σ z² over the rows and draws of the block
+    seconds: float
+
+
+class Totals(Model):
+    files: int
+    bytes: int
+    label_counts: dict[str, int]
+
+
+class Dataset(Model):
+    """`dataset.json`: written last, so its presence means that the store is complete."""
+
+    schema_version: str
+    id: Sha256  # of the spec and the sha256 of every file: the identity of the content
+    spec: Spec
+    totals: Totals
+    records: dict[str, dict[str, Any]]  # for readers without our code: where the values are inside each file
+    manifest_sha256: Sha256
+    sigma_f_sha256: Sha256 | None
+
+
+def canonical_json(value: Any) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+T = TypeVar("T", bound=Model)
+
+
+def parse(model: type[T], data: bytes, name: str) -> T:
+    """`data` as `model`, or a StoreError that names the file and the first field that is wrong."""
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "document"
+        raise StoreError(f"{name}: {where}: {first['msg']}; the file is damaged or of another version") from error
+
+
+def parse_dataset(data: bytes, name: str) -> Dataset:
+    """`dataset.json`, refusing other major versions with the version that reads them."""
+    try:
+        version = json.loads(data)["schema_version"]
+        major = int(str(version).split(".")[0])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(f"{name}: got no readable schema_version; expected the dataset.json of a store") from error
+    if major != SCHEMA_MAJOR:
+        raise StoreError(
+            f"{name}: got schema version {version}, this nfm reads {SCHEMA_VERSION}; install nfm {major}.x"
+        )
+    return parse(Dataset, data, name)
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two specs differ, as `path: theirs → ours`."""
+    found: list[str] = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += difference(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} is {_short(b)} there and {_short(a)} here")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"
