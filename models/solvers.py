@@ -4,6 +4,7 @@ Every solver is a plain function `solver(field, x, y, times)`: x (B, C, H, W) at
 falling from 1 to 0 with one more entry than there are steps. NFE is counted as the paper does.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -104,13 +105,15 @@ def dopri5(
         error = h * torch.stack([e * v for e, v in zip(_E, k, strict=True)]).sum(dim=0)
         scale = atol + rtol * torch.maximum(x.abs(), x_next.abs())
         ratio = (error / scale).square().mean().sqrt().item()
+        if not math.isfinite(ratio):
+            raise FloatingPointError(f"the velocity field is not finite near t = {t:.6f}")
         if ratio <= 1:
             velocities.append(k[0])
             t, x, k = t - h, x_next, k[-1:]  # first same as last
         h *= min(5.0, max(0.2, 0.9 * ratio**-0.2)) if ratio > 0 else 5.0
         if not h > 1e-9:
             raise FloatingPointError(
-                f"dopri5 step size vanished at t = {t:.6f}: the velocity field is not finite or too stiff"
+                f"dopri5 step size vanished at t = {t:.6f}: the velocity field is too stiff for its tolerances"
             )
     return Trajectory(x, start, tuple(velocities), nfe)
 

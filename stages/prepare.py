@@ -131,12 +131,15 @@ def splits(config: DataConfig, data: Path | None) -> dict[str, Images]:
                 raise StageError(f"{data}: got different class folders in train and val; expected the same ones")
             return {"train": _shuffled(every), "val": _shuffled(held_out)}
     order = permutation(len(every.names), seed=0, stream=0, counter=0)
-    held = round(len(order) * config.holdout)
-    if not 0 < held < len(order):
+    held = np.zeros(len(order), dtype=bool)
+    for label in range(len(every.class_names)):  # the same share of every class
+        of_class = order[every.labels[order] == label]
+        held[of_class[: round(len(of_class) * config.holdout)]] = True
+    if held.all() or not held.any():
         raise StageError(
             f"got {len(order)} images and data.holdout = {config.holdout}; expected at least one image in each split"
         )
-    return {"train": every.subset(order[held:]), "val": every.subset(order[:held])}
+    return {"train": every.subset(order[~held[order]]), "val": every.subset(order[held[order]])}
 
 
 def _shuffled(images: Images) -> Images:

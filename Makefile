@@ -1,0 +1,64 @@
+# Names for the common invocations; `nfm --help` has all of them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PRESET ?= digits
+DATA ?=
+OUT ?=
+DRAWS ?=
+LAYOUT ?= webdataset
+COUPLING ?= nfm
+ARGS ?=
+# torch comes first and by exact version, from pip's find-links folder where one is configured (a CPU build may lie there),
+# from the package index otherwise.
+TORCH ?= torch==2.13.0
+
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help install demo test lint format prepare train-teacher encode-couplings train-student clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+
+install: $(READY)  ## create .venv with everything in it
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	links=$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true); \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $${links:+--find-links "$$links"} "$(TORCH)"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)  ## the whole path on embedded data: runs/demo/report.html (DATA=folder, PRESET=name, FRESH=1 to start over)
+	$(if $(FRESH),rm -rf $(or $(OUT),runs/demo))
+	$(BIN)/nfm demo --preset $(PRESET) --out $(or $(OUT),runs/demo) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test: $(READY)  ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## apply ruff's fixes and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+prepare: $(READY)  ## images → sample stores: DATA=folder OUT=url
+	$(BIN)/nfm prepare --preset $(PRESET) $(if $(DATA),--data $(DATA)) --out $(OUT) $(ARGS)
+
+train-teacher: $(READY)  ## sample store → teacher: SOURCE=url OUT=folder
+	$(BIN)/nfm train-teacher --preset $(PRESET) --samples $(SOURCE) --out $(OUT) $(ARGS)
+
+encode-couplings: $(READY)  ## teacher × noise draws → coupling store: SOURCE=url TEACHER=model OUT=url [LAYOUT= DRAWS= RAY_ADDRESS=]
+	$(BIN)/nfm encode --preset $(PRESET) --samples $(SOURCE) --teacher $(TEACHER) --out $(OUT) --layout $(LAYOUT) $(if $(DRAWS),--draws $(DRAWS)) $(ARGS)
+
+train-student: $(READY)  ## coupling store → student: COUPLINGS=url OUT=folder [COUPLING=nfm|independent]
+	$(BIN)/nfm train-student --preset $(PRESET) --couplings $(COUPLINGS) --out $(OUT) --coupling $(COUPLING) $(ARGS)
+
+clean:  ## remove .venv and caches, keep runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.labels import NULL_LABEL
+from models.sit import Guided, ReversedTime, SiT, SiTConfig, parse_size
+
+REFERENCE = np.load(Path(__file__).parent / "data" / "sit_reference.npz")
+CONFIG = SiTConfig(channels=4, image_size=8, patch=2, width=48, depth=3, heads=3, num_classes=5, learn_sigma=True)
+
+
+def reference(name: str) -> Tensor:
+    return torch.from_numpy(REFERENCE[name])
+
+
+def labels(name: str) -> Tensor:
+    """The published code writes the dropped label as the number of classes."""
+    y = reference(name)
+    return torch.where(y == CONFIG.num_classes, NULL_LABEL, y)
+
+
+@pytest.fixture(scope="module")
+def published() -> SiT:
+    prefix = "state_dict/"
+    state = {key.removeprefix(prefix): reference(key) for key in REFERENCE.files if key.startswith(prefix)}
+    network = SiT(CONFIG)
+    torch.testing.assert_close(network.pos_embed, state["pos_embed"], atol=1e-6, rtol=0)
+    network.load_state_dict(state)
+    return network.requires_grad_(False)
+
+
+def test_velocity_agrees_with_the_published_implementation(published: SiT) -> None:
+    v = published(reference("x"), reference("t"), labels("y"))
+    torch.testing.assert_close(v, reference("v"), atol=1e-5, rtol=0)
+
+
+def test_legacy_guidance_agrees_with_the_published_implementation(published: SiT) -> None:
+    """Its first half is the guided batch; it guides three channels and leaves the fourth conditional."""
+    half = len(reference("cfg_x")) // 2
+    x, t, y = (tensor[:half] for tensor in (reference("cfg_x"), reference("cfg_t"), labels("cfg_y")))
+    guided = Guided(published, 2.5, guided_channels=3)(x, t, y)
+    torch.testing.assert_close(guided, reference("v_cfg2.5")[:half], atol=1e-5, rtol=0)
+    every = Guided(published, 2.5)(x, t, y)
+    torch.testing.assert_close(every[:, :3], guided[:, :3])
+    assert not torch.allclose(every[:, 3], guided[:, 3])
+
+
+def test_guidance_is_linear_between_the_two_fields(published: SiT) -> None:
+    x, t, y = reference("x"), reference("t"), labels("y")
+    conditional = published(x, t, y)
+    unconditional = published(x, t, torch.full_like(y, NULL_LABEL))
+    for weight in (0.0, 1.0, 3.0):
+        expected = unconditional + weight * (conditional - unconditional)
+        torch.testing.assert_close(Guided(published, weight)(x, t, y), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_reversed_time(published: SiT) -> None:
+    x, t, y = reference("x"), reference("t"), labels("y")
+    torch.testing.assert_close(ReversedTime(published)(x, 1 - t, y), -reference("v"), atol=1e-5, rtol=0)
+
+
+def test_a_fresh_network_predicts_zero() -> None:
+    network = SiT(SiTConfig(1, 8, 2, 16, 2, 2, 3))
+    assert not network(torch.randn(2, 1, 8, 8), torch.tensor([0.1, 0.9]), torch.tensor([0, -1])).any()
+
+
+@pytest.mark.parametrize(("name", "millions"), [("SiT-S/2", 33), ("SiT-B/4", 130), ("SiT-L/8", 458), ("SiT-XL/2", 675)])
+def test_published_sizes(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        network = SiT(SiTConfig(channels=4, image_size=32, num_classes=1000, learn_sigma=True, **parse_size(name)))
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_free_sizes() -> None:
+    assert parse_size("SiT-4x64h2/2") == {"depth": 4, "width": 64, "heads": 2, "patch": 2}
+
+
+@pytest.mark.parametrize("name", ["SiT", "SiT-M/2", "SiT-XL", "SiT-XL/0", "SiT-4x64/2", "DiT-XL/2"])
+def test_unknown_sizes(name: str) -> None:
+    with pytest.raises(ValueError, match="expected SiT"):
+        parse_size(name)
