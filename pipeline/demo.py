@@ -2,13 +2,14 @@
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pipeline.config import Config
-from pipeline.encode_job import encode_couplings
+from pipeline.encode_job import encode_couplings, ray_session
 from pipeline.report import write_report
 from stages.checkpoint import load_network, weights_sha256
 from stages.evaluate import evaluate, save_evaluation
@@ -19,7 +20,6 @@ from storage_specs.files import Root
 from storage_specs.schema import LayoutName
 from storage_specs.store import Store
 
-LAYOUT_ORDER: tuple[LayoutName, ...] = ("webdataset", "zarr")
 MAX_METRICS_BYTES = 1 << 28
 
 
@@ -39,10 +39,13 @@ def run_demo(config: Config, out: str, data: Path | None, skip_bad_images: bool)
     click.echo(f"    {document['bpd']:.3f} bits per dimension held out", err=True)
     teacher = f"{out}/teacher/model.safetensors"
     step(3, "encode: teacher × noise draws → coupling stores, on Ray, in both layouts")
-    for layout in LAYOUT_ORDER:
-        encode = config.encode.model_copy(update={"layout": layout})
-        encode_couplings(encode, f"{out}/samples/train", teacher, f"{out}/couplings-{layout}")
-    couplings = f"{out}/couplings-{LAYOUT_ORDER[0]}"
+    stores: dict[LayoutName, str] = {"webdataset": f"{out}/couplings-webdataset", "zarr": f"{out}/couplings-zarr"}
+    missing = not all(Root(url).exists("dataset.json") for url in stores.values())
+    with ray_session() if missing else nullcontext():
+        for layout, url in stores.items():
+            encode = config.encode.model_copy(update={"layout": layout})
+            encode_couplings(encode, f"{out}/samples/train", teacher, url)
+    couplings = stores["webdataset"]
     students = {}
     step(4, "train-student: flow matching on the teacher's pairs and on random pairs")
     for coupling in ("nfm", "independent"):

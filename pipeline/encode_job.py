@@ -6,12 +6,14 @@ encodes only the blocks that have no commit record.
 """
 
 import logging
-import math
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from stages.encode import BlockEncoder, EncodeConfig, coupling_spec, load_teacher
 from stages.progress import Progress
+from stages.section import StageError
 from storage_specs.schema import Dataset
 from storage_specs.store import Store
 from storage_specs.writer import StoreWriter
@@ -22,7 +24,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 IN_FLIGHT = 2  # blocks given to a worker at a time, so that it never waits for the driver
-RETRIES = 3  # of one block, after its worker died
+RETRIES = 3  # of one block, each on a restarted worker, wherever Ray finds room for it
 LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; only commit rows pass through it
 
 
@@ -72,11 +74,7 @@ def _absolute(url: str) -> str:
 
 
 def _run(config: EncodeConfig, todo: list[int], arguments: dict[str, Any], progress: Progress) -> None:
-    started_here = not ray.is_initialized()
-    if started_here:
-        _start_ray()
-    workers: list[Any] = []
-    try:
+    with ray_session(), ExitStack() as cleanup:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         cpus = int(ray.cluster_resources().get("CPU", 1))
         most = gpus or max(1, cpus // config.cpus_per_worker)
@@ -84,30 +82,36 @@ def _run(config: EncodeConfig, todo: list[int], arguments: dict[str, Any], progr
         resources = {"num_gpus": 1} if gpus else {"num_cpus": config.cpus_per_worker}
         actor = ray.remote(Worker)
         workers = [
-            actor.options(max_restarts=-1, **resources).remote(threads=config.cpus_per_worker, **arguments)
+            actor.options(max_restarts=-1, max_task_retries=RETRIES, **resources).remote(
+                threads=config.cpus_per_worker, **arguments
+            )
             for _ in range(count)
         ]
-        _dispatch(workers, todo, progress)
-    finally:
         for worker in workers:
-            ray.kill(worker)
-        if started_here:
-            ray.shutdown()
+            cleanup.callback(ray.kill, worker)
+        _dispatch(workers, todo, progress)
 
 
-def _start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, or start one here."""
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray while it is needed: the cluster that RAY_ADDRESS names, or one started here. Inside another session, that."""
+    if ray.is_initialized():
+        yield
+        return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
     else:
         ray.init(include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _dispatch(workers: list[Any], todo: list[int], progress: Progress) -> None:
-    """Keep every worker busy until all blocks are committed; a block whose worker died is given out again."""
+    """Keep every worker busy until all blocks are committed."""
     queue = list(reversed(todo))
-    tries = dict.fromkeys(todo, 0)
     running: dict[Any, tuple[Any, int]] = {}
 
     def give(worker: Any) -> None:
@@ -115,7 +119,7 @@ def _dispatch(workers: list[Any], todo: list[int], progress: Progress) -> None:
             block = queue.pop()
             running[worker.encode.remote(block)] = worker, block
 
-    for _ in range(min(IN_FLIGHT, math.ceil(len(todo) / len(workers)))):
+    for _ in range(IN_FLIGHT):
         for worker in workers:
             give(worker)
     while running:
@@ -125,9 +129,8 @@ def _dispatch(workers: list[Any], todo: list[int], progress: Progress) -> None:
             progress.advance(ray.get(ready[0]))
         except RayTaskError as error:
             raise error.as_instanceof_cause() from None  # the encoder's own error, not a dead worker
-        except RayActorError:
-            tries[block] += 1
-            if tries[block] > RETRIES:
-                raise
-            queue.append(block)
+        except RayActorError as error:
+            raise StageError(
+                f"workers died {RETRIES + 1} times on block {block}; where memory ran out, lower encode.batch_size"
+            ) from error
         give(worker)

@@ -101,6 +101,7 @@ def evaluate(
             "samples": config.samples,
             "reference": train.spec.rows,
             "floor": {"fd": evaluation.fd(all_images(val)), "samples": val.spec.rows},
+            "resampled": {"fd": evaluation.fd(evaluation.resampled()), "samples": config.samples},
         },
         "teacher": {"bpd": bits_per_dim(document["training"]["val"])},
         "students": {},
@@ -166,6 +167,13 @@ class Evaluation:
         rows = [np.flatnonzero(labels == y) for y in self.grid_y.tolist()]
         chosen = [int(of_class[i % len(of_class)]) if len(of_class) else 0 for i, of_class in enumerate(rows)]
         return self.train.images(np.array(chosen, dtype=np.int64))
+
+    def resampled(self) -> Tensor:
+        """As many training images as there are generated ones, drawn with replacement: sampling noise alone."""
+        x = all_images(self.train)
+        return x[
+            torch.randint(len(x), (self.config.samples,), generator=torch.Generator().manual_seed(self.config.seed))
+        ]
 
     def _batches(self, noise: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
         size = self.config.batch_size

@@ -53,7 +53,9 @@ def test_couplings_differ_only_in_epsilon() -> None:
 def test_labels_are_dropped_with_probability_p() -> None:
     y = drop_labels(torch.arange(5).repeat(20_000), 0.1, generator())
     assert (y == NULL_LABEL).float().mean().item() == pytest.approx(0.1, abs=0.005)
-    assert torch.equal(class_rows(torch.arange(6.0)[:, None], torch.tensor([0, 4, -1]))[:, 0], torch.tensor([0.0, 4, 5]))
+    assert torch.equal(
+        class_rows(torch.arange(6.0)[:, None], torch.tensor([0, 4, -1]))[:, 0], torch.tensor([0.0, 4, 5])
+    )
 
 
 def test_rms_distance_of_independent_normals_is_one() -> None:
@@ -84,5 +86,3 @@ def test_ema_of_a_known_sequence() -> None:
     assert ema.network.weight.item() == pytest.approx(0.9)
     ema.update(network, step=1000)  # β = 0.5
     assert ema.network.weight.item() == pytest.approx(0.95)
-
-

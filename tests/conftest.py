@@ -1,0 +1,113 @@
+"""Small real data, shared by the tests: digits as sample stores, a teacher trained for seconds, its couplings."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_worker_niceness"] = "0"
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Config, load_config
+from stages.encode import BlockEncoder, coupling_spec, load_teacher
+from stages.prepare import prepare
+from stages.train_teacher import train_teacher
+from storage_specs.schema import LayoutName
+from storage_specs.store import Store
+from storage_specs.writer import StoreWriter
+
+SMALL = (
+    "data.holdout=0.9",
+    "data.block_rows=32",
+    "teacher.notation=TF-2×1-16/2",
+    "teacher.head_dim=8",
+    "teacher.train.images=640",
+    "teacher.train.checkpoint_images=320",
+    "teacher.train.log_images=128",
+    "encode.draws=3",
+    "encode.batch_size=20",
+    "student.size=SiT-1x16h2/2",
+    "student.train.images=640",
+    "student.train.checkpoint_images=320",
+    "student.train.log_images=128",
+    "evaluate.samples=300",
+    "evaluate.grid_columns=10",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths of a small finished run up to its couplings."""
+
+    config: Config
+    samples: str
+    teacher: str
+    couplings: dict[LayoutName, str]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    return load_config("digits", SMALL)
+
+
+def encode_here(config: Config, samples: str, teacher: str, out: str, layout: LayoutName) -> None:
+    """The encode stage without Ray, block after block: what the job on a cluster must equal."""
+    encode = config.encode.model_copy(update={"layout": layout})
+    network, document = load_teacher(teacher)
+    spec = coupling_spec(encode, Store(samples), network, document, teacher)
+    writer = StoreWriter(out, spec)
+    writer.begin()
+    encoder = BlockEncoder(samples, teacher, out, spec.model_dump(mode="json"), encode.batch_size)
+    for block in range(spec.blocks):
+        encoder.encode(block)
+    writer.finalize()
+
+
+@pytest.fixture(scope="session")
+def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("run")
+    prepare(config.data, f"{root}/samples")
+    train_teacher(config.teacher, f"{root}/samples", f"{root}/teacher")
+    teacher = f"{root}/teacher/model.safetensors"
+    couplings: dict[LayoutName, str] = {"webdataset": f"{root}/webdataset", "zarr": f"{root}/zarr"}
+    for layout, url in couplings.items():
+        encode_here(config, f"{root}/samples/train", teacher, url, layout)
+    return Run(config, f"{root}/samples", teacher, couplings)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all tests that need it."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """An image folder with two classes of coloured squares, one greyscale, of different sizes."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("cat", "dog")):
+        folder = tmp_path / "images" / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(6):
+            size = (20 + i, 30 - i) if i else (16, 16)
+            pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels)
+            if i == 1:
+                image = image.convert("L")
+            image.save(folder / f"{i}.{('png', 'jpg', 'jpeg')[(i + label) % 3]}")
+    return tmp_path / "images"

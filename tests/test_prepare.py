@@ -1,0 +1,117 @@
+"""Images to sample stores, and what happens to images that are none."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from stages.prepare import DataConfig, prepare
+from stages.section import StageError
+from storage_specs.errors import StoreError
+from storage_specs.store import Store
+
+DIGITS = DataConfig(source="digits", image_size=8, channels=1, holdout=0.165, block_rows=128)
+FOLDER = DataConfig(source="folder", image_size=12, channels=3, holdout=0.34, block_rows=4)
+
+
+def test_digits_are_all_there_once_in_equal_shares(tmp_path: Path) -> None:
+    prepare(DIGITS, str(tmp_path))
+    train, val = Store(f"{tmp_path}/train"), Store(f"{tmp_path}/val")
+    assert (train.spec.rows, val.spec.rows) == (1500, 297)
+    images = np.concatenate([store.images(np.arange(store.spec.rows)) for store in (train, val)])
+    labels = np.concatenate([train.labels(), val.labels()])
+    bundle = load_digits()
+    expected = {
+        (int(label), np.rint(image * 255 / 16).astype(np.uint8).tobytes())
+        for image, label in zip(bundle.images, bundle.target, strict=True)
+    }
+    assert {(int(label), image.tobytes()) for image, label in zip(images, labels, strict=True)} == expected
+    share = np.bincount(val.labels()) / np.bincount(labels)
+    assert share.min() > 0.155
+    assert share.max() < 0.175
+    first = np.bincount(train.column("label", 0), minlength=10)
+    assert first.min() > 0, "a block holds a mix of classes"
+
+
+def test_a_folder_is_resized_with_the_box_filter(images: Path, tmp_path: Path) -> None:
+    prepare(FOLDER, f"{tmp_path}/out", images)
+    train, val = Store(f"{tmp_path}/out/train"), Store(f"{tmp_path}/out/val")
+    assert train.spec.class_names == ["cat", "dog"]
+    assert (train.spec.rows, val.spec.rows) == (8, 4)
+    stored = {image.tobytes() for store in (train, val) for image in store.images(np.arange(store.spec.rows))}
+    for path in images.rglob("*.*"):
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB").resize((12, 12), Image.Resampling.BOX))
+        assert pixels.transpose(2, 0, 1).tobytes() in stored
+
+
+def test_a_val_folder_is_used_when_there_is_one(images: Path, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (images / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9), "red").save(images / "val" / name / "0.png")
+    prepare(FOLDER, f"{tmp_path}/out", images)
+    assert Store(f"{tmp_path}/out/train").spec.rows == 12
+    assert Store(f"{tmp_path}/out/val").spec.rows == 2
+
+
+def bad_images(images: Path) -> None:
+    (images / "train" / "cat" / "text.jpg").write_text("no image")
+    whole = (images / "train" / "dog" / "0.jpg").read_bytes()
+    (images / "train" / "dog" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+
+
+def test_images_that_do_not_decode_are_named_and_nothing_is_written(images: Path, tmp_path: Path) -> None:
+    bad_images(images)
+    with pytest.raises(StageError, match=r"of 1\d images do not decode.*--skip-bad-images") as caught:
+        prepare(FOLDER.model_copy(update={"holdout": 0.1}), f"{tmp_path}/out", images)
+    assert "cat/text.jpg" in str(caught.value)
+    assert "dog/cut.jpg" in str(caught.value)
+    assert not (tmp_path / "out" / "train" / "dataset.json").exists()
+
+
+def test_skipped_images_are_counted(images: Path, tmp_path: Path) -> None:
+    bad_images(images)
+    prepare(FOLDER, f"{tmp_path}/out", images, skip_bad_images=True)
+    stores = [Store(f"{tmp_path}/out/{split}") for split in ("train", "val")]
+    assert sum(store.spec.rows for store in stores) == 12
+    assert sum(store.spec.preprocessing["quarantined"] for store in stores) == 2
+    prepare(FOLDER, f"{tmp_path}/out", images, skip_bad_images=True)  # the same command again
+
+
+def test_changed_images_are_refused(images: Path, tmp_path: Path) -> None:
+    prepare(FOLDER, f"{tmp_path}/out", images)
+    Image.new("RGB", (9, 9)).save(images / "train" / "cat" / "new.png")
+    with pytest.raises(StoreError, match="holds another store"):
+        prepare(FOLDER, f"{tmp_path}/out", images)
+
+
+def test_folders_without_images(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="no such folder"):
+        prepare(FOLDER, f"{tmp_path}/out", tmp_path / "nothing")
+    (tmp_path / "data" / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(StageError, match="got no images"):
+        prepare(FOLDER, f"{tmp_path}/out", tmp_path / "data")
+    with pytest.raises(StageError, match="no folder was given"):
+        prepare(FOLDER, f"{tmp_path}/out")
+
+
+def test_real_photographs_when_they_are_at_hand(tmp_path: Path) -> None:
+    """200 ImageNet images, some greyscale, if a copy lies beside the checkout."""
+    import tarfile
+
+    archive = Path(__file__).parents[2] / "shared" / "data" / "imagenet_sample.tar"
+    if not archive.exists():
+        pytest.skip("no ImageNet sample here")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "raw", filter="data")
+    folders = sorted({path.parent for path in (tmp_path / "raw").rglob("*.*") if path.is_file()})
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    for folder in folders:
+        folder.rename(tmp_path / "images" / "train" / folder.name)
+    config = DataConfig(source="folder", image_size=64, channels=3, holdout=0.5, block_rows=64)
+    (tmp_path / "images" / "val").symlink_to(tmp_path / "images" / "train")
+    prepare(config, f"{tmp_path}/out", tmp_path / "images")
+    assert Store(f"{tmp_path}/out/train").spec.rows == 200
+    assert Store(f"{tmp_path}/out/train").verify() == []

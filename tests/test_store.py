@@ -1,0 +1,203 @@
+"""Writers that crash, readers that meet broken stores: one clear error that names the file."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from storage_specs.errors import StoreError
+from storage_specs.files import Root, checked_relative
+from storage_specs.layouts import LAYOUTS
+from storage_specs.schema import LayoutName, Spec
+from storage_specs.store import Key, Store
+from storage_specs.stream import CouplingStream
+from storage_specs.writer import StoreWriter
+from tests.conftest import Run
+
+LAYOUT_NAMES: tuple[LayoutName, ...] = ("webdataset", "zarr")
+
+
+def spec(layout: LayoutName = "webdataset", rows: int = 70) -> Spec:
+    return Spec(
+        kind="samples",
+        layout=layout,
+        rows=rows,
+        block_rows=32,
+        shape=(1, 4, 4),
+        num_classes=3,
+        class_names=["a", "b", "c"],
+        preprocessing={"resize": "none"},
+    )
+
+
+def block_of(spec: Spec, block: int) -> dict[str, Any]:
+    index = spec.indices(block)
+    x = (index[:, None] + np.arange(spec.dim)).astype(np.uint8).reshape(-1, *spec.shape)
+    return {"x": x, "label": index % spec.num_classes}
+
+
+def write(url: str, spec: Spec, blocks: list[int]) -> StoreWriter:
+    writer = StoreWriter(url, spec)
+    writer.begin()
+    for block in blocks:
+        writer.write_block(block, block_of(spec, block), {}, seconds=0.0)
+    return writer
+
+
+def tree(url: str) -> dict[str, bytes]:
+    root = Path(url)
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_bytes_depend_on_neither_order_nor_interruption(tmp_path: Path, layout: LayoutName) -> None:
+    first, second = f"{tmp_path}/a", f"{tmp_path}/b"
+    write(first, spec(layout), [0, 1, 2]).finalize()
+    write(second, spec(layout), [2])
+    resumed = StoreWriter(second, spec(layout))
+    resumed.begin()
+    assert resumed.committed() == {2}
+    write(second, spec(layout), [1, 0, 1]).finalize()
+    assert tree(first) == tree(second)
+
+
+def test_nothing_is_a_store_before_it_is_complete(tmp_path: Path) -> None:
+    write(str(tmp_path), spec(), [0, 1])
+    with pytest.raises(StoreError, match="no dataset.json"):
+        Store(str(tmp_path))
+
+
+def test_another_spec_at_the_same_url_is_refused_with_both_values(tmp_path: Path) -> None:
+    write(str(tmp_path), spec(rows=70), [0])
+    before = tree(str(tmp_path))
+    with pytest.raises(StoreError, match="rows is 70 there and 71 here"):
+        StoreWriter(str(tmp_path), spec(rows=71)).begin()
+    assert tree(str(tmp_path)) == before
+
+
+def test_labels_outside_the_range_are_not_written(tmp_path: Path) -> None:
+    writer = write(str(tmp_path), spec(), [])
+    columns = block_of(spec(), 0)
+    columns["label"] = columns["label"] + 1
+    with pytest.raises(StoreError, match="got label 3, expected 0 to 2"):
+        writer.write_block(0, columns, {}, seconds=0.0)
+    assert not writer.committed()
+
+
+def test_z_that_is_not_finite_is_not_written(run: Run, tmp_path: Path) -> None:
+    store = Store(run.couplings["webdataset"])
+    writer = StoreWriter(str(tmp_path), store.spec)
+    writer.begin()
+    shape = (store.spec.draws, store.spec.rows_of(0), *store.spec.shape)
+    planes = {"z": np.full(shape, np.inf, np.float16), "noise": np.zeros(shape, np.float16)}
+    with pytest.raises(FloatingPointError, match="block 0: z"):
+        writer.write_block(0, {"x": store.column("x", 0), "label": store.column("label", 0)}, planes, seconds=0.0)
+    assert set(tree(str(tmp_path))) == {"commits/spec.json"}
+
+
+def damage(url: Path, path: str, change: Callable[[bytes], bytes]) -> None:
+    (url / path).write_bytes(change((url / path).read_bytes()))
+
+
+def flip(offset: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
+
+
+def edit(**changes: Any) -> Callable[[bytes], bytes]:
+    def apply(data: bytes) -> bytes:
+        document = json.loads(data)
+        for dotted, value in changes.items():
+            *path, last = dotted.split("__")
+            section = document
+            for part in path:
+                section = section[part]
+            section[last] = value
+        return json.dumps(document).encode()
+
+    return apply
+
+
+BROKEN = {
+    "truncated file": ("x/000001.tar", lambda data: data[:-600], "truncated"),
+    "overlong file": ("x/000001.tar", lambda data: data + b"\0" * 512, "overlong"),
+    "empty file": ("x/000001.tar", lambda data: b"", "missing or empty"),
+    "member name": ("x/000001.tar", flip(5), "tar headers"),
+    "npy header": ("x/000001.tar", flip(512 + 20), "npy headers"),
+    "label digit": ("x/000001.tar", lambda data: data.replace(b"00000", b"0000x"), "damaged"),
+    "label out of range": ("x/000000.tar", lambda data: data.replace(b"000002\0", b"000003\0"), "got label 3"),
+    "manifest": ("manifest.parquet", flip(40), "manifest.parquet.*sha256"),
+    "not json": ("dataset.json", lambda data: b"hello", "schema_version"),
+    "future version": ("dataset.json", edit(schema_version="2.0"), "install nfm 2.x"),
+    "huge shape": ("dataset.json", edit(spec__shape=[3, 1 << 20, 1 << 20]), "bytes a row"),
+    "negative rows": ("dataset.json", edit(spec__rows=-1), "spec.rows"),
+    "more rows than files": ("dataset.json", edit(spec__rows=700), "expected the 22 files"),
+    "another shape": ("dataset.json", edit(spec__shape=[1, 4, 8]), "tar headers"),
+    "unknown key": ("dataset.json", edit(spec__secret=1), "secret"),
+}
+
+
+@pytest.mark.parametrize(("path", "change", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_store_ends_in_an_error_that_names_it(
+    tmp_path: Path, path: str, change: Callable[[bytes], bytes], message: str
+) -> None:
+    write(str(tmp_path), spec(), [0, 1, 2]).finalize()
+    assert next(CouplingStream(str(tmp_path), 70, 0, "samples")).x.shape == (70, 1, 4, 4)
+    damage(tmp_path, path, change)
+    with pytest.raises(StoreError, match=message):
+        next(CouplingStream(str(tmp_path), 70, 0, "samples"))
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_verify_finds_one_flipped_bit_in_any_file(run: Run, tmp_path: Path, layout: LayoutName) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run.couplings[layout], copy)
+    assert Store(str(copy)).verify() == []
+    path = LAYOUTS[layout].path("z", 2, 1)
+    damage(copy, path, flip(700))
+    (fault,) = Store(str(copy)).verify()
+    assert path in fault
+    assert "sha256" in fault
+
+
+def test_paths_stay_inside_the_store() -> None:
+    for path in ("../x", "/etc/passwd", "a/../../b", "a//b", "", "a\\b", "./a", "a\0b"):
+        with pytest.raises(StoreError, match="relative path"):
+            checked_relative(path)
+    assert checked_relative("z/k000/000001.tar") == "z/k000/000001.tar"
+
+
+def test_a_remote_store_is_read_through_a_checked_cache(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    monkeypatch.setenv("NFM_CACHE", str(tmp_path / "cache"))
+    fs = fsspec.filesystem("memory")
+    fs.put(run.couplings["webdataset"], "/remote", recursive=True)
+    remote, local = Store("memory://remote"), Store(run.couplings["webdataset"])
+    assert np.array_equal(remote.column("z", 1, 2), local.column("z", 1, 2))
+    fs.rm("/remote/z/k002/000001.tar")
+    assert np.array_equal(Store("memory://remote").column("z", 1, 2), local.column("z", 1, 2)), "cached by content"
+    bad = bytearray(fs.cat_file("/remote/z/k000/000000.tar"))
+    bad[700] ^= 1
+    fs.pipe_file("/remote/z/k000/000000.tar", bytes(bad))
+    with pytest.raises(StoreError, match=r"z/k000/000000\.tar.*sha256"):
+        remote.columns(Key("z", 0, 0))
+    fs.rm("/remote", recursive=True)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Root(str(tmp_path))
+    root.write("a/b", b"old")
+
+    def broken(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", broken)
+    with pytest.raises(OSError, match="No space"):
+        root.write("a/b", b"new")
+    assert tree(str(tmp_path)) == {"a/b": b"old"}

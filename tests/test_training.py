@@ -1,0 +1,209 @@
+"""The one training loop: resumed runs are bit-identical, wrong ones refused, bad numbers stop it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages.checkpoint import Checkpoint, build, load, load_network, save, weights_sha256
+from stages.section import StageError
+from stages.train_student import StudentConfig, train_student
+from stages.train_teacher import train_teacher
+from stages.training import TrainConfig, Trainer, learning_rate
+from tests.conftest import Run
+
+
+def weights(url: str) -> str:
+    return weights_sha256(load(f"{url}/model.safetensors").group("model"))
+
+
+class Interrupt(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    original = Trainer._step
+    done = 0
+
+    def step(self: Trainer, *arguments: Any) -> Tensor:
+        nonlocal done
+        if done == steps:
+            raise Interrupt
+        done += 1
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+
+
+def test_an_interrupted_teacher_continues_bit_for_bit(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, steps=7)  # of 10; the last checkpoint was after 5
+        with pytest.raises(Interrupt):
+            train_teacher(run.config.teacher, run.samples, str(tmp_path))
+    assert not (tmp_path / "model.safetensors").exists()
+    document = train_teacher(run.config.teacher, run.samples, str(tmp_path))
+    whole = load(run.teacher)
+    assert weights(str(tmp_path)) == weights_sha256(whole.group("model"))
+    assert document["curves"] == whole.document["curves"]
+
+
+@pytest.mark.parametrize("coupling", ["nfm", "independent"])
+def test_an_interrupted_student_continues_bit_for_bit(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coupling: str
+) -> None:
+    config = run.config.student.model_copy(update={"coupling": coupling})
+    couplings = run.couplings["webdataset"]
+    train_student(config, couplings, f"{tmp_path}/whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, steps=7)
+        with pytest.raises(Interrupt):
+            train_student(config, couplings, f"{tmp_path}/parts")
+    train_student(config, couplings, f"{tmp_path}/parts")
+    assert weights(f"{tmp_path}/parts") == weights(f"{tmp_path}/whole")
+
+
+def test_both_layouts_train_the_same_student(run: Run, tmp_path: Path) -> None:
+    short = run.config.student.model_copy(update={"train": run.config.student.train.model_copy(update={"images": 128})})
+    for layout, url in run.couplings.items():
+        # Their ids differ, since their bytes do; what is in them does not.
+        train_student(short, url, f"{tmp_path}/{layout}")
+    assert weights(f"{tmp_path}/webdataset") == weights(f"{tmp_path}/zarr")
+
+
+def test_a_finished_run_is_not_trained_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(monkeypatch, steps=0)
+    document = train_teacher(run.config.teacher, run.samples, str(Path(run.teacher).parent))
+    assert document["training"]["images"] == run.config.teacher.train.images
+
+
+def test_a_folder_of_another_run_is_refused_with_both_values(run: Run) -> None:
+    other = run.config.teacher.model_copy(update={"eta": 0.7})
+    with pytest.raises(StageError, match=r"another run.*0\.3.*0\.7"):
+        train_teacher(other, run.samples, str(Path(run.teacher).parent))
+
+
+def test_the_checkpoint_is_the_one_with_the_best_held_out_likelihood(run: Run) -> None:
+    document = load(run.teacher).document
+    curves = document["curves"]
+    assert document["training"]["val"] == min(curves["val"])
+    assert curves["val_images"] == [320, 640]
+
+
+def test_couplings_share_everything_but_epsilon(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    import stages.train_student as module
+
+    original = module.flow_matching_loss
+
+    def recording(field: nn.Module, path: Any, y: Tensor) -> Tensor:
+        x = path.x_t - path.t.view(-1, 1, 1, 1) * path.v  # x_t - t·(ε - x) = x
+        seen[name].append((x, path.t, y))
+        return original(field, path, y)
+
+    monkeypatch.setattr(module, "flow_matching_loss", recording)
+    for name in ("nfm", "independent"):
+        seen[name] = []
+        config = run.config.student.model_copy(
+            update={"coupling": name, "train": run.config.student.train.model_copy(update={"images": 256})}
+        )
+        train_student(config, run.couplings["webdataset"], f"{tmp_path}/{name}")
+    for (x1, t1, y1), (x2, t2, y2) in zip(seen["nfm"], seen["independent"], strict=True):
+        torch.testing.assert_close(x1, x2, atol=1e-5, rtol=0)
+        assert torch.equal(t1, t2)
+        assert torch.equal(y1, y2)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_images_it_came_from(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import stages.train_student as module
+
+    def poisoned(*arguments: Any) -> Tensor:
+        loss = torch.zeros(64, requires_grad=True)
+        return torch.where(torch.arange(64) == 3, torch.nan, loss)
+
+    monkeypatch.setattr(module, "flow_matching_loss", poisoned)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at 0 images; images \[\d+\]"):
+        train_student(run.config.student, run.couplings["webdataset"], str(tmp_path))
+
+
+def test_learning_rate() -> None:
+    config = TrainConfig(
+        images=1000, batch_size=10, lr=1.0, lr_schedule="cosine", warmup_images=100, log_images=1, checkpoint_images=1
+    )
+    assert learning_rate(config, 0) == pytest.approx(0.1, rel=1e-3)
+    assert learning_rate(config, 500) == pytest.approx(0.05 + 0.95 * 0.5)
+    assert learning_rate(config, 1000) == pytest.approx(0.05)
+    assert learning_rate(config.model_copy(update={"lr_schedule": "constant"}), 500) == 1.0
+
+
+def test_checkpoints_refuse_what_they_are_not(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="checkpoint of TarFlow, expected one of SiT"):
+        load_network(run.teacher, "SiT")
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04" + b"x" * 100)
+    with pytest.raises(StageError, match="no checkpoint of nfm"):
+        load(f"{tmp_path}/pickle.safetensors")
+    whole = Path(run.teacher).read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StageError, match="no checkpoint of nfm"):
+        load(f"{tmp_path}/cut.safetensors")
+    checkpoint = load(run.teacher)
+    wider = json.loads(json.dumps(checkpoint.document))
+    wider["architecture"]["width"] = 24
+    save(f"{tmp_path}/wider.safetensors", Checkpoint(checkpoint.tensors, wider))
+    with pytest.raises(StageError, match="do not fit the architecture"):
+        load_network(f"{tmp_path}/wider.safetensors", "TarFlow")
+    with pytest.raises(StageError, match="is not one of TarFlow"):
+        build({"architecture": {"name": "TarFlow", "depth": 3}}, "TarFlow", "x")
+
+
+DDP = """
+import sys, torch
+torch.set_num_threads(1)
+from pipeline.config import load_config
+from stages.train_student import StudentConfig, train_student
+config = StudentConfig.model_validate_json(sys.argv[1])
+train_student(config, sys.argv[2], sys.argv[3])
+"""
+
+
+def test_two_processes_train_one_student(run: Run, tmp_path: Path) -> None:
+    """What torchrun and Ray Train do: the standard variables, one process a rank."""
+    config = run.config.student.model_copy(
+        update={"train": run.config.student.train.model_copy(update={"images": 256})}
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DDP, config.model_dump_json(), run.couplings["webdataset"], str(tmp_path)],
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    network, document = load_network(f"{tmp_path}/model.safetensors", "SiT")
+    assert document["training"]["images"] == 256
+    assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
+
+
+def test_config_of_a_student_is_checked() -> None:
+    with pytest.raises(ValueError, match="coupling"):
+        StudentConfig.model_validate({"size": "SiT-S/2", "coupling": "magic", "train": {}})
