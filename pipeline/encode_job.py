@@ -81,7 +81,7 @@ def _run(config: EncodeConfig, todo: list[int], arguments: dict[str, Any], progr
         count = min(config.workers or most, most, len(todo))
         resources = {"num_gpus": 1} if gpus else {"num_cpus": config.cpus_per_worker}
         actor = ray.remote(Worker)
-        workers = [
+        workers: list[Any] = [
             actor.options(max_restarts=-1, max_task_retries=RETRIES, **resources).remote(
                 threads=config.cpus_per_worker, **arguments
             )

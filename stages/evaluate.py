@@ -171,9 +171,8 @@ class Evaluation:
     def resampled(self) -> Tensor:
         """As many training images as there are generated ones, drawn with replacement: sampling noise alone."""
         x = all_images(self.train)
-        return x[
-            torch.randint(len(x), (self.config.samples,), generator=torch.Generator().manual_seed(self.config.seed))
-        ]
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return x[torch.randint(len(x), (self.config.samples,), generator=generator)]
 
     def _batches(self, noise: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
         size = self.config.batch_size

@@ -122,9 +122,8 @@ class Trainer:
         self.document, self.here, self.validate = document, here, validate
         self.network = network.to(here.device)
         self.ema = EMA(self.network, config.ema)
-        fused = here.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+            self.network.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         self.images = 0
         self.curves = Curves()

@@ -145,7 +145,7 @@ def test_round_trip_of_any_number_of_rows(layout: LayoutName, rows: int) -> None
     rng = np.random.default_rng(0)
     for block in range(spec.blocks):
         here = spec.rows_of(block)
-        written = {
+        written: dict[str, NDArray[Any]] = {
             "x": rng.integers(0, 256, (here, 3, 5, 7), dtype=np.uint8),
             "label": rng.integers(0, 1000, here).astype(np.int64),
         }

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.paths import flow_matching_loss
 from stages.checkpoint import Checkpoint, build, load, load_network, save, weights_sha256
 from stages.section import StageError
 from stages.train_student import StudentConfig, train_student
@@ -24,8 +25,8 @@ def weights(url: str) -> str:
     return weights_sha256(load(f"{url}/model.safetensors").group("model"))
 
 
-class Interrupt(Exception):
-    pass
+class InterruptError(Exception):
+    """Stands for a kill between two steps."""
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
@@ -35,7 +36,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     def step(self: Trainer, *arguments: Any) -> Tensor:
         nonlocal done
         if done == steps:
-            raise Interrupt
+            raise InterruptError
         done += 1
         return original(self, *arguments)
 
@@ -47,7 +48,7 @@ def test_an_interrupted_teacher_continues_bit_for_bit(
 ) -> None:
     with monkeypatch.context() as patch:
         interrupt_after(patch, steps=7)  # of 10; the last checkpoint was after 5
-        with pytest.raises(Interrupt):
+        with pytest.raises(InterruptError):
             train_teacher(run.config.teacher, run.samples, str(tmp_path))
     assert not (tmp_path / "model.safetensors").exists()
     document = train_teacher(run.config.teacher, run.samples, str(tmp_path))
@@ -65,7 +66,7 @@ def test_an_interrupted_student_continues_bit_for_bit(
     train_student(config, couplings, f"{tmp_path}/whole")
     with monkeypatch.context() as patch:
         interrupt_after(patch, steps=7)
-        with pytest.raises(Interrupt):
+        with pytest.raises(InterruptError):
             train_student(config, couplings, f"{tmp_path}/parts")
     train_student(config, couplings, f"{tmp_path}/parts")
     assert weights(f"{tmp_path}/parts") == weights(f"{tmp_path}/whole")
@@ -102,7 +103,7 @@ def test_couplings_share_everything_but_epsilon(run: Run, tmp_path: Path, monkey
     seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     import stages.train_student as module
 
-    original = module.flow_matching_loss
+    original = flow_matching_loss
 
     def recording(field: nn.Module, path: Any, y: Tensor) -> Tensor:
         x = path.x_t - path.t.view(-1, 1, 1, 1) * path.v  # x_t - t·(ε - x) = x
