@@ -137,7 +137,8 @@ class Sampler:
 
     @property
     def name(self) -> str:
-        return f"{self.solver}{self.nfe}"
+        """What `parse_sampler` reads; the schedule is named where it is not the paper's usual one."""
+        return f"{self.solver}{self.nfe}" + (":t" if self.schedule == "t" else "")
 
     def __call__(self, field: VelocityField, noise: Tensor, y: Tensor) -> Trajectory:
         steps = (self.nfe + 1) // 2 if self.solver == "heun" else self.nfe

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from models.solvers import parse_sampler
 from pipeline.config import Config
 from pipeline.encode_job import encode_couplings, ray_session
 from pipeline.report import write_report
@@ -111,4 +112,4 @@ def _summary(metrics: dict[str, Any], report: str) -> str:
 
 
 def _samplers(metrics: dict[str, Any]) -> list[str]:
-    return [name.partition(":")[0] for name in metrics["config"]["evaluate"]["samplers"]]
+    return [parse_sampler(text).name for text in metrics["config"]["evaluate"]["samplers"]]

@@ -94,6 +94,16 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def home(ray_cluster: None, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `runs/demo` is a small finished demo."""
+    from pipeline.demo import run_demo
+
+    out = tmp_path_factory.mktemp("home")
+    run_demo(config, f"{out}/runs/demo", None, skip_bad_images=False)
+    return out
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """An image folder with two classes of coloured squares, one greyscale, of different sizes."""

@@ -88,6 +88,7 @@ def test_samplers_count_nfe_as_the_paper(text: str, steps: int) -> None:
         return x
 
     sampler = parse_sampler(text)
+    assert sampler.name == text
     trajectory = sampler(counting, X, Y)
     assert calls == trajectory.nfe == sampler.nfe
     assert len(trajectory.velocities) == steps

@@ -1,0 +1,205 @@
+"""What users meet: help that reads well, and for each mistake one clear line, exit code 2 and nothing half-written."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.cli import main, nfm
+from stages.checkpoint import load, weights_sha256
+from storage_specs.store import Store
+from tests.conftest import SMALL, Run
+
+Nfm = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nfm:
+    """`nfm …` in this process: exit code, stdout, stderr."""
+
+    def run_nfm(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nfm", *arguments])
+        code = 0
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run_nfm
+
+
+def small(*extra: str) -> list[str]:
+    return [part for setting in (*SMALL, *extra) for part in ("--set", setting)]
+
+
+def is_one_clear_line(result: tuple[int, str, str], *needles: str) -> None:
+    code, _, err = result
+    lines = [line for line in err.splitlines() if not re.match(r"(check|prepare|encode|train)[^:]*: \d+/", line)]
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in err
+    for needle in needles:
+        assert needle in lines[0]
+
+
+COMMANDS = [(), *((name,) for name in sorted(nfm.commands)), ("store", "info"), ("store", "verify")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_reads_well(call: Nfm, command: tuple[str, ...]) -> None:
+    code, out, _ = call(*command, "--help")
+    assert code == 0
+    assert "Usage:" in out
+    for option in re.findall(r"^  (--[a-z-]+) ?[A-Z=.]*\n(?!   )", out, re.MULTILINE):
+        assert option in ("--version",), f"{option} has no help"
+
+
+def test_dry_run_prints_the_resolved_config(call: Nfm, tmp_path: Path) -> None:
+    code, out, _ = call(
+        "encode", "--samples", "a", "--teacher", "b", "--out", f"{tmp_path}/x", "--draws", "5", "--dry-run",
+        "--preset", "imagenet64", "--set", "encode.layout=zarr",
+    )  # fmt: skip
+    resolved = json.loads(out)
+    assert code == 0
+    assert (resolved["encode"]["draws"], resolved["encode"]["layout"]) == (5, "zarr")
+    assert resolved["teacher"]["notation"] == "TF-6×2+2×26-1024/2"
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["--preset", "nothing"], ["'nothing'", "expected one of", "digits"]),
+        (["--set", "teacher.etta=0.1"], ["unknown key teacher.etta", "eta"]),
+        (["--set", "student.train.lrr=0.1"], ["unknown key student.train.lrr", "weight_decay"]),
+        (["--set", "nosection.a=1"], ["unknown key nosection"]),
+        (["--set", "teacher.eta"], ["expected section.key=value"]),
+        (["--set", "teacher.eta=-1"], ["teacher.eta", "-1"]),
+        (["--set", "encode.layout=hdf5"], ["encode.layout", "webdataset"]),
+        (["--set", "evaluate.samplers=['rk45']"], ["rk45"]),
+    ],
+)
+def test_config_mistakes(call: Nfm, tmp_path: Path, arguments: list[str], needles: list[str]) -> None:
+    is_one_clear_line(call("prepare", "--out", f"{tmp_path}/out", *arguments), *needles)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_folder_mistakes(call: Nfm, tmp_path: Path) -> None:
+    folder = ["--set", "data.source=folder", "--out", f"{tmp_path}/out"]
+    is_one_clear_line(call("prepare", *folder, "--data", f"{tmp_path}/none"), "none/train", "no such folder")
+    (tmp_path / "empty" / "train" / "cat").mkdir(parents=True)
+    is_one_clear_line(call("prepare", *folder, "--data", f"{tmp_path}/empty"), "got no images")
+
+
+def test_images_that_do_not_decode(call: Nfm, images: Path, tmp_path: Path) -> None:
+    (images / "train" / "cat" / "broken.png").write_bytes(b"\x89PNG and no more")
+    arguments = ["prepare", "--set", "data.source=folder", "--set", "data.holdout=0.4", "--data", str(images)]
+    is_one_clear_line(call(*arguments, "--out", f"{tmp_path}/out"), "cat/broken.png", "--skip-bad-images")
+    assert call(*arguments, "--out", f"{tmp_path}/out", "--skip-bad-images")[0] == 0
+
+
+def test_a_store_that_is_not_there(call: Nfm, tmp_path: Path) -> None:
+    is_one_clear_line(call("store", "info", f"{tmp_path}/none"), "no dataset.json")
+    result = call("train-student", "--couplings", f"{tmp_path}/none", "--out", f"{tmp_path}/out")
+    is_one_clear_line(result, "no dataset.json")
+    is_one_clear_line(call("store", "info", "nonsense://bucket"), "nonsense")
+
+
+def test_a_sample_store_where_couplings_are_wanted(call: Nfm, run: Run, tmp_path: Path) -> None:
+    result = call("train-student", "--couplings", f"{run.samples}/train", "--out", f"{tmp_path}/out")
+    is_one_clear_line(result, "store of samples, expected one of couplings")
+
+
+def test_a_truncated_store_file(call: Nfm, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.couplings["webdataset"], tmp_path / "store")
+    damaged = tmp_path / "store" / "z" / "k001" / "000002.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    arguments = ["train-student", *small(), "--couplings", f"{tmp_path}/store", "--out", f"{tmp_path}/out"]
+    is_one_clear_line(call(*arguments), "z/k001/000002.tar", "truncated")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    code, _, err = call("store", "verify", f"{tmp_path}/store")
+    assert code == 2
+    assert "z/k001/000002.tar" in err
+    assert call("store", "verify", run.couplings["webdataset"])[0] == 0
+
+
+def test_a_checkpoint_of_another_architecture(call: Nfm, run: Run, tmp_path: Path) -> None:
+    student = f"{tmp_path}/student"
+    assert call("train-student", *small("student.train.images=64"), "--couplings", run.couplings["zarr"], "--out", student)[0] == 0  # fmt: skip
+    arguments = ["encode", *small(), "--samples", f"{run.samples}/train", "--out", f"{tmp_path}/out"]
+    is_one_clear_line(call(*arguments, "--teacher", f"{student}/model.safetensors"), "checkpoint of SiT", "TarFlow")
+    is_one_clear_line(call(*arguments, "--teacher", f"{tmp_path}/none.safetensors"), "none.safetensors is missing")
+    assert not (tmp_path / "out").exists()
+    sizes = call("train-teacher", *small("teacher.notation=TF-2"), "--samples", run.samples, "--out", f"{tmp_path}/t")
+    is_one_clear_line(sizes, "TF-2", "expected one like")
+
+
+def test_a_folder_of_another_run(call: Nfm, run: Run) -> None:
+    out = str(Path(run.teacher).parent)
+    result = call("train-teacher", *small("teacher.eta=0.9"), "--samples", run.samples, "--out", out)
+    is_one_clear_line(result, "another run", "0.9")
+
+
+def test_samples_of_teacher_and_student(call: Nfm, run: Run, tmp_path: Path) -> None:
+    out = f"{tmp_path}/grid.png"
+    assert call("sample", run.teacher, "--out", out, "--count", "9", "--class", "3")[0] == 0
+    with Image.open(out) as picture:
+        assert picture.size == (3 * 33 - 1, 3 * 33 - 1)
+    assert call("sample", run.teacher, "--out", f"{tmp_path}/x.npz", "--count", "4", "--guidance", "2")[0] == 0
+    with np.load(f"{tmp_path}/x.npz", allow_pickle=False) as arrays:
+        assert arrays["x"].shape == (4, 1, 8, 8)
+        assert arrays["label"].tolist() == [0, 1, 2, 3]
+    is_one_clear_line(call("sample", run.teacher, "--out", out, "--class", "10"), "class 10", "0 to 9")
+    is_one_clear_line(call("sample", run.teacher, "--out", out, "--sampler", "heun8"), "heun", "odd")
+    is_one_clear_line(call("sample", run.teacher, "--out", f"{tmp_path}/x.gif"), ".png or .npz")
+
+
+def test_unknown_options_exit_with_2(call: Nfm) -> None:
+    assert call("prepare", "--nothing")[0] == 2
+    assert call("nothing")[0] == 2
+
+
+def test_info_shows_what_the_store_holds(call: Nfm, run: Run) -> None:
+    _, out, _ = call("store", "info", run.couplings["webdataset"])
+    store = Store(run.couplings["webdataset"])
+    for needle in ("couplings, webdataset", "3 an image, η = 0.3", str(store.spec.rows), store.dataset.id):
+        assert needle in out
+
+
+def test_ctrl_c_ends_cleanly_and_the_same_command_continues(run: Run, tmp_path: Path) -> None:
+    longer = small("teacher.train.images=25600", "teacher.train.checkpoint_images=640")
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "train-teacher", *longer]
+    command += ["--samples", run.samples, "--out", f"{tmp_path}/out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    state = tmp_path / "out" / "state.safetensors"
+    deadline = time.monotonic() + 100
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted; the same command continues"
+    assert "Traceback" not in err
+    seen = load(str(state)).document["images"]
+    assert 0 < seen < 25600
+    again = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=250, check=True)
+    assert f"train-teacher: {seen}/25600" in again.stderr
+    whole = [*command[:-1], f"{tmp_path}/whole"]
+    subprocess.run(whole, stderr=subprocess.DEVNULL, timeout=250, check=True)
+    first, second = (
+        weights_sha256(load(f"{tmp_path}/{name}/model.safetensors").group("model")) for name in ("out", "whole")
+    )
+    assert first == second

@@ -1,0 +1,82 @@
+"""The whole path on small settings: every artifact, every number, and nothing done twice."""
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.demo import run_demo
+from storage_specs.store import Store
+
+@pytest.fixture
+def demo(home: Path) -> Path:
+    return home / "runs" / "demo"
+
+
+def test_every_number_is_there_and_finite(demo: Path, config: Config) -> None:
+    metrics = json.loads((demo / "metrics.json").read_text())
+    for coupling in ("nfm", "independent"):
+        student = metrics["students"][coupling]
+        assert math.isfinite(student["loss"])
+        for sampler in ("heun31", "heun15", "heun7", "euler5", "euler3"):
+            assert student[sampler]["fd"] > 0
+            assert student[sampler]["curvature"] >= 0
+    assert {"bpd", "roundtrip_max_abs", "fd"} <= metrics["teacher"].keys()
+    assert metrics["teacher"]["roundtrip_max_abs"] < 1e-4
+    for space in ("dx", "dz"):
+        assert set(metrics["zspace"][space]) == {
+            "different_x_different_noise",
+            "same_x_different_noise",
+            "different_x_same_noise",
+        }
+    assert metrics["zspace"]["dx"]["same_x_different_noise"] == pytest.approx(config.teacher.eta, rel=0.05)
+    store = Store(f"{demo}/couplings-webdataset")
+    assert metrics["encode"]["images"] == store.spec.rows
+    assert metrics["encode"]["draws"] == config.encode.draws
+    assert metrics["encode"]["shards"] == store.dataset.totals.files
+    assert metrics["encode"]["seconds"] > 0
+    assert metrics["fd"]["floor"]["samples"] == Store(f"{demo}/samples/val").spec.rows
+    assert metrics["config"] == config.model_dump(mode="json")
+
+
+class Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_report_is_one_self_contained_page(demo: Path) -> None:
+    page = (demo / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert len(links.sources) == 3 + 2 + 2 * 3  # plots, real and teacher rows, three samplers of two students
+    assert all(source.startswith("data:image/png;base64,") for source in links.sources)
+    metrics = json.loads((demo / "metrics.json").read_text())
+    for value in (metrics["students"]["nfm"]["euler3"]["fd"], metrics["fd"]["floor"]["fd"]):
+        assert f"{value:.3f}" in page
+
+
+def test_the_same_command_again_does_nothing_twice(demo: Path, config: Config) -> None:
+    before = {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.is_file()}
+    run_demo(config, str(demo), None, skip_bad_images=False)
+    changed = {path.name for path, at in before.items() if path.stat().st_mtime_ns != at}
+    assert changed == {"report.html"}
+
+
+def test_metrics_of_other_settings_are_not_reused(demo: Path, config: Config) -> None:
+    fewer = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"samples": 200})})
+    run_demo(fewer, str(demo), None, skip_bad_images=False)
+    assert json.loads((demo / "metrics.json").read_text())["fd"]["samples"] == 200
+    run_demo(config, str(demo), None, skip_bad_images=False)
+
+
+def test_an_image_folder_instead_of_digits(ray_cluster: None, images: Path, config: Config, tmp_path: Path) -> None:
+    run_demo(config.model_copy(update={"data": config.data.model_copy(update={"holdout": 0.4})}), f"{tmp_path}/out", images, False)  # fmt: skip
+    assert Store(f"{tmp_path}/out/samples/train").spec.class_names == ["cat", "dog"]
+    assert (tmp_path / "out" / "report.html").exists()

@@ -1,0 +1,82 @@
+"""The README is executed: its Python as it stands, its `nfm` lines for real on a small demo or as a dry run, its `make`
+targets looked up."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import main
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(where, code) of each fenced block."""
+    found = []
+    for path in DOCS:
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+            found.append((f"{path.name}:{path.read_text()[: match.start()].count(chr(10)) + 2}", match[1]))
+    return found
+
+
+PYTHON = blocks("python")
+LINES = [(where, line.partition("  #")[0].strip()) for where, block in blocks("sh") for line in block.splitlines()]
+NFM = [(where, line) for where, line in LINES if line.startswith(("nfm ", "torchrun "))]
+MAKE = [(where, line) for where, line in LINES if re.match(r"(\w+=\S+ )*make ", line)]
+
+
+def test_the_docs_have_blocks_of_each_kind() -> None:
+    assert len(PYTHON) >= 2
+    assert len(NFM) >= 5
+    assert len(MAKE) >= 4
+    assert len(NFM) + len(MAKE) == len(LINES), "a line that no test runs"
+
+
+@pytest.mark.parametrize(("where", "code"), PYTHON, ids=[where for where, _ in PYTHON])
+def test_python_runs_as_it_stands(home: Path, monkeypatch: pytest.MonkeyPatch, where: str, code: str) -> None:
+    monkeypatch.chdir(home)
+    exec(compile(code, where, "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.parametrize(("where", "line"), NFM, ids=[line[:40] for _, line in NFM])
+def test_nfm_lines_run(home: Path, monkeypatch: pytest.MonkeyPatch, where: str, line: str) -> None:
+    """On the small demo where they name it; the rest, for clusters, up to their resolved config."""
+    monkeypatch.chdir(home)
+    arguments = shlex.split(line.partition("-m pipeline ")[2] if line.startswith("torchrun") else line[4:])
+    if "runs/demo" not in line:
+        arguments.append("--dry-run")
+    monkeypatch.setattr(sys, "argv", ["nfm", *arguments])
+    main()
+
+
+@pytest.mark.parametrize(("where", "line"), MAKE, ids=[line[:40] for _, line in MAKE])
+def test_make_lines_resolve_to_commands(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, line: str
+) -> None:
+    """`make -n` prints what a target would run; where that is a stage, its options must be right."""
+    arguments = shlex.split(line[line.index("make ") + 5 :])
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    printed = subprocess.run(
+        ["make", "-n", "-o", ".venv/.ready", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    commands = [command for command in printed.splitlines() if command.startswith(".venv/bin/nfm ")]
+    if arguments[0] in ("encode-couplings", "train-student", "demo"):
+        assert commands
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["nfm", *shlex.split(command)[1:], "--dry-run"])
+        main()
+
+
+def test_every_target_named_in_the_docs_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for path in DOCS:
+        for target in re.findall(r"`make ([a-z-]+)", path.read_text()):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{path.name} names make {target}"
