@@ -20,11 +20,14 @@ matplotlib.use("Agg")
 MAX_GRIDS_BYTES = 1 << 32
 COLORS = {"nfm": "#c2410c", "independent": "#1d4ed8"}
 NAMES = {"nfm": "NFM (teacher's pairs)", "independent": "FM (random pairs)"}
+SHORT = {"nfm": "NFM", "independent": "FM"}
 
 
 def write_report(root: Root, metrics: dict[str, Any]) -> None:
     with np.load(io.BytesIO(root.read("grids.npz", MAX_GRIDS_BYTES)), allow_pickle=False) as archive:
         grids = {name: archive[name] for name in archive.files}
+    order = sorted(metrics["students"], key=lambda name: (name != "nfm", name))
+    metrics = metrics | {"students": {name: metrics["students"][name] for name in order}}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -49,7 +52,7 @@ def _row_name(name: str) -> str:
     if not sampler:
         return {"real": "training images", "teacher": "TarFlow teacher"}[name]
     parsed = parse_sampler(sampler)
-    return f"{NAMES.get(student, student)}, {parsed.solver} {parsed.nfe}"
+    return f"{SHORT.get(student, student)}, {parsed.solver.capitalize()} {parsed.nfe}"
 
 
 def _effects(metrics: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def to_float(pixels: NDArray[np.uint8]) -> Tensor:
     """uint8 to float32 in [-1, 1], x / 127.5 - 1."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).float().div_(127.5).sub_(1)
+    return torch.from_numpy(pixels.astype(np.float32)).div_(127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:

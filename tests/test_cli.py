@@ -138,7 +138,10 @@ def test_a_truncated_store_file(call: Nfm, run: Run, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_architecture(call: Nfm, run: Run, tmp_path: Path) -> None:
     student = f"{tmp_path}/student"
-    assert call("train-student", *small("student.train.images=64"), "--couplings", run.couplings["zarr"], "--out", student)[0] == 0  # fmt: skip
+    trained = call(
+        "train-student", *small("student.train.images=64"), "--couplings", run.couplings["zarr"], "--out", student
+    )
+    assert trained[0] == 0
     arguments = ["encode", *small(), "--samples", f"{run.samples}/train", "--out", f"{tmp_path}/out"]
     is_one_clear_line(call(*arguments, "--teacher", f"{student}/model.safetensors"), "checkpoint of SiT", "TarFlow")
     is_one_clear_line(call(*arguments, "--teacher", f"{tmp_path}/none.safetensors"), "none.safetensors is missing")

@@ -11,6 +11,7 @@ from pipeline.config import Config
 from pipeline.demo import run_demo
 from storage_specs.store import Store
 
+
 @pytest.fixture
 def demo(home: Path) -> Path:
     return home / "runs" / "demo"
@@ -77,6 +78,7 @@ def test_metrics_of_other_settings_are_not_reused(demo: Path, config: Config) ->
 
 
 def test_an_image_folder_instead_of_digits(ray_cluster: None, images: Path, config: Config, tmp_path: Path) -> None:
-    run_demo(config.model_copy(update={"data": config.data.model_copy(update={"holdout": 0.4})}), f"{tmp_path}/out", images, False)  # fmt: skip
+    halves = config.model_copy(update={"data": config.data.model_copy(update={"holdout": 0.4})})
+    run_demo(halves, f"{tmp_path}/out", images, skip_bad_images=False)
     assert Store(f"{tmp_path}/out/samples/train").spec.class_names == ["cat", "dog"]
     assert (tmp_path / "out" / "report.html").exists()

@@ -18,11 +18,13 @@ DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 def blocks(language: str) -> list[tuple[str, str]]:
     """(where, code) of each fenced block."""
-    found = []
-    for path in DOCS:
-        for match in re.finditer(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
-            found.append((f"{path.name}:{path.read_text()[: match.start()].count(chr(10)) + 2}", match[1]))
-    return found
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    texts = {path.name: path.read_text() for path in DOCS}
+    return [
+        (f"{name}:{text[: match.start()].count(chr(10)) + 2}", match[1])
+        for name, text in texts.items()
+        for match in fence.finditer(text)
+    ]
 
 
 PYTHON = blocks("python")
