@@ -175,6 +175,8 @@ class FlowBlock(nn.Module):
 
     def _affine(self, h: Tensor) -> tuple[Tensor, Tensor]:
         out = self.proj_out(h)
+        if out.dtype.itemsize < 4:
+            out = out.float()  # under autocast the affine map itself stays in float32, or z would carry bf16's rounding
         if self.nvp:
             a, b = out.chunk(2, dim=-1)
             return a, b
@@ -188,8 +190,8 @@ class FlowBlock(nn.Module):
         a, b = self._affine(h)  # (B, T, P) each, for the *next* token
         a = F.pad(a[:, :-1], (0, 0, 1, 0))  # token 0 passes unchanged
         b = F.pad(b[:, :-1], (0, 0, 1, 0))
-        u = (x - b) * torch.exp(-a.float()).type_as(a)  # (B, T, P)
-        return self._order(u, 1), -a.float().mean(dim=(1, 2))  # (B, T, P), (B,)
+        u = (x - b) * torch.exp(-a)  # (B, T, P)
+        return self._order(u, 1), -a.mean(dim=(1, 2))  # (B, T, P), (B,)
 
     def decode(self, u: Tensor, y: Tensor | None, guide: "Guide") -> Tensor:
         """The inverse of `forward`, token by token with a KV cache. With guidance, the conditional and the
@@ -219,7 +221,7 @@ class FlowBlock(nn.Module):
             a, b = self._affine(h)  # (B or 2B, 1, P)
             if guide.active:
                 a, b = guide.combine(a, b, i, tokens)  # (B, 1, P)
-            x[:, i + 1] = x[:, i + 1] * torch.exp(a[:, 0].float()).type_as(x) + b[:, 0]
+            x[:, i + 1] = x[:, i + 1] * torch.exp(a[:, 0]) + b[:, 0]
         return self._order(x, 1)
 
 
@@ -274,7 +276,7 @@ class TarFlow(nn.Module):
         dropped.
         """
         u = self.patchify(x)  # (B, T, P)
-        logdet = u.new_zeros(len(u), dtype=torch.float32)  # (B,)
+        logdet = u.new_zeros(len(u))  # (B,)
         for block in self.blocks:
             u, block_logdet = block(u, y)  # (B, T, P), (B,)
             logdet = logdet + block_logdet

@@ -11,9 +11,9 @@ from models.labels import drop_labels
 from models.paths import flow_matching_loss, linear_path, logit_normal
 from models.sit import SiT, SiTConfig, parse_size
 from stages.section import Section, StageError
-from stages.training import TrainConfig, Trainer, world
+from stages.training import TrainConfig, Trainer, open_stream, world
 from storage_specs.store import Store
-from storage_specs.stream import Batch, CouplingStream
+from storage_specs.stream import Batch
 
 
 class StudentConfig(Section):
@@ -55,7 +55,7 @@ def train_student(config: StudentConfig, couplings: str, out: str) -> dict[str, 
         return flow_matching_loss(model, linear_path(batch.x, epsilon, t), y)
 
     with world() as here:
-        stream = CouplingStream(couplings, config.train.batch_size, config.train.seed, "pairs", here.rank, here.size)
+        stream = open_stream(couplings, "pairs", config.train, here)
         trainer = Trainer(
             f"train-student {config.coupling}",
             network,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.labels import drop_labels
 from models.tarflow import TarFlow, TarFlowConfig, bits_per_dim, nll, parse_notation
 from stages.section import Section, StageError
-from stages.training import TrainConfig, Trainer, world
+from stages.training import TrainConfig, Trainer, open_stream, world
 from storage_specs.store import Store
 from storage_specs.stream import Batch, CouplingStream
 
@@ -56,7 +56,7 @@ def train_teacher(config: TeacherConfig, samples: str, out: str) -> dict[str, An
         return nll(model(batch.x + config.eta * noise, y))
 
     with world() as here:
-        stream = CouplingStream(train.url, config.train.batch_size, config.train.seed, "samples", here.rank, here.size)
+        stream = open_stream(train.url, "samples", config.train, here)
         trainer = Trainer(
             "train-teacher",
             network,

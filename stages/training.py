@@ -22,7 +22,7 @@ from models.ema import EMA
 from stages.checkpoint import Checkpoint, architecture, exists, load, load_weights, save
 from stages.progress import Progress
 from stages.section import Section, StageError
-from storage_specs.stream import Batch, CouplingStream, StreamState
+from storage_specs.stream import Batch, CouplingStream, StreamState, View
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -90,6 +90,13 @@ def world() -> Iterator[World]:
     finally:
         if joined_here:
             dist.destroy_process_group()
+
+
+def open_stream(url: str, view: View, config: TrainConfig, here: World) -> CouplingStream:
+    """This rank's share of the training data. Raises StageError if the ranks cannot share the batch equally."""
+    if config.batch_size % here.size:
+        raise StageError(f"got batch_size {config.batch_size} for {here.size} processes; expected a multiple of them")
+    return CouplingStream(url, config.batch_size, config.seed, view, here.rank, here.size)
 
 
 def learning_rate(config: TrainConfig, images: int) -> float:
