@@ -89,23 +89,34 @@ def architecture(network: nn.Module) -> dict[str, Any]:
     return {"name": type(network).__name__} | config
 
 
-def build(document: Mapping[str, Any], name: str, url: str) -> nn.Module:
-    """The network that a checkpoint's architecture describes. Raises StageError if it is not a `name`."""
-    described = dict(document.get("architecture", {}))
+def build(checkpoint: Checkpoint, name: str, url: str) -> nn.Module:
+    """The network of a finished model, which must be a `name`. Raises StageError if architecture and weights disagree.
+
+    It is laid out without memory and then takes the file's own tensors, so a hostile architecture allocates nothing.
+    """
+    described = dict(checkpoint.document.get("architecture", {}))
     kind = described.pop("name", None)
     if kind != name:
         raise StageError(f"{url}: got a checkpoint of {kind or 'no network'}, expected one of {name}")
     network, config = NETWORKS[name]
+    state = checkpoint.group("model")
     try:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
-        return network(config(**values))
-    except (TypeError, ValueError) as error:
+        parsed = config(**values)
+        layers = sum(parsed.depths) if name == "TarFlow" else parsed.depth
+        if layers > len(state):
+            raise ValueError(f"{layers} layers, but only {len(state)} tensors")
+        with torch.device("meta"):
+            built = network(parsed)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise StageError(f"{url}: its architecture {described} is not one of {name}: {error}") from error
+    load_weights(built, state, url, assign=True)
+    return built.requires_grad_(False).eval()
 
 
-def load_weights(network: nn.Module, state: Mapping[str, Tensor], url: str) -> None:
+def load_weights(network: nn.Module, state: Mapping[str, Tensor], url: str, assign: bool = False) -> None:
     try:
-        network.load_state_dict(dict(state))
+        network.load_state_dict(dict(state), assign=assign)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise StageError(f"{url}: its weights do not fit the architecture: {first}") from error
@@ -114,6 +125,4 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], url: str) -> N
 def load_network(url: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
     """A finished model (`model.safetensors`) in evaluation mode, and its document."""
     checkpoint = load(url)
-    network = build(checkpoint.document, name, url)
-    load_weights(network, checkpoint.group("model"), url)
-    return network.requires_grad_(False).eval(), checkpoint.document
+    return build(checkpoint, name, url), checkpoint.document

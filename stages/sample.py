@@ -14,7 +14,7 @@ from models.labels import NULL_LABEL
 from models.sit import Guided, SiT
 from models.solvers import Sampler
 from models.tarflow import Guide, TarFlow
-from stages.checkpoint import build, load, load_weights
+from stages.checkpoint import build, load
 from stages.section import StageError
 from storage_specs.files import Root
 from storage_specs.pixels import to_uint8
@@ -64,10 +64,9 @@ def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
         raise StageError(f"got output {out!r}; expected a name ending in .png or .npz")
     loaded = load(checkpoint)
     name = loaded.document.get("architecture", {}).get("name")
-    network = build(loaded.document, "TarFlow" if name == "TarFlow" else "SiT", checkpoint)
-    load_weights(network, loaded.group("model"), checkpoint)
+    network = build(loaded, "TarFlow" if name == "TarFlow" else "SiT", checkpoint)
     assert isinstance(network, SiT | TarFlow)
-    network.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
     eta = loaded.document["run"]["teacher"]["eta"] if name == "TarFlow" else 0.0
     images, labels = draw(network, request, eta)
     pixels = to_uint8(images)

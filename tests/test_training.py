@@ -164,7 +164,16 @@ def test_checkpoints_refuse_what_they_are_not(run: Run, tmp_path: Path) -> None:
     with pytest.raises(StageError, match="do not fit the architecture"):
         load_network(f"{tmp_path}/wider.safetensors", "TarFlow")
     with pytest.raises(StageError, match="is not one of TarFlow"):
-        build({"architecture": {"name": "TarFlow", "depth": 3}}, "TarFlow", "x")
+        build(Checkpoint({}, {"architecture": {"name": "TarFlow", "depth": 3}}), "TarFlow", "x")
+
+
+@pytest.mark.parametrize(("key", "value"), [("width", 1 << 40), ("depths", [1 << 40]), ("image_size", 1 << 30)])
+def test_a_hostile_architecture_allocates_nothing(run: Run, key: str, value: Any) -> None:
+    checkpoint = load(run.teacher)
+    document = json.loads(json.dumps(checkpoint.document))
+    document["architecture"][key] = value
+    with pytest.raises(StageError, match="architecture"):
+        build(Checkpoint(checkpoint.tensors, document), "TarFlow", "x")
 
 
 DDP = """
