@@ -61,7 +61,7 @@ class Spec(Model):
     kind: Kind
     layout: LayoutName
     rows: Positive
-    block_rows: Positive
+    block_rows: Annotated[int, Field(ge=1, le=1 << 20)]
     shape: tuple[Positive, Positive, Positive]  # (C, H, W)
     num_classes: Annotated[int, Field(ge=1, le=1_000_000)]
     class_names: list[str]

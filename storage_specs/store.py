@@ -14,6 +14,7 @@ from storage_specs.errors import StoreError
 from storage_specs.files import Root, checked_relative, local_file, mapped, sha256
 from storage_specs.layouts import LAYOUTS, Columns
 from storage_specs.schema import Dataset, FileRecord, Kind, Spec, parse_dataset
+from storage_specs.webdataset import npy_header
 
 MAX_METADATA_BYTES = 1 << 30
 
@@ -68,8 +69,12 @@ class Store:
         data = self.root.read("manifest.parquet", MAX_METADATA_BYTES)
         if sha256(data) != self.dataset.manifest_sha256:
             raise StoreError(f"{name}: its sha256 is not the one in dataset.json; the file is damaged")
+        wanted = expected_files(self.spec)
         try:
-            table = pq.read_table(io.BytesIO(data))
+            parquet = pq.ParquetFile(io.BytesIO(data))
+            if parquet.metadata.num_rows != wanted:
+                raise StoreError(f"{name}: got {parquet.metadata.num_rows} files, expected the {wanted} of the spec")
+            table = parquet.read()
         except pa.ArrowException as error:
             raise StoreError(f"{name}: not a Parquet file: {error}") from error
         if table.schema.names != FILE_SCHEMA.names or not table.schema.equals(FILE_SCHEMA):
@@ -84,11 +89,8 @@ class Store:
         for row in table.to_pylist():
             record = FileRecord(**{field: row[field] for field in FileRecord.model_fields})
             files[Key(record.column, record.block, record.draw)] = record
-        wanted = set(expected_keys(self.spec))
-        if len(files) != table.num_rows or files.keys() != wanted:
-            raise StoreError(
-                f"{name}: got {table.num_rows} files, expected the {len(wanted)} files of the spec, each once"
-            )
+        if files.keys() != set(expected_keys(self.spec)):
+            raise StoreError(f"{name}: its files are not those of the spec, each once")
         for key, record in files.items():
             size = self.layout.size(self.spec, key.column, self.spec.rows_of(key.block))
             path = self.layout.path(key.column, key.block, key.draw)
@@ -111,9 +113,12 @@ class Store:
         name = f"{self.url}/sigma_f.npy"
         if sha256(data) != self.dataset.sigma_f_sha256:
             raise StoreError(f"{name}: its sha256 is not the one in dataset.json; the file is damaged")
-        sigma: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
-        if sigma.shape != self.spec.shape or sigma.dtype != np.float32 or not (np.isfinite(sigma) & (sigma > 0)).all():
-            raise StoreError(f"{name}: expected positive float32 of shape {self.spec.shape}")
+        header = npy_header(np.dtype("<f4"), self.spec.shape)
+        if not data.startswith(header) or len(data) != len(header) + 4 * self.spec.dim:
+            raise StoreError(f"{name}: expected an npy file of float32 with shape {self.spec.shape}")
+        sigma = np.frombuffer(data, "<f4", offset=len(header)).reshape(self.spec.shape)
+        if not (np.isfinite(sigma) & (sigma > 0)).all():
+            raise StoreError(f"{name}: expected positive finite values")
         return sigma
 
     def columns(self, key: Key) -> Columns:
@@ -181,6 +186,11 @@ def check_labels(labels: NDArray[np.int64], num_classes: int, name: str) -> None
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
         raise StoreError(f"{name}: got label {bad[0]}, expected 0 to {num_classes - 1}")
+
+
+def expected_files(spec: Spec) -> int:
+    """How many files a complete store has; known before anything of that size is made."""
+    return spec.blocks * (len(LAYOUTS[spec.layout].base_kinds) + 2 * spec.draws)
 
 
 def expected_keys(spec: Spec) -> list[Key]:

@@ -34,7 +34,7 @@ class ZarrLayout:
     def chunk_rows(self, spec: Spec, kind: str) -> int:
         """The largest divisor of the block that keeps a chunk within CHUNK_BYTES."""
         most = max(1, CHUNK_BYTES // self.row_bytes(spec, kind))
-        return max(rows for rows in range(1, spec.block_rows + 1) if spec.block_rows % rows == 0 and rows <= most)
+        return next(rows for rows in range(min(most, spec.block_rows), 0, -1) if spec.block_rows % rows == 0)
 
     def _chunks(self, spec: Spec, kind: str, rows: int) -> tuple[int, int]:
         """Chunks that hold rows, and all entries of the shard's index."""

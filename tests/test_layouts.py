@@ -116,7 +116,7 @@ def test_the_tuple_is_what_the_teacher_did(run: Run, layout: LayoutName) -> None
             drawn = standard_normal(0, np.array([index]), draw, store.spec.shape)[0]
             assert np.array_equal(noise, drawn.astype(np.float16))
             x = to_float(store.column("x", block)[row])
-            seen = x + store.spec.coupling.eta * torch.from_numpy(noise).float()
+            seen = x + store.spec.coupling.eta * torch.from_numpy(noise.astype(np.float32))
             y = torch.tensor([store.column("label", block)[row]])
             with torch.no_grad():
                 z = teacher(seen[None], y).z[0].numpy()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from storage_specs.errors import StoreError
-from storage_specs.files import Root, checked_relative
+from storage_specs.files import Root, checked_relative, sha256
 from storage_specs.layouts import LAYOUTS
 from storage_specs.schema import LayoutName, Spec
 from storage_specs.store import Key, Store
@@ -134,7 +134,8 @@ BROKEN = {
     "future version": ("dataset.json", edit(schema_version="2.0"), "install nfm 2.x"),
     "huge shape": ("dataset.json", edit(spec__shape=[3, 1 << 20, 1 << 20]), "bytes a row"),
     "negative rows": ("dataset.json", edit(spec__rows=-1), "spec.rows"),
-    "more rows than files": ("dataset.json", edit(spec__rows=700), "expected the 22 files"),
+    "more rows than files": ("dataset.json", edit(spec__rows=700), "expected the 22 of"),
+    "absurdly many rows": ("dataset.json", edit(spec__rows=1 << 47, spec__block_rows=1), "expected the"),
     "another shape": ("dataset.json", edit(spec__shape=[1, 4, 8]), "tar headers"),
     "unknown key": ("dataset.json", edit(spec__secret=1), "secret"),
 }
@@ -161,6 +162,19 @@ def test_verify_finds_one_flipped_bit_in_any_file(run: Run, tmp_path: Path, layo
     (fault,) = Store(str(copy)).verify()
     assert path in fault
     assert "sha256" in fault
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-4], lambda data: data.replace(b"<f4", b"|O8")])
+def test_a_sigma_f_that_is_none_is_refused(run: Run, tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Also by a store whose hashes agree with it: nothing is unpickled, nothing allocated by its own word."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run.couplings["webdataset"], copy)
+    damage(copy, "sigma_f.npy", change)
+    with pytest.raises(StoreError, match=r"sigma_f\.npy.*sha256"):
+        CouplingStream(str(copy), 8, 0)
+    damage(copy, "dataset.json", edit(sigma_f_sha256=sha256((copy / "sigma_f.npy").read_bytes())))
+    with pytest.raises(StoreError, match=r"sigma_f\.npy: expected an npy file"):
+        CouplingStream(str(copy), 8, 0)
 
 
 def test_paths_stay_inside_the_store() -> None:
