@@ -33,8 +33,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)  ## the whole path on embedded data: runs/demo/report.html (DATA=folder, PRESET=name, FRESH=1 to start over)
-	$(if $(FRESH),rm -rf $(or $(OUT),runs/demo))
-	$(BIN)/nfm demo --preset $(PRESET) --out $(or $(OUT),runs/demo) $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(if $(filter 1,$(FRESH)),rm -rf "$(or $(OUT),runs/demo)")
+	$(BIN)/nfm demo --preset "$(PRESET)" --out "$(or $(OUT),runs/demo)" $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(READY)  ## run the tests
 	$(BIN)/pytest $(ARGS)
@@ -49,16 +49,16 @@ format: $(READY)  ## apply ruff's fixes and format
 	$(BIN)/ruff format .
 
 prepare: $(READY)  ## images → sample stores: DATA=folder OUT=url
-	$(BIN)/nfm prepare --preset $(PRESET) $(if $(DATA),--data $(DATA)) --out $(OUT) $(ARGS)
+	$(BIN)/nfm prepare --preset "$(PRESET)" $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
 
 train-teacher: $(READY)  ## sample store → teacher: SOURCE=url OUT=folder
-	$(BIN)/nfm train-teacher --preset $(PRESET) --samples $(SOURCE) --out $(OUT) $(ARGS)
+	$(BIN)/nfm train-teacher --preset "$(PRESET)" --samples "$(SOURCE)" --out "$(OUT)" $(ARGS)
 
 encode-couplings: $(READY)  ## teacher × noise draws → coupling store: SOURCE=url TEACHER=model OUT=url [LAYOUT= DRAWS= RAY_ADDRESS=]
-	$(BIN)/nfm encode --preset $(PRESET) --samples $(SOURCE) --teacher $(TEACHER) --out $(OUT) --layout $(LAYOUT) $(if $(DRAWS),--draws $(DRAWS)) $(ARGS)
+	$(BIN)/nfm encode --preset "$(PRESET)" --samples "$(SOURCE)" --teacher "$(TEACHER)" --out "$(OUT)" --layout $(LAYOUT) $(if $(DRAWS),--draws $(DRAWS)) $(ARGS)
 
 train-student: $(READY)  ## coupling store → student: COUPLINGS=url OUT=folder [COUPLING=nfm|independent]
-	$(BIN)/nfm train-student --preset $(PRESET) --couplings $(COUPLINGS) --out $(OUT) --coupling $(COUPLING) $(ARGS)
+	$(BIN)/nfm train-student --preset "$(PRESET)" --couplings "$(COUPLINGS)" --out "$(OUT)" --coupling $(COUPLING) $(ARGS)
 
 clean:  ## remove .venv and caches, keep runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -36,6 +36,8 @@ class SiTConfig:
     learn_sigma: bool = False  # published networks carry C unused output channels
 
     def __post_init__(self) -> None:
+        if min(self.channels, self.image_size, self.patch, self.width, self.depth, self.heads, self.num_classes) < 1:
+            raise ValueError("got a size below 1; expected positive sizes")
         if self.image_size % self.patch:
             raise ValueError(
                 f"got image size {self.image_size} and patch {self.patch}; the patch must divide the image"

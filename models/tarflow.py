@@ -43,6 +43,8 @@ class TarFlowConfig:
     nvp: bool = True
 
     def __post_init__(self) -> None:
+        if min(self.channels, self.image_size, self.patch, self.width, self.head_dim, self.expansion) < 1:
+            raise ValueError("got a size below 1; expected positive sizes")
         if self.image_size % self.patch:
             raise ValueError(
                 f"got image size {self.image_size} and patch {self.patch}; the patch must divide the image"
@@ -259,7 +261,8 @@ class TarFlow(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(FlowBlock(config, depth, flip=i % 2 == 1) for i, depth in enumerate(config.depths))
-        # E[z²] per dimension in token order: what sampling scales N(0, I) by, so that it matches the z of the data.
+        # E[z²] per dimension in token order, by which sampling scales N(0, I). Published volume-preserving models carry
+        # it; maximum likelihood with free scales drives it to one, and there it stays at one.
         self.register_buffer("var", torch.ones(config.tokens, config.token_dim))
 
     def patchify(self, x: Tensor) -> Tensor:
@@ -292,7 +295,7 @@ class TarFlow(nn.Module):
         return self.unpatchify(u)
 
     def sample(self, noise: Tensor, y: Tensor | None = None, guide: Guide | None = None) -> Tensor:
-        """Standard normal noise (B, C, H, W) to noisy images x + η·ε′, scaled to the z of the data by `var`."""
+        """Standard normal noise (B, C, H, W) to noisy images x + η·ε′, scaled by `var`."""
         return self.decode(noise * self.unpatchify(self.var[None]).sqrt(), y, guide)
 
     def denoise(self, x: Tensor, y: Tensor | None, eta: float) -> Tensor:

@@ -1,5 +1,17 @@
-"""`python -m pipeline`: the `nfm` command for launchers that start modules, such as torchrun."""
+"""The `nfm` command, also as `python -m pipeline` for launchers that start modules, such as torchrun."""
 
-from pipeline.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """`pipeline.cli.main`, with Ctrl-C answered in the same way while the imports are still running."""
+    try:
+        from pipeline.cli import main as run
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

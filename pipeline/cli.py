@@ -1,4 +1,4 @@
-"""`nfm`: one command a stage, and the demo that runs them all. Heavy imports wait until a command needs them."""
+"""`nfm`: one command a stage, and the demo that runs them all."""
 
 import functools
 import sys
@@ -135,7 +135,7 @@ def train_student(config: Config, couplings: str, out: str) -> None:
 )
 @click.option("--class", "classes", multiple=True, type=int, help="Only this class index (-1: none); may be repeated.")
 @click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance weight; 1 is none.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Same seed, same images.")
 def sample(
     checkpoint: str, out: str, count: int, sampler: str, classes: tuple[int, ...], guidance: float, seed: int
 ) -> None:

@@ -36,16 +36,16 @@ def preset_names() -> list[str]:
 def load_config(preset: str, overrides: Sequence[str] = ()) -> Config:
     """A shipped preset by name, or a TOML file by path, with overrides. Raises ConfigError naming what is wrong."""
     if preset in preset_names():
-        text = (files("pipeline") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
+        text = (files("pipeline") / "presets" / f"{preset}.toml").read_bytes()
     elif preset.endswith(".toml") and Path(preset).is_file():
-        text = Path(preset).read_text(encoding="utf-8")
+        text = Path(preset).read_bytes()
     else:
         raise ConfigError(
             f"got preset {preset!r}; expected one of {', '.join(preset_names())}, or the path of a .toml file"
         )
     try:
-        values: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        values: dict[str, Any] = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"preset {preset}: not TOML: {error}") from error
     for override in overrides:
         _apply(values, override)

@@ -27,8 +27,7 @@ MAX_METRICS_BYTES = 1 << 28
 def run_demo(config: Config, out: str, data: Path | None, skip_bad_images: bool) -> None:
     """Write `<out>/report.html` and `<out>/metrics.json`, and on the way every store and checkpoint."""
     start = time.monotonic()
-    if data is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"source": "folder"})})
+    config = config.model_copy(update={"data": config.data.given(data)})
 
     def step(number: int, text: str) -> None:
         click.echo(f"[{number}/6 {time.monotonic() - start:5.0f} s] {text}", err=True)
@@ -70,7 +69,7 @@ def evaluate_and_report(
     inputs = _inputs(samples, couplings, teacher, students)
     settings = config.model_dump(mode="json")
     metrics: dict[str, Any] | None = None
-    if root.exists("metrics.json"):
+    if root.exists("metrics.json") and root.exists("grids.npz"):
         metrics = json.loads(root.read("metrics.json", MAX_METRICS_BYTES))
         if metrics is not None and (metrics.get("inputs"), metrics.get("config")) != (inputs, settings):
             metrics = None

@@ -21,7 +21,7 @@ from storage_specs.writer import StoreWriter
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
 os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster started here: encoding is what the machine is for
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 IN_FLIGHT = 2  # blocks given to a worker at a time, so that it never waits for the driver
 RETRIES = 3  # of one block, each on a restarted worker, wherever Ray finds room for it
@@ -29,15 +29,20 @@ LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; only commit rows pass thro
 
 
 class Worker:
-    """The actor: a BlockEncoder, told how many threads it may use."""
+    """The actor: a BlockEncoder, made on the first block so that what is wrong with it reaches the driver as an
+    error.
+    """
 
     def __init__(self, threads: int, **arguments: Any) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self.encoder = BlockEncoder(**arguments)
+        self.arguments = arguments
+        self.encoder: BlockEncoder | None = None
 
     def encode(self, block: int) -> int:
+        if self.encoder is None:
+            self.encoder = BlockEncoder(**self.arguments)
         return self.encoder.encode(block).rows
 
 
@@ -100,7 +105,12 @@ def ray_session() -> Iterator[None]:
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
+        try:
+            ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
+        except (ValueError, ConnectionError) as error:
+            raise StageError(
+                f"got RAY_ADDRESS={os.environ['RAY_ADDRESS']}, where no Ray cluster answers: {error}"
+            ) from error
     else:
         ray.init(include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
     try:
@@ -128,9 +138,10 @@ def _dispatch(workers: list[Any], todo: list[int], progress: Progress) -> None:
         try:
             progress.advance(ray.get(ready[0]))
         except RayTaskError as error:
-            raise error.as_instanceof_cause() from None  # the encoder's own error, not a dead worker
-        except RayActorError as error:
+            raise error.cause from None  # the encoder's own error, not a dead worker
+        except RayError as error:
             raise StageError(
-                f"workers died {RETRIES + 1} times on block {block}; where memory ran out, lower encode.batch_size"
+                f"workers died {RETRIES + 1} times on block {block} ({type(error).__name__}); does every node have nfm "
+                "installed? Where memory ran out, lower encode.batch_size"
             ) from error
         give(worker)

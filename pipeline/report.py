@@ -36,7 +36,7 @@ def write_report(root: Root, metrics: dict[str, Any]) -> None:
         m=metrics,
         samplers=[parse_sampler(text).name for text in metrics["config"]["evaluate"]["samplers"]],
         names={name: NAMES.get(name, name) for name in metrics["students"]},
-        distance="FID" if metrics["fd"]["features"] == "inception" else f"FD ({metrics['fd']['features']})",
+        distance=_distance(metrics),
         loss_plot=_png(_loss_plot(metrics)),
         fd_plot=_png(_fd_plot(metrics)),
         teacher_plot=_png(_teacher_plot(metrics)),
@@ -45,6 +45,12 @@ def write_report(root: Root, metrics: dict[str, Any]) -> None:
         effects=_effects(metrics),
     )
     root.write("report.html", page.encode())
+
+
+def _distance(metrics: dict[str, Any]) -> str:
+    """FID only where it is over Inception features."""
+    features = metrics["fd"]["features"]
+    return "FID" if features == "inception" else f"Fréchet distance ({features})"
 
 
 def _row_name(name: str) -> str:
@@ -63,7 +69,7 @@ def _effects(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     nfm, fm = students["nfm"], students["independent"]
     rows = [{"name": "training loss", "nfm": nfm["loss"], "fm": fm["loss"]}]
     samplers = [key for key, value in nfm.items() if isinstance(value, dict)]
-    for key, title in (("curvature", "curvature κ"), ("fd", "Fréchet distance")):
+    for key, title in (("curvature", "curvature κ"), ("fd", _distance(metrics))):
         rows += [{"name": f"{title}, {name}", "nfm": nfm[name][key], "fm": fm[name][key]} for name in samplers]
     return [row | {"ratio": row["nfm"] / row["fm"]} for row in rows]
 
@@ -101,7 +107,7 @@ def _fd_plot(metrics: dict[str, Any]) -> Figure:
                     label=f"{NAMES.get(name, name)}, {solver}",
                 )
     axes.axhline(metrics["teacher"]["fd"], color="#15803d", lw=1, label="TarFlow teacher")
-    axes.set(xscale="log", xlabel="function evaluations (NFE)", ylabel="Fréchet distance")
+    axes.set(xscale="log", xlabel="function evaluations (NFE)", ylabel=_distance(metrics))
     axes.set_ylim(bottom=0)
     ticks = sorted({parse_sampler(text).nfe for text in metrics["config"]["evaluate"]["samplers"]})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -39,13 +39,19 @@ class Checkpoint:
 
 def split(url: str) -> tuple[Root, str]:
     """The folder and the file name of a checkpoint URL."""
-    folder, _, name = url.rpartition("/")
-    return Root(folder or "."), name
+    folder, slash, name = url.rpartition("/")
+    return Root(folder or slash or "."), name
 
 
 def exists(url: str) -> bool:
     root, name = split(url)
     return root.exists(name)
+
+
+def remove(url: str) -> None:
+    root, name = split(url)
+    if root.exists(name):
+        root.delete(name)
 
 
 def save(url: str, checkpoint: Checkpoint) -> None:
@@ -63,8 +69,10 @@ def load(url: str) -> Checkpoint:
         header_bytes = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + header_bytes])
         document = json.loads(header["__metadata__"][DOCUMENT])
+        if not (isinstance(document, dict) and isinstance(document.get("run"), dict)):
+            raise ValueError("its document has no run")
         tensors = safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StageError(
             f"{url}: got no checkpoint of nfm ({type(error).__name__}: {error}); expected a safetensors file that "
             "train-teacher or train-student wrote"
@@ -94,12 +102,13 @@ def build(checkpoint: Checkpoint, name: str, url: str) -> nn.Module:
 
     It is laid out without memory and then takes the file's own tensors, so a hostile architecture allocates nothing.
     """
-    described = dict(checkpoint.document.get("architecture", {}))
+    described = checkpoint.document.get("architecture")
+    described = dict(described) if isinstance(described, dict) else {}
     kind = described.pop("name", None)
     if kind != name:
         raise StageError(f"{url}: got a checkpoint of {kind or 'no network'}, expected one of {name}")
     network, config = NETWORKS[name]
-    state = checkpoint.group("model")
+    state = {key: value.float() for key, value in checkpoint.group("model").items()}
     try:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
         parsed = config(**values)
@@ -108,7 +117,7 @@ def build(checkpoint: Checkpoint, name: str, url: str) -> nn.Module:
             raise ValueError(f"{layers} layers, but only {len(state)} tensors")
         with torch.device("meta"):
             built = network(parsed)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise StageError(f"{url}: its architecture {described} is not one of {name}: {error}") from error
     load_weights(built, state, url, assign=True)
     return built.requires_grad_(False).eval()

@@ -25,7 +25,7 @@ class EncodeConfig(Section):
     made.
     """
 
-    draws: Positive
+    draws: Annotated[int, Field(ge=1, le=1 << 16)]
     layout: LayoutName = "webdataset"
     z_dtype: FloatDtype = "float16"
     noise_dtype: FloatDtype = "float16"

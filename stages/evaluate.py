@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from models.metrics import PixelFeatures, curvature, frechet, z_space
 from models.sit import Guided, SiT
 from models.solvers import Sampler, parse_sampler
 from models.tarflow import TarFlow, bits_per_dim
-from stages.checkpoint import load_network
+from stages.checkpoint import load_network, weights_sha256
 from stages.progress import Progress
 from stages.section import Section, StageError
 from storage_specs.files import Root
@@ -24,6 +25,7 @@ from storage_specs.schema import canonical_json
 from storage_specs.store import Store
 
 Positive = Annotated[int, Field(ge=1)]
+ROUNDTRIP_IMAGES = 2048  # held-out images that the teacher encodes and decodes again
 
 
 class EvaluateConfig(Section):
@@ -62,7 +64,17 @@ class Frechet:
                 f"evaluate.features = 'inception' needs torch-fidelity ({error}); install it, or use 'pixels'"
             ) from error
         self.batch_size, self.device = config.batch_size, device
-        self._update(all_images(reference), real=True)
+        self.update_store(reference, all_rows(reference), real=True)
+
+    def update_store(self, store: Store, rows: NDArray[np.int64], real: bool) -> None:
+        """Images of a store, a batch at a time: it may be larger than memory."""
+        for start in range(0, len(rows), self.batch_size):
+            self._update(images_of(store, rows[start : start + self.batch_size]), real)
+
+    def of_store(self, store: Store, rows: NDArray[np.int64]) -> float:
+        self.metric.reset()
+        self.update_store(store, rows, real=False)
+        return float(self.metric.compute())
 
     def _update(self, images: Tensor, real: bool) -> None:
         for part in images.split(self.batch_size):
@@ -76,9 +88,13 @@ class Frechet:
         return float(self.metric.compute())
 
 
-def all_images(store: Store) -> Tensor:
-    """Every x of a store, (N, C, H, W) in [-1, 1]."""
-    return to_float(store.images(np.arange(store.spec.rows, dtype=np.int64)))
+def images_of(store: Store, rows: NDArray[np.int64]) -> Tensor:
+    """x of some rows, (len(rows), C, H, W) in [-1, 1]."""
+    return to_float(store.images(rows))
+
+
+def all_rows(store: Store) -> NDArray[np.int64]:
+    return np.arange(store.spec.rows, dtype=np.int64)
 
 
 def evaluate(
@@ -94,14 +110,17 @@ def evaluate(
         raise StageError(
             f"{couplings}: got a store encoded from other samples than {train.url}; give the samples it was made from"
         )
+    if weights_sha256(network.state_dict()) != pairs.spec.coupling.teacher.sha256:
+        raise StageError(f"{teacher}: got another teacher than the one that encoded {couplings}; give that one")
+    loaded = {name: load_student(url, pairs) for name, url in students.items()}
     evaluation = Evaluation(config, train, val, pairs, network.to(device), device)
     metrics: dict[str, Any] = {
         "fd": {
             "features": config.features,
             "samples": config.samples,
             "reference": train.spec.rows,
-            "floor": {"fd": evaluation.fd(all_images(val)), "samples": val.spec.rows},
-            "resampled": {"fd": evaluation.fd(evaluation.resampled()), "samples": config.samples},
+            "floor": {"fd": evaluation.fd.of_store(val, all_rows(val)), "samples": val.spec.rows},
+            "resampled": {"fd": evaluation.fd.of_store(train, evaluation.resampled()), "samples": config.samples},
         },
         "teacher": {"bpd": bits_per_dim(document["training"]["val"])},
         "students": {},
@@ -112,14 +131,20 @@ def evaluate(
     evaluation.start(len(students) * len(config.samplers) + 1)
     with evaluation.progress:
         metrics["teacher"] |= evaluation.teacher_metrics()
-        for name, url in students.items():
-            student, document = load_network(url, "SiT")
-            assert isinstance(student, SiT)
+        for name, (student, document) in loaded.items():
             metrics["students"][name] = {"loss": final_loss(document["curves"])} | evaluation.student(
                 name, student.to(device)
             )
             metrics["curves"][name] = document["curves"]
     return metrics, evaluation.grids
+
+
+def load_student(url: str, pairs: Store) -> tuple[SiT, dict[str, Any]]:
+    student, document = load_network(url, "SiT")
+    assert isinstance(student, SiT)
+    if document["run"].get("couplings") != pairs.dataset.id:
+        raise StageError(f"{url}: got a student of other couplings than {pairs.url}; give the ones it saw")
+    return student, document
 
 
 def save_evaluation(root: Root, metrics: dict[str, Any], grids: dict[str, np.ndarray[Any, Any]]) -> None:
@@ -168,11 +193,19 @@ class Evaluation:
         chosen = [int(of_class[i % len(of_class)]) if len(of_class) else 0 for i, of_class in enumerate(rows)]
         return self.train.images(np.array(chosen, dtype=np.int64))
 
-    def resampled(self) -> Tensor:
+    def resampled(self) -> NDArray[np.int64]:
         """As many training images as there are generated ones, drawn with replacement: sampling noise alone."""
-        x = all_images(self.train)
         generator = torch.Generator().manual_seed(self.config.seed)
-        return x[torch.randint(len(x), (self.config.samples,), generator=generator)]
+        rows: NDArray[np.int64] = torch.randint(
+            self.train.spec.rows, (self.config.samples,), generator=generator
+        ).numpy()
+        return rows
+
+    def _now(self) -> float:
+        """The clock, once the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
 
     def _batches(self, noise: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
         size = self.config.batch_size
@@ -191,14 +224,15 @@ class Evaluation:
 
     @torch.no_grad()
     def teacher_metrics(self) -> dict[str, float]:
-        x = all_images(self.val).to(self.device)
-        y = torch.from_numpy(self.val.labels()).to(self.device)
+        rows = all_rows(self.val)[:ROUNDTRIP_IMAGES]
+        x = images_of(self.val, rows).to(self.device)
+        y = torch.from_numpy(self.val.labels()[rows]).to(self.device)
         error = 0.0
         for part, label in zip(x.split(self.config.batch_size), y.split(self.config.batch_size), strict=True):
             error = max(error, (self.teacher.decode(self.teacher(part, label).z, label) - part).abs().max().item())
-        start = time.monotonic()
+        start = self._now()
         images = self._teacher_samples(self.noise, self.y)
-        seconds = time.monotonic() - start
+        seconds = self._now() - start
         self.grids["teacher"] = to_uint8(self._teacher_samples(self.grid_noise, self.grid_y))
         self.progress.advance(1)
         return self._fds(images) | {
@@ -217,12 +251,12 @@ class Evaluation:
         results: dict[str, Any] = {"parameters": sum(p.numel() for p in network.parameters())}
         for text in self.config.samplers:
             sampler = parse_sampler(text)
-            kappas, images, start = [], [], time.monotonic()
+            kappas, images, start = [], [], self._now()
             for n, c in self._batches(self.noise, self.y):
                 trajectory = sampler(field, n, c)
                 images.append(trajectory.x)
                 kappas.append(curvature(trajectory))
-            seconds = time.monotonic() - start
+            seconds = self._now() - start
             x = torch.cat(images)
             if not torch.isfinite(x).all():
                 raise FloatingPointError(f"student {name} with {text} made samples that are not finite")
@@ -244,7 +278,7 @@ class Evaluation:
         count = min(self.train.spec.rows, self.config.samples)
         first = np.arange(count, dtype=np.int64)
         second = np.roll(first, 1)
-        x, labels = all_images(self.train), torch.from_numpy(self.train.labels())
+        x, labels = images_of(self.train, first), torch.from_numpy(self.train.labels()[first])
         noises = [torch.from_numpy(standard_normal(self.config.seed, first, k, self.train.spec.shape)) for k in (0, 1)]
         inputs, outputs = [], []
         for rows, e in ((first, 0), (first, 1), (second, 0), (second, 1)):

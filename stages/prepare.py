@@ -1,6 +1,7 @@
 """prepare: images → two sample stores, `train` and `val` (x as uint8, label, index)."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from storage_specs.writer import StoreWriter
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 QUARANTINE = "quarantine.json"
-LISTED = 10  # names of bad images in an error message
+LISTED = 20  # names of bad images in an error message
 SPLITS = ("train", "val")
 
 
@@ -38,12 +39,16 @@ class DataConfig(Section):
     block_rows: Annotated[int, Field(ge=1, le=1 << 20)]
     layout: LayoutName = "webdataset"
 
+    def given(self, data: Path | None) -> "DataConfig":
+        """This config for the images in `data`, where the user named a folder."""
+        return self if data is None else self.model_copy(update={"source": "folder"})
+
 
 @dataclass(frozen=True)
 class Images:
     """A split before it is a store: image i is `load(i)`, uint8 (C, H, W), with label `labels[i]` and name `names[i]`.
 
-    `identity` is JSON that changes whenever the content does.
+    `identity` is JSON that tells data sets apart: a digest of the values, or of the names and sizes of the files.
     """
 
     load: Callable[[int], NDArray[np.uint8]]
@@ -63,7 +68,7 @@ class Images:
         )
 
 
-class BadImageError(Exception):
+class BadImageError(StageError):
     """An image that does not decode."""
 
 
@@ -87,7 +92,7 @@ def folder(config: DataConfig, path: Path) -> Images:
         raise StageError(
             f"{path}: no such folder; expected one folder per class in it, with {', '.join(sorted(SUFFIXES))} files"
         )
-    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     files = [
         (label, file)
         for label, name in enumerate(classes)
@@ -109,10 +114,14 @@ def folder(config: DataConfig, path: Path) -> Images:
 def decode_image(path: Path, config: DataConfig) -> NDArray[np.uint8]:
     """uint8 (C, H, W). Raises BadImageError for a file that is no whole image of a sane size."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=("JPEG", "PNG")) as opened:
+            if opened.mode.startswith("I"):
+                raise BadImageError(f"{path}: 16 bits a channel; expected 8")
             image = opened.convert("L" if config.channels == 1 else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImageError(str(error)) from error
+        if isinstance(error, BadImageError) or getattr(error, "errno", None) is not None:
+            raise  # the disk's fault, not the image's
+        raise BadImageError(f"{path}: {error}") from error
     pixels = np.asarray(image.resize((config.image_size, config.image_size), Image.Resampling.BOX))
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
@@ -148,13 +157,17 @@ def _shuffled(images: Images) -> Images:
 
 def prepare(config: DataConfig, out: str, data: Path | None = None, skip_bad_images: bool = False) -> None:
     """Write `<out>/train` and `<out>/val`. The same call again continues, or does nothing when they are complete."""
-    for name, images in splits(config, data).items():
-        _write(config, f"{out}/{name}", name, images, skip_bad_images)
+    config = config.given(data)
+    found = splits(config, data)
+    bad = {name: _quarantine(f"{out}/{name}", images, skip_bad_images) for name, images in found.items()}
+    for name, images in found.items():
+        good = [i for i, image in enumerate(images.names) if image not in bad[name]]
+        if len(good) < 2:
+            raise StageError(f"got {len(good)} images for {name}; expected at least 2 (see data.holdout)")
+        _write(config, f"{out}/{name}", name, images.subset(np.array(good, dtype=np.int64)), len(bad[name]))
 
 
-def _write(config: DataConfig, url: str, split: str, images: Images, skip_bad_images: bool) -> None:
-    good, bad = _quarantine(url, images, skip_bad_images)
-    images = images.subset(good)
+def _write(config: DataConfig, url: str, split: str, images: Images, quarantined: int) -> None:
     spec = Spec(
         kind="samples",
         layout=config.layout,
@@ -167,7 +180,7 @@ def _write(config: DataConfig, url: str, split: str, images: Images, skip_bad_im
             "source": images.identity,
             "split": split,
             "resize": "none" if config.source == "digits" else "PIL box",
-            "quarantined": len(bad),
+            "quarantined": quarantined,
         },
     )
     writer = StoreWriter(url, spec)
@@ -189,14 +202,14 @@ def _decoded(images: Images, rows: list[int]) -> Iterator[NDArray[np.uint8]]:
         yield from pool.map(images.load, rows)
 
 
-def _quarantine(url: str, images: Images, skip: bool) -> tuple[NDArray[np.int64], dict[str, str]]:
-    """Rows that decode, and the names of those that do not with the reason, found once and kept beside the store."""
+def _quarantine(url: str, images: Images, skip: bool) -> dict[str, str]:
+    """Names of the images that do not decode, with the reason; found once and kept beside the store."""
     root, listing = Root(url), sha256(canonical_json(images.identity))
     if root.exists(QUARANTINE):
         known = json.loads(root.read(QUARANTINE, 1 << 28))
-        if known["listing"] == listing:
+        if known["listing"] == listing and (skip or not known["images"]):
             bad: dict[str, str] = known["images"]
-            return np.array([i for i, name in enumerate(images.names) if name not in bad], dtype=np.int64), bad
+            return bad
     bad = {}
     total = len(images.names)
     with Progress(f"check {url.rpartition('/')[2]}", total, "img") as progress, ThreadPoolExecutor() as pool:
@@ -212,10 +225,10 @@ def _quarantine(url: str, images: Images, skip: bool) -> tuple[NDArray[np.int64]
         raise StageError(
             f"{len(bad)} of {total} images do not decode: {shown}{more}. Mend them, or pass --skip-bad-images"
         )
-    if len(bad) == total:
-        raise StageError(f"none of the {total} images decodes; expected image files")
     root.write(QUARANTINE, canonical_json({"listing": listing, "images": bad}))
-    return np.array([i for i, name in enumerate(images.names) if name not in bad], dtype=np.int64), bad
+    if bad:
+        print(f"{len(bad)} of {total} images left out, listed in {url}/{QUARANTINE}", file=sys.stderr)
+    return bad
 
 
 def _fault(images: Images, i: int) -> str | None:

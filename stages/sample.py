@@ -14,9 +14,8 @@ from models.labels import NULL_LABEL
 from models.sit import Guided, SiT
 from models.solvers import Sampler
 from models.tarflow import Guide, TarFlow
-from stages.checkpoint import build, load
+from stages.checkpoint import build, load, split
 from stages.section import StageError
-from storage_specs.files import Root
 from storage_specs.pixels import to_uint8
 
 GRID_SCALE = 4  # screen pixels per image pixel for images under 64 pixels
@@ -63,11 +62,11 @@ def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
     if Path(out).suffix not in (".png", ".npz"):
         raise StageError(f"got output {out!r}; expected a name ending in .png or .npz")
     loaded = load(checkpoint)
-    name = loaded.document.get("architecture", {}).get("name")
-    network = build(loaded, "TarFlow" if name == "TarFlow" else "SiT", checkpoint)
+    teacher = loaded.document["run"].get("teacher")
+    network = build(loaded, "TarFlow" if teacher else "SiT", checkpoint)
     assert isinstance(network, SiT | TarFlow)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
-    eta = loaded.document["run"]["teacher"]["eta"] if name == "TarFlow" else 0.0
+    eta = float(teacher["eta"]) if teacher else 0.0
     images, labels = draw(network, request, eta)
     pixels = to_uint8(images)
     buffer = io.BytesIO()
@@ -76,8 +75,8 @@ def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
     else:
         columns = min(len(pixels), max(1, round(len(pixels) ** 0.5)))
         grid_image(pixels, columns).save(buffer, "PNG")
-    root = Root(str(Path(out).parent))
-    root.write(Path(out).name, buffer.getvalue())
+    root, name = split(out)
+    root.write(name, buffer.getvalue())
 
 
 def grid_image(pixels: NDArray[np.uint8], columns: int) -> Image.Image:

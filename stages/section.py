@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """One part of the config: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class StageError(ValueError):

@@ -4,6 +4,7 @@ It counts images, not epochs. Every random number of a step comes from a generat
 rank), so a resumed run is bit-identical on CPU and there is no generator state to save.
 """
 
+import hashlib
 import math
 import os
 import time
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.ema import EMA
-from stages.checkpoint import Checkpoint, architecture, exists, load, load_weights, save
+from stages.checkpoint import Checkpoint, architecture, exists, load, load_weights, remove, save
 from stages.progress import Progress
 from stages.section import Section, StageError
+from storage_specs.schema import difference
 from storage_specs.stream import Batch, CouplingStream, StreamState, View
 
 Positive = Annotated[int, Field(ge=1)]
@@ -78,6 +80,8 @@ def world() -> Iterator[World]:
     """Join the process group that torchrun or Ray Train set up, if any."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield World(0, 1, device)
@@ -97,6 +101,11 @@ def open_stream(url: str, view: View, config: TrainConfig, here: World) -> Coupl
     if config.batch_size % here.size:
         raise StageError(f"got batch_size {config.batch_size} for {here.size} processes; expected a multiple of them")
     return CouplingStream(url, config.batch_size, config.seed, view, here.rank, here.size)
+
+
+def step_seed(seed: int, images: int, rank: int) -> int:
+    """32 well-mixed bits, all that torch's CPU generator takes, from what identifies a step."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {images} {rank}".encode()).digest()[:4], "big")
 
 
 def learning_rate(config: TrainConfig, images: int) -> float:
@@ -190,9 +199,7 @@ class Trainer:
     def _step(self, model: nn.Module, batch: Batch) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.images)
-        generator = torch.Generator().manual_seed(
-            (self.config.seed << 32) ^ (self.images * self.here.size + self.here.rank)
-        )
+        generator = torch.Generator().manual_seed(step_seed(self.config.seed, self.images, self.here.rank))
         with torch.autocast("cuda", torch.bfloat16, enabled=self.here.device.type == "cuda"):
             losses = self.loss(model, batch, generator)
         loss = losses.mean()
@@ -204,7 +211,12 @@ class Trainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip, error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"{self.name}: the gradient is not finite at {self.images} images; "
+                f"the batch was images {batch.index[:8].tolist()}… of the store"
+            )
         self.optimizer.step()
         self.ema.update(self.network, self.images // self.config.batch_size)
         return loss
@@ -269,16 +281,16 @@ class Trainer:
         }
         if self.here.first:
             save(self.model_url, Checkpoint(_prefixed("model", weights), document))
+            remove(self.state_url)
         return document
 
 
 def check_same_run(found: dict[str, Any], expected: dict[str, Any], url: str) -> dict[str, Any]:
     """`found`, the document of a checkpoint, if it is of the run `expected`; else StageError naming what differs."""
-    run = found.get("run", {})
-    different = [key for key in sorted(run.keys() | expected.keys()) if run.get(key) != expected.get(key)]
-    if different:
-        pairs = "; ".join(f"{key}: {run.get(key)} there, {expected.get(key)} here" for key in different)
-        raise StageError(f"{url} is of another run ({pairs}); write to another folder, or delete this one")
+    if different := difference(expected, found["run"]):
+        raise StageError(
+            f"{url} is of another run ({'; '.join(different)}); write to another folder, or delete this one"
+        )
     return found
 
 

@@ -38,7 +38,7 @@ def card(dataset: Dataset) -> str:
     if coupling:
         lines += [
             f"z = f(x + η·ε′, label), {coupling.z_dtype}, is the raw output of a "
-            f"{coupling.teacher.architecture['name']} "
+            f"{coupling.teacher.architecture.get('name')} "
             f"teacher for {coupling.draws} draws of ε′ an image, η = {coupling.eta}.",
             "Divide z by `sigma_f.npy` to train a student on it.",
             f"ε′ is stored as `noise`, {coupling.noise.dtype}, exactly as the teacher saw it.",
@@ -78,7 +78,8 @@ def summary(dataset: Dataset) -> str:
             ("bytes", f"{totals.bytes / (spec.rows * coupling.draws):.1f} a pair"),
             (
                 "teacher",
-                f"{teacher.architecture['name']} {teacher.sha256[:12]}, trained on {teacher.training['images']} images",
+                f"{teacher.architecture.get('name')} {teacher.sha256[:12]}, trained on "
+                f"{teacher.training.get('images')} images",
             ),
             ("source", coupling.source[:12]),
         ]

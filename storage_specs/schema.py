@@ -124,6 +124,11 @@ class Spec(Model):
         return hashlib.sha256(self.canonical()).hexdigest()
 
 
+def content_id(spec: Spec, file_sha256: list[str]) -> str:
+    """Identity of a store's content: of its spec and the sha256 of every file, in manifest order."""
+    return hashlib.sha256(spec.canonical() + "".join(file_sha256).encode()).hexdigest()
+
+
 class FileRecord(Model):
     """One file of the store: which column it holds, of which draw (-1: none) and block, and its exact bytes."""
 
@@ -163,6 +168,13 @@ class Dataset(Model):
     records: dict[str, dict[str, Any]]  # for readers without our code: where the values are inside each file
     manifest_sha256: Sha256
     sigma_f_sha256: Sha256 | None
+
+    @model_validator(mode="after")
+    def _labels_in_range(self) -> "Dataset":
+        for label in self.totals.label_counts:
+            if not label.isdecimal() or int(label) >= self.spec.num_classes:
+                raise ValueError(f"label counts of class {label}, which is not in the spec")
+        return self
 
 
 def canonical_json(value: Any) -> bytes:

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage_specs.errors import StoreError
-from storage_specs.files import Root, checked_relative, local_file, mapped, sha256
+from storage_specs.files import Root, local_file, mapped, sha256
 from storage_specs.layouts import LAYOUTS, Columns
-from storage_specs.schema import Dataset, FileRecord, Kind, Spec, parse_dataset
+from storage_specs.schema import Dataset, FileRecord, Kind, Spec, canonical_json, content_id, parse, parse_dataset
 from storage_specs.webdataset import npy_header
 
 MAX_METADATA_BYTES = 1 << 30
@@ -87,7 +87,7 @@ class Store:
         name, table = f"{self.url}/manifest.parquet", self._manifest
         files: dict[Key, FileRecord] = {}
         for row in table.to_pylist():
-            record = FileRecord(**{field: row[field] for field in FileRecord.model_fields})
+            record = parse(FileRecord, canonical_json({field: row[field] for field in FileRecord.model_fields}), name)
             files[Key(record.column, record.block, record.draw)] = record
         if files.keys() != set(expected_keys(self.spec)):
             raise StoreError(f"{name}: its files are not those of the spec, each once")
@@ -98,7 +98,6 @@ class Store:
                 raise StoreError(
                     f"{name}: got {record.path!r} of {record.bytes} bytes, expected {path!r} of {size} bytes"
                 )
-            checked_relative(record.path)
         return files
 
     @property
@@ -158,7 +157,7 @@ class Store:
 
     def verify(self) -> list[str]:
         """Every fault found in reading all files: size, sha256, structure, labels and finite values. Empty if sound."""
-        faults: list[str] = []
+        faults = self._document_faults()
         for key, record in self.files.items():
             try:
                 data = mapped(local_file(self.root, record.path, record.bytes, record.sha256))
@@ -171,6 +170,28 @@ class Store:
                     raise StoreError(f"{self.url}/{record.path}: it holds values that are not finite")
             except StoreError as error:
                 faults.append(str(error))
+        return faults
+
+    def _document_faults(self) -> list[str]:
+        """Whether dataset.json, σ_f and the files for stock tools agree with the manifest and the spec."""
+        faults: list[str] = []
+        records, totals = list(self.files.values()), self.dataset.totals
+        if self.dataset.id != content_id(self.spec, [record.sha256 for record in records]):
+            faults.append(f"{self.url}/dataset.json: its id is not that of its files")
+        if (totals.files, totals.bytes) != (len(records), sum(record.bytes for record in records)):
+            faults.append(f"{self.url}/dataset.json: its totals are not those of the manifest")
+        try:
+            if self.spec.coupling:
+                _ = self.sigma_f
+        except StoreError as error:
+            faults.append(str(error))
+        for path, expected in self.layout.metadata(self.spec).items():
+            try:
+                intact = self.root.read(path, len(expected)) == expected
+            except StoreError:
+                intact = False
+            if not intact:
+                faults.append(f"{self.url}/{path}: it is not the metadata of this spec; copy it again")
         return faults
 
 

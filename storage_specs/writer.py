@@ -25,6 +25,7 @@ from storage_specs.schema import (
     Spec,
     Totals,
     canonical_json,
+    content_id,
     difference,
     parse,
 )
@@ -140,7 +141,7 @@ class StoreWriter:
             counts.update({int(label): count for label, count in commit.label_counts.items()})
         dataset = Dataset(
             schema_version=SCHEMA_VERSION,
-            id=sha256(self.spec.canonical() + "".join(file.sha256 for file, _ in ordered).encode()),
+            id=content_id(self.spec, [file.sha256 for file, _ in ordered]),
             spec=self.spec,
             totals=Totals(
                 files=len(ordered),

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import main, nfm
-from stages.checkpoint import load, weights_sha256
+from stages.checkpoint import Checkpoint, load, save, weights_sha256
 from storage_specs.store import Store
 from tests.conftest import SMALL, Run
 
@@ -88,6 +88,8 @@ def test_dry_run_prints_the_resolved_config(call: Nfm, tmp_path: Path) -> None:
         (["--set", "nosection.a=1"], ["unknown key nosection"]),
         (["--set", "teacher.eta"], ["expected section.key=value"]),
         (["--set", "teacher.eta=-1"], ["teacher.eta", "-1"]),
+        (["--set", "teacher.eta=inf"], ["teacher.eta", "finite"]),
+        (["--set", "encode.draws=70000"], ["encode.draws", "65536"]),
         (["--set", "encode.layout=hdf5"], ["encode.layout", "webdataset"]),
         (["--set", "evaluate.samplers=['rk45']"], ["rk45"]),
     ],
@@ -100,6 +102,8 @@ def test_config_mistakes(call: Nfm, tmp_path: Path, arguments: list[str], needle
 def test_data_folder_mistakes(call: Nfm, tmp_path: Path) -> None:
     folder = ["--set", "data.source=folder", "--out", f"{tmp_path}/out"]
     is_one_clear_line(call("prepare", *folder, "--data", f"{tmp_path}/none"), "none/train", "no such folder")
+    digits = call("prepare", "--data", f"{tmp_path}/none", "--out", f"{tmp_path}/out")
+    is_one_clear_line(digits, "none/train", "no such folder")
     (tmp_path / "empty" / "train" / "cat").mkdir(parents=True)
     is_one_clear_line(call("prepare", *folder, "--data", f"{tmp_path}/empty"), "got no images")
 
@@ -150,6 +154,46 @@ def test_a_checkpoint_of_another_architecture(call: Nfm, run: Run, tmp_path: Pat
     is_one_clear_line(sizes, "TF-2", "expected one like")
 
 
+def test_encode_of_a_truncated_sample_store(call: Nfm, ray_cluster: None, run: Run, tmp_path: Path) -> None:
+    """The error of a worker reaches the user as itself."""
+    shutil.copytree(f"{run.samples}/train", tmp_path / "samples")
+    damaged = tmp_path / "samples" / "x" / "000003.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-600])
+    arguments = ["encode", *small(), "--samples", f"{tmp_path}/samples", "--teacher", run.teacher]
+    is_one_clear_line(call(*arguments, "--out", f"{tmp_path}/out"), "x/000003.tar", "truncated")
+
+
+def test_evaluate_refuses_what_does_not_belong_together(call: Nfm, run: Run, tmp_path: Path) -> None:
+    checkpoint = load(run.teacher)
+    moved = {name: tensor + 0.1 for name, tensor in checkpoint.tensors.items()}
+    save(f"{tmp_path}/other.safetensors", Checkpoint(moved, checkpoint.document))
+    arguments = ["evaluate", *small(), "--samples", run.samples, "--couplings", run.couplings["zarr"]]
+    arguments += ["--student", f"nfm={run.teacher}", "--out", f"{tmp_path}/out"]
+    is_one_clear_line(call(*arguments, "--teacher", run.teacher), "checkpoint of TarFlow, expected one of SiT")
+    student = f"{tmp_path}/student"
+    trained = call(
+        "train-student", *small("student.train.images=64"), "--couplings", run.couplings["webdataset"], "--out", student
+    )
+    assert trained[0] == 0
+    arguments[arguments.index("--student") + 1] = f"nfm={student}/model.safetensors"
+    is_one_clear_line(call(*arguments, "--teacher", f"{tmp_path}/other.safetensors"), "another teacher")
+    is_one_clear_line(call(*arguments, "--teacher", run.teacher), "student of other couplings")
+
+
+def test_ctrl_c_while_it_is_still_importing() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "prepare", "--help"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+
+
 def test_a_folder_of_another_run(call: Nfm, run: Run) -> None:
     out = str(Path(run.teacher).parent)
     result = call("train-teacher", *small("teacher.eta=0.9"), "--samples", run.samples, "--out", out)
@@ -183,7 +227,7 @@ def test_info_shows_what_the_store_holds(call: Nfm, run: Run) -> None:
 
 
 def test_ctrl_c_ends_cleanly_and_the_same_command_continues(run: Run, tmp_path: Path) -> None:
-    longer = small("teacher.train.images=25600", "teacher.train.checkpoint_images=640")
+    longer = small("teacher.train.images=12800", "teacher.train.checkpoint_images=640")
     command = [sys.executable, "-c", "from pipeline.cli import main; main()", "train-teacher", *longer]
     command += ["--samples", run.samples, "--out", f"{tmp_path}/out"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -197,9 +241,9 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_continues(run: Run, tmp_path: 
     assert err.splitlines()[-1] == "interrupted; the same command continues"
     assert "Traceback" not in err
     seen = load(str(state)).document["images"]
-    assert 0 < seen < 25600
+    assert 0 < seen < 12800
     again = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=250, check=True)
-    assert f"train-teacher: {seen}/25600" in again.stderr
+    assert f"train-teacher: {seen}/12800" in again.stderr
     whole = [*command[:-1], f"{tmp_path}/whole"]
     subprocess.run(whole, stderr=subprocess.DEVNULL, timeout=250, check=True)
     first, second = (

@@ -78,6 +78,27 @@ def test_skipped_images_are_counted(images: Path, tmp_path: Path) -> None:
     assert sum(store.spec.rows for store in stores) == 12
     assert sum(store.spec.preprocessing["quarantined"] for store in stores) == 2
     prepare(FOLDER, f"{tmp_path}/out", images, skip_bad_images=True)  # the same command again
+    with pytest.raises(StageError, match="do not decode"):
+        prepare(FOLDER, f"{tmp_path}/out", images)  # without the flag they are an error again
+
+
+def test_a_bad_image_in_val_stops_before_anything_is_complete(images: Path, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (images / "val" / name).mkdir(parents=True)
+        (images / "val" / name / "0.png").write_text("no image")
+    with pytest.raises(StageError, match=r"val/cat/0\.png"):
+        prepare(FOLDER, f"{tmp_path}/out", images)
+    assert not list((tmp_path / "out").rglob("dataset.json"))
+
+
+def test_what_only_looks_like_an_image(images: Path, tmp_path: Path) -> None:
+    """A 16-bit PNG would be clipped to white; other formats reach decoders that nobody asked for."""
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(images / "train" / "cat" / "deep.png")
+    Image.new("RGB", (9, 9)).save(images / "train" / "dog" / "other.bmp")
+    (images / "train" / "dog" / "other.bmp").rename(images / "train" / "dog" / "other.jpg")
+    prepare(FOLDER, f"{tmp_path}/out", images, skip_bad_images=True)
+    stores = [Store(f"{tmp_path}/out/{split}") for split in ("train", "val")]
+    assert sum(store.spec.preprocessing["quarantined"] for store in stores) == 2
 
 
 def test_changed_images_are_refused(images: Path, tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ BROKEN = {
     "negative rows": ("dataset.json", edit(spec__rows=-1), "spec.rows"),
     "more rows than files": ("dataset.json", edit(spec__rows=700), "expected the 22 of"),
     "absurdly many rows": ("dataset.json", edit(spec__rows=1 << 47, spec__block_rows=1), "expected the"),
+    "label counts of no class": ("dataset.json", edit(totals__label_counts={"99": 1}), "class 99"),
     "another shape": ("dataset.json", edit(spec__shape=[1, 4, 8]), "tar headers"),
     "unknown key": ("dataset.json", edit(spec__secret=1), "secret"),
 }
@@ -175,6 +176,20 @@ def test_a_sigma_f_that_is_none_is_refused(run: Run, tmp_path: Path, change: Cal
     damage(copy, "dataset.json", edit(sigma_f_sha256=sha256((copy / "sigma_f.npy").read_bytes())))
     with pytest.raises(StoreError, match=r"sigma_f\.npy: expected an npy file"):
         CouplingStream(str(copy), 8, 0)
+
+
+def test_verify_reads_what_is_not_in_the_manifest_too(run: Run, tmp_path: Path) -> None:
+    changes: dict[str, Callable[[bytes], bytes]] = {
+        "sigma_f.npy": flip(200),
+        "z/zarr.json": lambda data: b"{}",
+        "dataset.json": edit(id="0" * 64),
+    }
+    for path, change in changes.items():
+        copy = tmp_path / path.replace("/", "-")
+        shutil.copytree(run.couplings["zarr"], copy)
+        damage(copy, path, change)
+        (fault,) = Store(str(copy)).verify()
+        assert path in fault
 
 
 def test_paths_stay_inside_the_store() -> None:

@@ -17,7 +17,7 @@ from stages.checkpoint import Checkpoint, build, load, load_network, save, weigh
 from stages.section import StageError
 from stages.train_student import StudentConfig, train_student
 from stages.train_teacher import train_teacher
-from stages.training import TrainConfig, Trainer, learning_rate
+from stages.training import TrainConfig, Trainer, learning_rate, step_seed
 from tests.conftest import Run
 
 
@@ -88,7 +88,7 @@ def test_a_finished_run_is_not_trained_again(run: Run, monkeypatch: pytest.Monke
 
 def test_a_folder_of_another_run_is_refused_with_both_values(run: Run) -> None:
     other = run.config.teacher.model_copy(update={"eta": 0.7})
-    with pytest.raises(StageError, match=r"another run.*0\.3.*0\.7"):
+    with pytest.raises(StageError, match=r"another run \(teacher\.eta is 0\.3 there and 0\.7 here\)"):
         train_teacher(other, run.samples, str(Path(run.teacher).parent))
 
 
@@ -176,11 +176,23 @@ def test_a_hostile_architecture_allocates_nothing(run: Run, key: str, value: Any
         build(Checkpoint(checkpoint.tensors, document), "TarFlow", "x")
 
 
+def test_another_seed_draws_other_numbers() -> None:
+    """Of the noise, times and dropped labels too, not only of the weights and the order."""
+    assert len({step_seed(seed, images, rank) for seed in (0, 1) for images in (0, 64) for rank in (0, 1)}) == 8
+    assert all(0 <= step_seed(seed, 1 << 40, 1000) < 1 << 32 for seed in range(100))
+
+
 DDP = """
 import sys, torch
 torch.set_num_threads(1)
-from pipeline.config import load_config
+from stages.checkpoint import weights_sha256
 from stages.train_student import StudentConfig, train_student
+from stages.training import Trainer
+finish = Trainer._finish
+def report(trainer, seconds):
+    print("weights", weights_sha256(trainer.network.state_dict()), flush=True)
+    return finish(trainer, seconds)
+Trainer._finish = report
 config = StudentConfig.model_validate_json(sys.argv[1])
 train_student(config, sys.argv[2], sys.argv[3])
 """
@@ -205,10 +217,14 @@ def test_two_processes_train_one_student(run: Run, tmp_path: Path) -> None:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             },
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert printed[0] == printed[1] != "", "each rank saw other images, and averaged its gradients with the other's"
     network, document = load_network(f"{tmp_path}/model.safetensors", "SiT")
     assert document["training"]["images"] == 256
     assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
