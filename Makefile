@@ -32,6 +32,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# The demo's networks are so small that a second thread gains them little, and on a busy machine costs them a lot.
+demo: export OMP_NUM_THREADS ?= 1
 demo: $(READY)  ## the whole path on embedded data: runs/demo/report.html (DATA=folder, PRESET=name, FRESH=1 to start over)
 	$(if $(filter 1,$(FRESH)),rm -rf "$(or $(OUT),runs/demo)")
 	$(BIN)/nfm demo --preset "$(PRESET)" --out "$(or $(OUT),runs/demo)" $(if $(DATA),--data "$(DATA)") $(ARGS)
