@@ -15,6 +15,10 @@ ARGS ?=
 # from the package index otherwise. Bytecode is compiled once here, so that each of many processes starts seconds sooner.
 TORCH ?= torch==2.13.0
 
+# A folder of images has a run of its own beside the embedded demo.
+DEMO_OUT := $(or $(OUT),$(if $(DATA),runs/data,runs/demo))
+need = $(or $($(1)),$(error $(1)=… is missing: see make help))
+
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help install demo test lint format prepare train-teacher encode-couplings train-student clean
@@ -35,8 +39,8 @@ $(READY): pyproject.toml constraints.txt
 # The demo's networks are so small that a second thread gains them little, and on a busy machine costs them a lot.
 demo: export OMP_NUM_THREADS ?= 1
 demo: $(READY)  ## the whole path on embedded data: runs/demo/report.html (DATA=folder, PRESET=name, FRESH=1 to start over)
-	$(if $(filter 1,$(FRESH)),rm -rf "$(or $(OUT),runs/demo)")
-	$(BIN)/nfm demo --preset "$(PRESET)" --out "$(or $(OUT),runs/demo)" $(if $(DATA),--data "$(DATA)") $(ARGS)
+	$(if $(filter 1,$(FRESH)),rm -rf "$(DEMO_OUT)")
+	$(BIN)/nfm demo --preset "$(PRESET)" --out "$(DEMO_OUT)" $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(READY)  ## run the tests
 	$(BIN)/pytest $(ARGS)
@@ -51,16 +55,16 @@ format: $(READY)  ## apply ruff's fixes and format
 	$(BIN)/ruff format .
 
 prepare: $(READY)  ## images → sample stores: DATA=folder OUT=url
-	$(BIN)/nfm prepare --preset "$(PRESET)" $(if $(DATA),--data "$(DATA)") --out "$(OUT)" $(ARGS)
+	$(BIN)/nfm prepare --preset "$(PRESET)" $(if $(DATA),--data "$(DATA)") --out "$(call need,OUT)" $(ARGS)
 
 train-teacher: $(READY)  ## sample store → teacher: SOURCE=url OUT=folder
-	$(BIN)/nfm train-teacher --preset "$(PRESET)" --samples "$(SOURCE)" --out "$(OUT)" $(ARGS)
+	$(BIN)/nfm train-teacher --preset "$(PRESET)" --samples "$(call need,SOURCE)" --out "$(call need,OUT)" $(ARGS)
 
 encode-couplings: $(READY)  ## teacher × noise draws → coupling store: SOURCE=url TEACHER=model OUT=url [LAYOUT= DRAWS= RAY_ADDRESS=]
-	$(BIN)/nfm encode --preset "$(PRESET)" --samples "$(SOURCE)" --teacher "$(TEACHER)" --out "$(OUT)" --layout $(LAYOUT) $(if $(DRAWS),--draws $(DRAWS)) $(ARGS)
+	$(BIN)/nfm encode --preset "$(PRESET)" --samples "$(call need,SOURCE)" --teacher "$(call need,TEACHER)" --out "$(call need,OUT)" --layout $(LAYOUT) $(if $(DRAWS),--draws $(DRAWS)) $(ARGS)
 
 train-student: $(READY)  ## coupling store → student: COUPLINGS=url OUT=folder [COUPLING=nfm|independent]
-	$(BIN)/nfm train-student --preset "$(PRESET)" --couplings "$(COUPLINGS)" --out "$(OUT)" --coupling $(COUPLING) $(ARGS)
+	$(BIN)/nfm train-student --preset "$(PRESET)" --couplings "$(call need,COUPLINGS)" --out "$(call need,OUT)" --coupling $(COUPLING) $(ARGS)
 
 clean:  ## remove .venv and caches, keep runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,12 +1,15 @@
 """What the evaluation measures: curvature, z-space structure, Fréchet distance."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from models.solvers import Trajectory
+
+if TYPE_CHECKING:
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 def curvature(trajectory: Trajectory) -> Tensor:
@@ -53,11 +56,13 @@ class PixelFeatures(nn.Module):
         return x.flatten(1)
 
 
-def frechet(features: nn.Module | int) -> FrechetInceptionDistance:
+def frechet(features: nn.Module | int) -> "FrechetInceptionDistance":
     """torchmetrics' Fréchet distance in float64, over our features or (an int) over Inception's of that width.
 
     `update(images, real=…)` takes float images in [-1, 1] for our features, uint8 images for Inception.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance  # seconds to import, and only evaluation needs it
+
     metric = FrechetInceptionDistance(feature=features, reset_real_features=False, normalize=False)
     metric.set_dtype(torch.float64)
     return metric

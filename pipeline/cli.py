@@ -75,6 +75,7 @@ def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) 
     from stages.prepare import prepare as run
 
     run(config.data, out, data, skip_bad_images)
+    click.echo(f"{out}/train and {out}/val are complete; nfm store info shows what they hold")
 
 
 @nfm.command()
@@ -149,6 +150,7 @@ def sample(
     except ValueError as error:
         raise StageError(str(error)) from error
     run(checkpoint, out, SampleRequest(count, parsed, classes, guidance, seed))
+    click.echo(f"{out}: {count} images")
 
 
 @nfm.command()

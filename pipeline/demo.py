@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from models.solvers import parse_sampler
 from pipeline.config import Config
 from pipeline.encode_job import encode_couplings, ray_session
-from pipeline.report import write_report
+from pipeline.report import sampler_names, student_names, write_report
 from stages.checkpoint import load_network, weights_sha256
 from stages.evaluate import evaluate, save_evaluation
 from stages.prepare import prepare
@@ -92,23 +91,24 @@ def _inputs(samples: str, couplings: str, teacher: str, students: dict[str, str]
 
 
 def _summary(metrics: dict[str, Any], report: str) -> str:
-    fd = metrics["fd"]
+    fd, teacher, samplers = metrics["fd"], metrics["teacher"], sampler_names(metrics)
     lines = [
-        f"{'':16}{'loss':>8}" + "".join(f"{name:>18}" for name in _samplers(metrics)),
-        f"{'':24}" + f"{'FD      κ':>18}" * len(_samplers(metrics)),
+        f"{'':16}{'loss':>8}" + "".join(f"{name:>18}" for name in samplers),
+        f"{'':24}" + f"{'FD      κ':>18}" * len(samplers),
     ]
-    for name, student in metrics["students"].items():
-        cells = [f"{student[s]['fd']:.3f}  {student[s]['curvature']:.4f}" for s in _samplers(metrics)]
+    for name in student_names(metrics):
+        student = metrics["students"][name]
+        cells = [f"{student[sampler]['fd']:.3f}  {student[sampler]['curvature']:.4f}" for sampler in samplers]
         lines.append(f"{name:16}{student['loss']:8.4f}" + "".join(f"{cell:>18}" for cell in cells))
+    floor = fd["floor"]
     lines += [
-        f"teacher: FD {metrics['teacher']['fd']:.3f}, {metrics['teacher']['bpd']:.3f} bits/dim, round trip "
-        f"{metrics['teacher']['roundtrip_max_abs']:.1e}",
-        f"noise floor: {fd['floor']['samples']} held-out real images have FD {fd['floor']['fd']:.3f} "
-        f"({fd['features']}, against {fd['reference']} training images)",
+        f"teacher: FD {teacher['fd']:.3f}, {teacher['bpd']:.3f} bits/dim, round trip "
+        f"{teacher['roundtrip_max_abs']:.1e}",
+        f"FD is over {fd['features']}, of {fd['samples']} samples against {fd['reference']} training images. "
+        "Noise floor: "
+        f"{floor['samples']} fresh real images have",
+        f"{floor['fd']:.3f} (as many of the teacher's: {teacher['fd_at_floor_samples']:.3f}); "
+        f"{fd['samples']} resampled training images, {fd['resampled']['fd']:.3f}",
         f"report: {report}",
     ]
     return "\n".join(lines)
-
-
-def _samplers(metrics: dict[str, Any]) -> list[str]:
-    return [parse_sampler(text).name for text in metrics["config"]["evaluate"]["samplers"]]

@@ -26,15 +26,14 @@ SHORT = {"nfm": "NFM", "independent": "FM"}
 def write_report(root: Root, metrics: dict[str, Any]) -> None:
     with np.load(io.BytesIO(root.read("grids.npz", MAX_GRIDS_BYTES)), allow_pickle=False) as archive:
         grids = {name: archive[name] for name in archive.files}
-    order = sorted(metrics["students"], key=lambda name: (name != "nfm", name))
-    metrics = metrics | {"students": {name: metrics["students"][name] for name in order}}
+    metrics = metrics | {"students": {name: metrics["students"][name] for name in student_names(metrics)}}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["short"] = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
     page = environment.get_template("report.html").render(
         m=metrics,
-        samplers=[parse_sampler(text).name for text in metrics["config"]["evaluate"]["samplers"]],
+        samplers=sampler_names(metrics),
         names={name: NAMES.get(name, name) for name in metrics["students"]},
         distance=_distance(metrics),
         loss_plot=_png(_loss_plot(metrics)),
@@ -45,6 +44,16 @@ def write_report(root: Root, metrics: dict[str, Any]) -> None:
         effects=_effects(metrics),
     )
     root.write("report.html", page.encode())
+
+
+def student_names(metrics: dict[str, Any]) -> list[str]:
+    """NFM first; JSON keeps no order."""
+    return sorted(metrics["students"], key=lambda name: (name != "nfm", name))
+
+
+def sampler_names(metrics: dict[str, Any]) -> list[str]:
+    """In the order of the config."""
+    return [parse_sampler(text).name for text in metrics["config"]["evaluate"]["samplers"]]
 
 
 def _distance(metrics: dict[str, Any]) -> str:
@@ -68,7 +77,7 @@ def _effects(metrics: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     nfm, fm = students["nfm"], students["independent"]
     rows = [{"name": "training loss", "nfm": nfm["loss"], "fm": fm["loss"]}]
-    samplers = [key for key, value in nfm.items() if isinstance(value, dict)]
+    samplers = sampler_names(metrics)
     for key, title in (("curvature", "curvature κ"), ("fd", _distance(metrics))):
         rows += [{"name": f"{title}, {name}", "nfm": nfm[name][key], "fm": fm[name][key]} for name in samplers]
     return [row | {"ratio": row["nfm"] / row["fm"]} for row in rows]

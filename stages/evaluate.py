@@ -216,7 +216,7 @@ class Evaluation:
         """f⁻¹(σ_f·ε), so that the student and its teacher start from the same point; η-noise removed by a score
         step.
         """
-        sigma_f = torch.from_numpy(self.pairs.sigma_f).to(self.device)
+        sigma_f = torch.from_numpy(self.pairs.sigma_f.copy()).to(self.device)
         images = [
             self.teacher.denoise(self.teacher.decode(n * sigma_f, c), c, self.eta) for n, c in self._batches(noise, y)
         ]

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from models.couplings import COUPLINGS, CouplingName
@@ -27,6 +27,12 @@ class StudentConfig(Section):
     t_mean: float = -0.2
     t_std: Annotated[float, Field(gt=0)] = 1.0
     train: TrainConfig
+
+    @field_validator("size")
+    @classmethod
+    def _parses(cls, size: str) -> str:
+        parse_size(size)
+        return size
 
 
 def student_network(config: StudentConfig, store: Store) -> SiT:

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from models.labels import drop_labels
@@ -26,6 +26,12 @@ class TeacherConfig(Section):
     eta: Annotated[float, Field(gt=0)]
     label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
     train: TrainConfig
+
+    @field_validator("notation")
+    @classmethod
+    def _parses(cls, notation: str) -> str:
+        parse_notation(notation)
+        return notation
 
 
 def teacher_network(config: TeacherConfig, store: Store) -> TarFlow:

@@ -64,6 +64,10 @@ class Root:
             data = self.fs.cat_file(self.full(path))
         except FileNotFoundError as error:
             raise StoreError(f"{self.url}/{path} is missing; the store is incomplete or the URL is wrong") from error
+        except IsADirectoryError as error:
+            raise StoreError(
+                f"{self.url}/{path}: got a folder, expected a file (a model is <folder>/model.safetensors)"
+            ) from error
         assert isinstance(data, bytes)
         return data
 

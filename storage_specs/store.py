@@ -49,6 +49,9 @@ class Store:
     def __init__(self, url: str, kind: Kind | None = None, options: dict[str, Any] | None = None) -> None:
         self.root = Root(url, options)
         if not self.root.exists("dataset.json"):
+            inside = [name for name in ("train", "val") if self.root.exists(f"{name}/dataset.json")]
+            if inside:
+                raise StoreError(f"{url}: got a folder of stores, expected one of them: {url}/{' or '.join(inside)}")
             raise StoreError(
                 f"{url}: no dataset.json; expected a complete store there (if its job was interrupted, run it again)"
             )
