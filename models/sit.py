@@ -84,7 +84,8 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]  # (B, T, D)
+        result: Tensor = self.proj(x).flatten(2).transpose(1, 2)  # (B, T, D)
+        return result
 
 
 class TimeEmbedding(nn.Module):
@@ -98,7 +99,8 @@ class TimeEmbedding(nn.Module):
         half = self.FREQUENCIES // 2
         omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t.float()[:, None] * omega  # (B, 128)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))  # type: ignore[no-any-return]  # (B, D)
+        result: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, D)
+        return result
 
 
 class LabelEmbedding(nn.Module):
@@ -120,7 +122,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, head_dim) each
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # (B, T, D)
+        result: Tensor = self.proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        return result
 
 
 class MLP(nn.Module):
@@ -130,7 +133,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(width * ratio, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # type: ignore[no-any-return]  # (B, T, D)
+        result: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # (B, T, D)
+        return result
 
 
 class SiTBlock(nn.Module):
@@ -145,7 +149,8 @@ class SiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (B, D) each
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (B, T, D)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # type: ignore[no-any-return]
+        result: Tensor = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return result
 
 
 class FinalLayer(nn.Module):
@@ -157,7 +162,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # type: ignore[no-any-return]  # (B, T, P)
+        result: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))  # (B, T, P)
+        return result
 
 
 class SiT(nn.Module):
@@ -217,7 +223,8 @@ class ReversedTime(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return -self.network(x, 1 - t, y)  # type: ignore[no-any-return]
+        result: Tensor = -self.network(x, 1 - t, y)
+        return result
 
 
 class Guided(nn.Module):

@@ -112,7 +112,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, head_dim)
-        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # (B, T, D)
+        result: Tensor = self.proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        return result
 
     def step(self, x: Tensor, k_cache: Tensor, v_cache: Tensor, i: int, inverse_temperature: Tensor) -> Tensor:
         q, k, v = self.project(x)  # each (B, heads, 1, head_dim)
@@ -120,7 +121,8 @@ class Attention(nn.Module):
         v_cache[:, :, i : i + 1] = v
         q = q * inverse_temperature.view(-1, 1, 1, 1)
         out = F.scaled_dot_product_attention(q, k_cache[:, :, : i + 1], v_cache[:, :, : i + 1])
-        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # (B, 1, D)
+        result: Tensor = self.proj(out.transpose(1, 2).flatten(2))  # (B, 1, D)
+        return result
 
 
 class MLP(nn.Module):
@@ -130,7 +132,8 @@ class MLP(nn.Module):
         self.main = nn.Sequential(nn.Linear(width, width * expansion), nn.GELU(), nn.Linear(width * expansion, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.main(self.norm(x))  # type: ignore[no-any-return]
+        result: Tensor = self.main(self.norm(x))
+        return result
 
 
 class Layer(nn.Module):
@@ -141,11 +144,13 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x)  # (B, T, D)
-        return x + self.mlp(x)  # type: ignore[no-any-return]
+        result: Tensor = x + self.mlp(x)
+        return result
 
     def step(self, x: Tensor, k_cache: Tensor, v_cache: Tensor, i: int, inverse_temperature: Tensor) -> Tensor:
         x = x + self.attention.step(x, k_cache, v_cache, i, inverse_temperature)  # (B, 1, D)
-        return x + self.mlp(x)  # type: ignore[no-any-return]
+        result: Tensor = x + self.mlp(x)
+        return result
 
 
 class FlowBlock(nn.Module):

@@ -150,6 +150,7 @@ def load_student(url: str, pairs: Store) -> tuple[SiT, dict[str, Any]]:
 def save_evaluation(root: Root, metrics: dict[str, Any], grids: dict[str, np.ndarray[Any, Any]]) -> None:
     """`grids.npz`, then `metrics.json`, whose presence means that the evaluation is complete."""
     buffer = io.BytesIO()
+    # NumPy types every keyword as if it might be allow_pickle, which no grid is called.
     np.savez_compressed(buffer, **grids)  # type: ignore[arg-type]
     root.write("grids.npz", buffer.getvalue())
     root.write("metrics.json", canonical_json(metrics))
