@@ -216,7 +216,7 @@ def verify(url: str) -> None:
     from storage_specs.store import Store
 
     opened = Store(url)
-    faults = opened.verify()
+    faults = [fault for _, fault in opened.faults()]
     for fault in faults:
         click.echo(fault, err=True)
     if faults:

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from stages.encode import BlockEncoder, EncodeConfig, coupling_spec, load_teacher
+from stages.encode import BlockEncoder, EncodeConfig, begin
 from stages.progress import Progress
 from stages.section import StageError
 from storage_specs.schema import Dataset
 from storage_specs.store import Store
-from storage_specs.writer import StoreWriter
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
 os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster started here: encoding is what the machine is for
@@ -51,10 +50,8 @@ def encode_couplings(config: EncodeConfig, samples: str, teacher: str, out: str)
     store.
     """
     source = Store(samples, kind="samples")
-    network, document = load_teacher(teacher)
-    spec = coupling_spec(config, source, network, document, teacher)
-    writer = StoreWriter(out, spec)
-    writer.begin()
+    writer = begin(config, source, teacher, out)
+    spec = writer.spec
     if writer.complete():
         return Store(out).dataset
     done = writer.committed()

@@ -294,5 +294,5 @@ class Evaluation:
             "images": spec.rows,
             "draws": spec.draws,
             "shards": self.pairs.dataset.totals.files,
-            "seconds": self.pairs.worker_seconds,
+            "seconds": sum(self.pairs.by_block("seconds")),
         }

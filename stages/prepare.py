@@ -192,7 +192,7 @@ def _write(config: DataConfig, url: str, split: str, images: Images, quarantined
         for block in sorted(set(range(spec.blocks)) - done):
             rows = spec.indices(block)
             x = np.stack(list(_decoded(images, rows.tolist())))
-            writer.write_block(block, {"x": x, "label": images.labels[rows]}, {}, seconds=0.0)
+            writer.write_block(block, {"x": x, "label": images.labels[rows]}, None, None, seconds=0.0)
             progress.advance(len(rows))
     writer.finalize()
 

@@ -33,6 +33,9 @@ class Layout(Protocol):
         written.
         """
 
+    def placement(self, spec: Spec, kind: str) -> tuple[int, int]:
+        """Offset of the first row's values in the file, and the bytes from one row to the next."""
+
     def metadata(self, spec: Spec) -> dict[str, bytes]:
         """Further files that stock tools need, by relative path."""
 

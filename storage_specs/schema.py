@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from storage_specs.codecs import STORED, ZDtype
 from storage_specs.errors import StoreError
 
 SCHEMA_MAJOR = 1
@@ -18,7 +19,7 @@ MAX_ROW_BYTES = 1 << 28  # a row beyond this is a damaged or hostile spec, not a
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["samples", "couplings"]
 LayoutName = Literal["webdataset", "zarr"]
-FloatDtype = Literal["float32", "float16"]
+NoiseDtype = Literal["float32", "float16"]
 Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 
 
@@ -27,11 +28,14 @@ class Model(BaseModel):
 
 
 class NoiseSpec(Model):
-    """How ε′ was drawn (storage_specs/noise.py) and in which dtype the teacher saw it."""
+    """How ε′ was drawn (storage_specs/noise.py), in which dtype the teacher saw it, and whether files hold it or the
+    law gives it back.
+    """
 
     law: Literal["philox-as241-v1"]
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
-    dtype: FloatDtype
+    dtype: NoiseDtype
+    stored: bool
 
 
 class TeacherSpec(Model):
@@ -49,10 +53,17 @@ class CouplingSpec(Model):
 
     draws: Annotated[int, Field(ge=1, le=1 << 16)]
     eta: Annotated[float, Field(ge=0)]
-    z_dtype: FloatDtype
+    z_dtype: ZDtype
+    z_scale_sha256: Sha256 | None  # of z_scale.npy, which int8 has
     noise: NoiseSpec
     teacher: TeacherSpec
     source: Sha256  # id of the sample store that x comes from
+
+    @model_validator(mode="after")
+    def _scale(self) -> "CouplingSpec":
+        if (self.z_scale_sha256 is not None) != (self.z_dtype == "int8"):
+            raise ValueError("z has a scale exactly when it is int8")
+        return self
 
 
 class Spec(Model):
@@ -113,8 +124,16 @@ class Spec(Model):
         if column in ("label", "index"):
             return np.dtype("<i8")
         assert self.coupling is not None
-        name = {"z": self.coupling.z_dtype, "noise": self.coupling.noise.dtype}[column]
-        return np.dtype(name).newbyteorder("<")
+        if column == "z":
+            return np.dtype(STORED[self.coupling.z_dtype])
+        return np.dtype(self.coupling.noise.dtype).newbyteorder("<")
+
+    @property
+    def planes(self) -> tuple[str, ...]:
+        """The columns that have one file a block and draw."""
+        if self.coupling is None:
+            return ()
+        return ("z", "noise") if self.coupling.noise.stored else ("z",)
 
     def canonical(self) -> bytes:
         return canonical_json(self.model_dump(mode="json"))
@@ -149,6 +168,7 @@ class Commit(Model):
     files: list[FileRecord]
     label_counts: dict[str, int]
     sum_z2: FileRecord | None  # float64 (C, H, W): Σ z² over the rows and draws of the block
+    squared_error: float | None  # Σ (z as stored - z as the teacher gave it)² over the block
     seconds: float
 
 
@@ -156,6 +176,7 @@ class Totals(Model):
     files: int
     bytes: int
     label_counts: dict[str, int]
+    z_rms_error: float | None  # of z as stored against the teacher's own
 
 
 class Dataset(Model):

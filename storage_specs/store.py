@@ -1,8 +1,13 @@
 """Reading a store: its spec, and the columns of any block as arrays that map the files."""
 
 import io
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from storage_specs import codecs
+from storage_specs.cache import Cache
 from storage_specs.errors import StoreError
-from storage_specs.files import Root, local_file, mapped, sha256
+from storage_specs.files import Root, mapped, sha256
 from storage_specs.layouts import LAYOUTS, Columns
-from storage_specs.schema import Dataset, FileRecord, Kind, Spec, canonical_json, content_id, parse, parse_dataset
+from storage_specs.noise import standard_normal
+from storage_specs.schema import Dataset, FileRecord, Kind, Spec, content_id, parse_dataset
 from storage_specs.webdataset import npy_header
 
 MAX_METADATA_BYTES = 1 << 30
+OPEN_FILES = 64  # whose columns a Store keeps at hand
+THREADS = 8  # of verify and repair
 
 FILE_SCHEMA = pa.schema(
     [
@@ -29,6 +39,7 @@ FILE_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("sha256", pa.string()),
         ("label_counts", pa.map_(pa.int32(), pa.int64())),
+        ("squared_error", pa.float64()),
         ("seconds", pa.float64()),
     ]
 )
@@ -46,8 +57,11 @@ class Key:
 class Store:
     """A complete store at a URL (local path or any fsspec URL). Raises StoreError if there is none, or a broken one."""
 
-    def __init__(self, url: str, kind: Kind | None = None, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, url: str, kind: Kind | None = None, options: dict[str, Any] | None = None, cache: Cache | None = None
+    ) -> None:
         self.root = Root(url, options)
+        self.cache = cache or Cache()
         if not self.root.exists("dataset.json"):
             inside = [name for name in ("train", "val") if self.root.exists(f"{name}/dataset.json")]
             if inside:
@@ -55,98 +69,146 @@ class Store:
             raise StoreError(
                 f"{url}: no dataset.json; expected a complete store there (if its job was interrupted, run it again)"
             )
-        self.dataset: Dataset = parse_dataset(self.root.read("dataset.json", MAX_METADATA_BYTES), f"{url}/dataset.json")
+        name = f"{self.url}/dataset.json"
+        self.dataset: Dataset = parse_dataset(self.root.read("dataset.json", MAX_METADATA_BYTES), name)
         self.spec: Spec = self.dataset.spec
         if kind is not None and self.spec.kind != kind:
             raise StoreError(f"{url}: got a store of {self.spec.kind}, expected one of {kind}")
         self.layout = LAYOUTS[self.spec.layout]
-        self._columns: dict[Key, Columns] = {}
+        if self.dataset.records != self.layout.describe(self.spec):
+            raise StoreError(
+                f"{name}: its records are not those of its spec; the file is damaged or of another version"
+            )
+        self._open: OrderedDict[Key, Columns] = OrderedDict()
 
     @property
     def url(self) -> str:
         return self.root.url
 
     @cached_property
-    def _manifest(self) -> pa.Table:
+    def manifest(self) -> pa.Table:
+        """manifest.parquet, one row a file: FILE_SCHEMA."""
         name = f"{self.url}/manifest.parquet"
         data = self.root.read("manifest.parquet", MAX_METADATA_BYTES)
         if sha256(data) != self.dataset.manifest_sha256:
             raise StoreError(f"{name}: its sha256 is not the one in dataset.json; the file is damaged")
-        wanted = expected_files(self.spec)
+        wanted, spec = expected_files(self.spec), self.spec
         try:
             parquet = pq.ParquetFile(io.BytesIO(data))
             if parquet.metadata.num_rows != wanted:
                 raise StoreError(f"{name}: got {parquet.metadata.num_rows} files, expected the {wanted} of the spec")
-            table = parquet.read()
-        except pa.ArrowException as error:
+            table = parquet.read() if parquet.schema_arrow.equals(FILE_SCHEMA) else None
+        except (pa.ArrowException, OSError) as error:
             raise StoreError(f"{name}: not a Parquet file: {error}") from error
-        if table.schema.names != FILE_SCHEMA.names or not table.schema.equals(FILE_SCHEMA):
+        if table is None or table.num_rows != wanted:
             raise StoreError(f"{name}: its columns are not those of a manifest; the file is of another version")
+        if table.nbytes > 4096 + wanted * (1024 + 16 * min(spec.num_classes, spec.block_rows)):
+            raise StoreError(f"{name}: got {table.nbytes} bytes of values, too many for {wanted} files")
         return table
 
     @cached_property
     def files(self) -> dict[Key, FileRecord]:
-        """The manifest: exactly the files that the spec calls for."""
-        name, table = f"{self.url}/manifest.parquet", self._manifest
+        """The manifest: exactly the files that the spec calls for, in its order."""
+        name, spec = f"{self.url}/manifest.parquet", self.spec
+        fields = ("column", "draw", "block", "first_index", "rows", "path", "bytes")
+        found = zip(*(self.manifest[field].to_pylist() for field in fields), strict=True)
+        digests = self.manifest["sha256"].to_pylist()
+        sizes: dict[tuple[str, int], int] = {}
         files: dict[Key, FileRecord] = {}
-        for row in table.to_pylist():
-            record = parse(FileRecord, canonical_json({field: row[field] for field in FileRecord.model_fields}), name)
-            files[Key(record.column, record.block, record.draw)] = record
-        if files.keys() != set(expected_keys(self.spec)):
-            raise StoreError(f"{name}: its files are not those of the spec, each once")
-        for key, record in files.items():
-            size = self.layout.size(self.spec, key.column, self.spec.rows_of(key.block))
-            path = self.layout.path(key.column, key.block, key.draw)
-            if record.path != path or record.bytes != size:
+        for number, (key, got, digest) in enumerate(zip(expected_keys(spec), found, digests, strict=True)):
+            rows = spec.rows_of(key.block)
+            if (key.column, rows) not in sizes:
+                sizes[key.column, rows] = self.layout.size(spec, key.column, rows)
+            path, size = self.layout.path(key.column, key.block, key.draw), sizes[key.column, rows]
+            expected = (key.column, key.draw, key.block, key.block * spec.block_rows, rows, path, size)
+            if got != expected:
+                field = next(field for field, a, b in zip(fields, got, expected, strict=True) if a != b)
                 raise StoreError(
-                    f"{name}: got {record.path!r} of {record.bytes} bytes, expected {path!r} of {size} bytes"
+                    f"{name}: row {number} has {field} {str(got[fields.index(field)])[:100]!r}, expected "
+                    f"{expected[fields.index(field)]!r} of {path}; its files are not those of the spec, each once"
                 )
+            if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+                raise StoreError(f"{name}: the sha256 of {path} is none")
+            files[key] = FileRecord(
+                column=key.column, draw=key.draw, block=key.block, path=path, bytes=size, sha256=digest
+            )
         return files
 
-    @property
-    def worker_seconds(self) -> float:
-        """What the blocks took to make, added up over the workers."""
-        return float(sum({row["block"]: row["seconds"] for row in self._manifest.to_pylist()}.values()))
+    def by_block(self, field: str) -> list[Any]:
+        """What the manifest says of each block: `label_counts`, `squared_error` or `seconds`."""
+        return list(self.manifest[field][: self.spec.blocks].to_pylist())  # the files of x come first
+
+    def array(self, name: str, digest: str | None) -> NDArray[np.float32]:
+        """A float32 (C, H, W) file beside dataset.json, positive and finite everywhere."""
+        data = self.root.read(name, MAX_METADATA_BYTES)
+        url = f"{self.url}/{name}"
+        if sha256(data) != digest:
+            raise StoreError(f"{url}: its sha256 is not the one in dataset.json; the file is damaged")
+        return parse_array(data, self.spec, url)
 
     @cached_property
     def sigma_f(self) -> NDArray[np.float32]:
         """σ_f, float32 (C, H, W): per-dimension root mean square of f over the data set and draws."""
-        data = self.root.read("sigma_f.npy", MAX_METADATA_BYTES)
-        name = f"{self.url}/sigma_f.npy"
-        if sha256(data) != self.dataset.sigma_f_sha256:
-            raise StoreError(f"{name}: its sha256 is not the one in dataset.json; the file is damaged")
-        header = npy_header(np.dtype("<f4"), self.spec.shape)
-        if not data.startswith(header) or len(data) != len(header) + 4 * self.spec.dim:
-            raise StoreError(f"{name}: expected an npy file of float32 with shape {self.spec.shape}")
-        sigma = np.frombuffer(data, "<f4", offset=len(header)).reshape(self.spec.shape)
-        if not (np.isfinite(sigma) & (sigma > 0)).all():
-            raise StoreError(f"{name}: expected positive finite values")
-        return sigma
+        return self.array("sigma_f.npy", self.dataset.sigma_f_sha256)
+
+    @cached_property
+    def z_scale(self) -> NDArray[np.float32] | None:
+        """The step of int8 z in each dimension, float32 (C, H, W); None for other dtypes."""
+        assert self.spec.coupling is not None
+        digest = self.spec.coupling.z_scale_sha256
+        return self.array("z_scale.npy", digest) if digest else None
+
+    def path(self, key: Key) -> Path:
+        """A local path of the file: itself, or its copy in the cache."""
+        record = self.files[key]
+        if self.root.local:
+            return Path(self.root.full(record.path))
+        return self.cache.fetch(self.root, record.path, record.bytes, record.sha256)
+
+    def check(self, key: Key, data: NDArray[np.uint8]) -> Columns:
+        """The columns in the bytes of a file. Raises StoreError, naming it, unless its size, structure and labels are
+        right and all its numbers finite."""
+        record = self.files[key]
+        name = f"{self.url}/{record.path}"
+        if len(data) != record.bytes:
+            raise StoreError(
+                f"{name}: got {len(data)} bytes, expected {record.bytes}; the file is truncated or overlong, "
+                "repair or copy it again"
+            )
+        try:
+            columns = self.layout.view(self.spec, key.column, key.block, data)
+        except StoreError as error:
+            raise StoreError(f"{name}: {error}; the file is damaged, repair or copy it again") from None
+        if "label" in columns:
+            check_labels(columns["label"], self.spec.num_classes, name)
+        if key.column in self.spec.planes and not codecs.all_finite(columns[key.column]):
+            raise StoreError(f"{name}: it holds values that are not finite; repair or copy it again")
+        return columns
 
     def columns(self, key: Key) -> Columns:
-        """The columns of one file, mapped, after its size, structure and labels were checked."""
-        if key not in self._columns:
-            record = self.files[key]
-            name = f"{self.url}/{record.path}"
-            data = mapped(local_file(self.root, record.path, record.bytes, record.sha256))
-            if len(data) != record.bytes:
-                raise StoreError(
-                    f"{name}: got {len(data)} bytes, expected {record.bytes}; the file is truncated or overlong, "
-                    "repair or copy it again"
-                )
-            try:
-                columns = self.layout.view(self.spec, key.column, key.block, data)
-            except StoreError as error:
-                raise StoreError(f"{name}: {error}; the file is damaged, repair or copy it again") from None
-            if "label" in columns:
-                check_labels(columns["label"], self.spec.num_classes, name)
-            self._columns[key] = columns
-        return self._columns[key]
+        """The columns of one file, mapped and checked."""
+        if key in self._open:
+            self._open.move_to_end(key)
+        else:
+            self._open[key] = self.check(key, mapped(self.path(key)))
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        return self._open[key]
 
     def column(self, name: str, block: int, draw: int = -1) -> NDArray[Any]:
-        """Column "x", "label", "index", "z" or "noise" of one block (and draw), (rows, …)."""
+        """Column "x", "label", "index", "z" or "noise" of one block (and draw), (rows, …), as it is stored; noise that
+        is not stored is drawn again."""
+        coupling = self.spec.coupling
+        if name == "noise" and coupling is not None and not coupling.noise.stored:
+            drawn = standard_normal(coupling.noise.seed, self.spec.indices(block), draw, self.spec.shape)
+            return drawn.astype(self.spec.dtype("noise"))
         holder = name if name not in ("label", "index") or name in self.layout.base_kinds else "x"
         return self.columns(Key(holder, block, draw))[name]
+
+    def z(self, block: int, draw: int) -> NDArray[np.float32]:
+        """z of one block and draw, float32 (rows, C, H, W): raw, not divided by σ_f."""
+        assert self.spec.coupling is not None
+        return codecs.decode(self.column("z", block, draw), self.spec.coupling.z_dtype, self.z_scale)
 
     def labels(self) -> NDArray[np.int64]:
         """All labels, (N,)."""
@@ -158,22 +220,44 @@ class Store:
         gather(out, rows, self.spec.block_rows, lambda block: self.column("x", block))
         return out
 
-    def verify(self) -> list[str]:
-        """Every fault found in reading all files: size, sha256, structure, labels and finite values. Empty if sound."""
-        faults = self._document_faults()
-        for key, record in self.files.items():
-            try:
-                data = mapped(local_file(self.root, record.path, record.bytes, record.sha256))
-                columns = self.columns(key)
-                if sha256(data) != record.sha256:
-                    raise StoreError(
-                        f"{self.url}/{record.path}: its sha256 is not the one in the manifest; repair or copy it again"
-                    )
-                if key.column in ("z", "noise") and not np.isfinite(columns[key.column]).all():
-                    raise StoreError(f"{self.url}/{record.path}: it holds values that are not finite")
-            except StoreError as error:
-                faults.append(str(error))
-        return faults
+    def faults(self, progress: Callable[[int], None] = lambda _bytes: None) -> Iterator[tuple[Key | None, str]]:
+        """Everything wrong with the store, found by reading all of it from where it lies (not from the cache): size,
+        sha256, structure, labels and their counts, finite values; the key is None where no file of the manifest is at
+        fault. `progress` is told how many bytes were read."""
+        for fault in self._document_faults():
+            yield None, fault
+        counts: Counter[int] = Counter()
+        with ThreadPoolExecutor(THREADS, "nfm-verify") as pool:
+            for key, fault, labels in pool.map(self._examine, self.files):
+                progress(self.files[key].bytes)
+                counts.update(labels)
+                if fault:
+                    yield key, fault
+        if {str(label): count for label, count in counts.items()} != self.dataset.totals.label_counts:
+            yield None, f"{self.url}/dataset.json: its label counts are not those of its files"
+
+    def _examine(self, key: Key) -> tuple[Key, str, dict[int, int]]:
+        """What is wrong with one file, and how many labels of each class it holds."""
+        record = self.files[key]
+        try:
+            if self.root.local:
+                data = mapped(self.root.full(record.path))
+            else:
+                data = np.frombuffer(self.root.read(record.path, record.bytes), np.uint8)
+            columns = self.check(key, data)
+            if sha256(data) != record.sha256:
+                raise StoreError(
+                    f"{self.url}/{record.path}: its sha256 is not the one in the manifest; repair or copy it again"
+                )
+        except StoreError as error:
+            return key, str(error), {}
+        if "label" not in columns:
+            return key, "", {}
+        labels, counts = np.unique(columns["label"], return_counts=True)
+        here = dict(zip(labels.tolist(), counts.tolist(), strict=True))
+        if dict(self.by_block("label_counts")[key.block]) != here:
+            return key, f"{self.url}/manifest.parquet: its label counts are not those of {record.path}", here
+        return key, "", here
 
     def _document_faults(self) -> list[str]:
         """Whether dataset.json, σ_f and the files for stock tools agree with the manifest and the spec."""
@@ -185,7 +269,7 @@ class Store:
             faults.append(f"{self.url}/dataset.json: its totals are not those of the manifest")
         try:
             if self.spec.coupling:
-                _ = self.sigma_f
+                _ = self.sigma_f, self.z_scale
         except StoreError as error:
             faults.append(str(error))
         for path, expected in self.layout.metadata(self.spec).items():
@@ -196,6 +280,19 @@ class Store:
             if not intact:
                 faults.append(f"{self.url}/{path}: it is not the metadata of this spec; copy it again")
         return faults
+
+
+def parse_array(data: bytes, spec: Spec, name: str) -> NDArray[np.float32]:
+    """The values of an npy file that must hold positive finite float32 (C, H, W), which no header of its own can
+    change.
+    """
+    header = npy_header(np.dtype("<f4"), spec.shape)
+    if not data.startswith(header) or len(data) != len(header) + 4 * spec.dim:
+        raise StoreError(f"{name}: expected an npy file of float32 with shape {spec.shape}")
+    values: NDArray[np.float32] = np.frombuffer(data, "<f4", offset=len(header)).reshape(spec.shape)
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise StoreError(f"{name}: expected positive finite values")
+    return values
 
 
 def gather(out: NDArray[Any], rows: NDArray[np.int64], block_rows: int, column: Any) -> None:
@@ -214,13 +311,13 @@ def check_labels(labels: NDArray[np.int64], num_classes: int, name: str) -> None
 
 def expected_files(spec: Spec) -> int:
     """How many files a complete store has; known before anything of that size is made."""
-    return spec.blocks * (len(LAYOUTS[spec.layout].base_kinds) + 2 * spec.draws)
+    return spec.blocks * (len(LAYOUTS[spec.layout].base_kinds) + len(spec.planes) * spec.draws)
 
 
 def expected_keys(spec: Spec) -> list[Key]:
     """The files of a complete store, in manifest order."""
     base = LAYOUTS[spec.layout].base_kinds
     keys = [Key(kind, block) for kind in base for block in range(spec.blocks)]
-    for kind in ("z", "noise") if spec.coupling else ():
+    for kind in spec.planes:
         keys += [Key(kind, block, draw) for draw in range(spec.draws) for block in range(spec.blocks)]
     return keys

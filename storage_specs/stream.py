@@ -1,18 +1,25 @@
-"""Streaming a store into training: endless shuffled batches whose order depends on (seed, epoch, position) alone."""
+"""Streaming stores into training: endless shuffled batches whose order depends on (seed, epoch, position) alone."""
 
-from dataclasses import dataclass
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from storage_specs.cache import Cache
 from storage_specs.errors import StoreError
-from storage_specs.order import epoch_draws, epoch_rows
-from storage_specs.pixels import to_float
-from storage_specs.store import Store, gather
+from storage_specs.order import Mixture
+from storage_specs.rows import RowReader
+from storage_specs.schema import Kind
+from storage_specs.store import Store
 
 View = Literal["samples", "pairs"]
+AHEAD = 2  # batches under preparation; more would only spread over more memory
 
 
 @dataclass(frozen=True)
@@ -24,31 +31,72 @@ class StreamState:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A store of a mixture, with the share of samples that comes from it (relative to the other weights)."""
+
+    url: str
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Batch:
     """x (B, C, H, W) float32 in [-1, 1]; z / σ_f (B, C, H, W) float32, empty for the view "samples"; label and index
-    (B,) int64; draw (B,) int64, -1 for the view "samples"."""
+    (B,) int64; draw (B,) int64, -1 for the view "samples"; source (B,) int64, which store of a mixture."""
 
     x: torch.Tensor
     z: torch.Tensor
     label: torch.Tensor
     index: torch.Tensor
     draw: torch.Tensor
+    source: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
 
+class Buffers:
+    """Memory for batches, used again once nobody holds the batch: fresh memory costs a page fault every 4 KiB.
+
+    With CUDA, torch does the same for pinned memory.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[NDArray[np.float32]]] = {}
+        self._lent: dict[int, weakref.ref[NDArray[np.float32]]] = {}
+
+    def take(self, rows: int, columns: int) -> torch.Tensor:
+        if torch.cuda.is_available():
+            return torch.empty(rows, columns, pin_memory=True)
+        free = self._free.setdefault(rows * columns, [])
+        memory = free.pop() if free else np.empty(rows * columns, dtype=np.float32)
+        shown = memory.view()  # what the tensor holds on to; its end is the end of all tensors that share the memory
+
+        def give_back(reference: weakref.ref[NDArray[np.float32]]) -> None:
+            del self._lent[id(reference)]
+            free.append(memory)
+
+        lent = weakref.ref(shown, give_back)
+        self._lent[id(lent)] = lent  # a reference that is itself garbage calls nobody
+        return torch.from_numpy(shown).view(rows, columns)
+
+
 class CouplingStream:
-    """Batches of a coupling store ("pairs": x with one draw of z) or of any store ("samples": x alone).
+    """Batches of a coupling store ("pairs": x with one draw of z) or of any store ("samples": x alone), or of a mixture
+    of several with the same shape and classes.
 
     `batch_size` is the global batch, of which rank r of `world_size` gets its r-th slice, so the global sequence does
-    not depend on the number of readers. Epochs follow each other without a gap: a batch may span two of them. Set
-    `state` to continue a sequence. Raises StoreError for a broken store, ValueError for sizes that do not fit.
+    not depend on the number of readers. Epochs follow each other without a gap: a batch may span two of them; an epoch
+    of a mixture is as many samples as its stores have rows. `window_blocks` bounds what must be at hand at a time (see
+    storage_specs/order.py), and with it the cache a remote store needs; it changes the order. Batches are prepared in
+    the background; memory is pinned where CUDA is. Set `state` to continue a sequence.
+
+    Raises StoreError for a broken store, ValueError for sizes that do not fit.
     """
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[Source],
         batch_size: int,
         seed: int,
         view: View = "pairs",
@@ -62,69 +110,92 @@ class CouplingStream:
                 f"got global batch {batch_size} for rank {rank} of {world_size}; expected a positive multiple of "
                 "the world size"
             )
-        self.store = Store(url, kind="couplings" if view == "pairs" else None, options=options)
-        self.batch_size, self.seed, self.view = batch_size, seed, view
-        self.rank, self.world_size, self.window_blocks = rank, world_size, window_blocks
-        self.state = StreamState()
-        self._labels = self.store.labels()
-        self._cached: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
-        self._inverse_sigma = 1 / self.store.sigma_f if view == "pairs" else None
+        if window_blocks is not None and window_blocks < 1:
+            raise ValueError(f"got window_blocks {window_blocks}; expected at least 1")
+        sources = [Source(url, options=options or {})] if isinstance(url, str) else list(url)
+        self.batch_size, self.view, self.rank, self.world_size = batch_size, view, rank, world_size
+        kind: Kind | None = "couplings" if view == "pairs" else None
+        cache = Cache()
+        self.stores = [Store(source.url, kind, source.options, cache) for source in sources]
+        self._mixture = Mixture([source.weight for source in sources], seed)
+        self.spec = self.stores[0].spec
+        for store in self.stores[1:]:
+            for name in ("shape", "class_names"):
+                if getattr(store.spec, name) != getattr(self.spec, name):
+                    raise StoreError(f"{store.url}: got another {name} than in {self.stores[0].url}; a mixture has one")
+        self._readers = [RowReader(store, seed, view == "pairs", window_blocks) for store in self.stores]
+        self._epoch_rows = sum(store.spec.rows for store in self.stores)
+        self._buffers = Buffers()
+        self._worker = ThreadPoolExecutor(1, "nfm-stream")
+        self._ahead: deque[Future[Batch]] = deque()
+        self._next = 0  # the first sample that __next__ has not given out
+        weakref.finalize(self, _shut_down, self._worker, self._ahead, self._readers)
 
-    def _plan(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The rows of an epoch in order, and the draw of each (-1 for the view "samples")."""
-        if self._cached is None or self._cached[0] != epoch:
-            spec = self.store.spec
-            rows = epoch_rows(spec.rows, spec.block_rows, self.seed, epoch, self.window_blocks)
-            draws = np.full(len(rows), -1, dtype=np.int64)
-            if self.view == "pairs":
-                draws = epoch_draws(spec.blocks, spec.draws, self.seed, epoch)[rows // spec.block_rows]
-            self._cached = epoch, rows, draws
-        return self._cached[1:]
+    @property
+    def state(self) -> StreamState:
+        return StreamState(*divmod(self._next, self._epoch_rows))
 
-    def _take(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows and draws of the next `count` samples of the global sequence; moves the state past them."""
-        parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-        epoch, position = self.state.epoch, self.state.position
-        while count:
-            rows, draws = self._plan(epoch)
-            parts.append((rows[position : position + count], draws[position : position + count]))
-            taken = len(parts[-1][0])
-            count -= taken
-            position += taken
-            if position == len(rows):
-                epoch, position = epoch + 1, 0
-        self.state = StreamState(epoch, position)
-        return np.concatenate([rows for rows, _ in parts]), np.concatenate([draws for _, draws in parts])
+    @state.setter
+    def state(self, state: StreamState) -> None:
+        if state.epoch < 0 or not 0 <= state.position < self._epoch_rows:
+            raise ValueError(f"got {state}; expected a position below {self._epoch_rows}")
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        self._next = state.epoch * self._epoch_rows + state.position
 
     def __iter__(self) -> "CouplingStream":
         return self
 
     def __next__(self) -> Batch:
-        rows, draw = self._take(self.batch_size)
-        share = self.batch_size // self.world_size
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        rows, draw = rows[mine], draw[mine]
-        x = self.store.images(rows)
+        while len(self._ahead) < AHEAD:
+            start = self._next + len(self._ahead) * self.batch_size
+            self._ahead.append(self._worker.submit(self._batch, start))
+        batch = self._ahead[0].result()  # an error stays at the head: no later batch is ever given out
+        self._ahead.popleft()
+        self._next += self.batch_size
+        return batch
+
+    def _batch(self, start: int) -> Batch:
+        """This rank's slice of the global batch that starts at sample `start`."""
+        share, spec, pairs = self.batch_size // self.world_size, self.spec, self.view == "pairs"
+        start += self.rank * share
+        source = np.zeros(share, dtype=np.int64)
+        x = self._buffers.take(share, spec.dim)
+        z = self._buffers.take(share, spec.dim) if pairs else None
+        label, index, draw = (torch.empty(share, dtype=torch.int64) for _ in range(3))
+        if len(self._readers) == 1:
+            self._readers[0].read(start, x, z, label, index, draw)
+        else:
+            source, before = self._mixture.sources(start, share), self._mixture.counts(start)
+            for number, reader in enumerate(self._readers):
+                here = torch.from_numpy(np.flatnonzero(source == number))
+                if len(here):
+                    parts = [tensor[: len(here)].clone() for tensor in (x, label, index, draw)]
+                    z_part = None if z is None else z[: len(here)].clone()
+                    reader.read(int(before[number]), parts[0], z_part, *parts[1:])
+                    for whole, part in zip((x, label, index, draw), parts, strict=True):
+                        whole[here] = part
+                    if z is not None and z_part is not None:
+                        z[here] = z_part
         return Batch(
-            x=to_float(x),
-            z=torch.from_numpy(self._z(rows, draw)),
-            label=torch.from_numpy(self._labels[rows]),
-            index=torch.from_numpy(rows),
-            draw=torch.from_numpy(draw),
+            x=x.view(share, *spec.shape),
+            z=torch.empty(0, *spec.shape) if z is None else z.view(share, *spec.shape),
+            label=label,
+            index=index,
+            draw=draw,
+            source=torch.from_numpy(source),
         )
 
-    def _z(self, rows: NDArray[np.int64], draw: NDArray[np.int64]) -> NDArray[np.float32]:
-        spec = self.store.spec
-        if self._inverse_sigma is None:
-            return np.empty((0, *spec.shape), dtype=np.float32)
-        z = np.empty((len(rows), *spec.shape), dtype=np.float32)
-        for k in np.unique(draw).tolist():
-            here = np.flatnonzero(draw == k)
-            part = np.empty((len(here), *spec.shape), dtype=np.float32)
-            gather(part, rows[here], spec.block_rows, lambda block, k=k: self.store.column("z", block, k))
-            z[here] = part
-        if not np.isfinite(z).all():
-            bad = rows[~np.isfinite(z).all(axis=(1, 2, 3))]
-            raise StoreError(f"{self.store.url}: z of image {bad[0]} is not finite; verify the store")
-        z *= self._inverse_sigma
-        return z
+    def close(self) -> None:
+        """Stop the threads, and wait for the one that reads; when the stream is garbage, they stop by themselves."""
+        _shut_down(self._worker, self._ahead, self._readers)
+        self._worker.shutdown(wait=True)
+
+
+def _shut_down(worker: ThreadPoolExecutor, ahead: deque[Future[Batch]], readers: list[RowReader]) -> None:
+    for future in ahead:
+        future.cancel()
+    for reader in readers:
+        reader.close()
+    worker.shutdown(wait=False)

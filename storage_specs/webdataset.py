@@ -91,6 +91,10 @@ class WebDatasetLayout:
             records[:, member.offset : member.offset + raw.shape[1]] = raw
         return data.tobytes()
 
+    def placement(self, spec: Spec, kind: str) -> tuple[int, int]:
+        members = self.members(spec, kind)
+        return members[0].offset, members[-1].end
+
     def view(self, spec: Spec, kind: str, block: int, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         index = spec.indices(block)
         assert len(data) == self.size(spec, kind, len(index))
@@ -119,7 +123,7 @@ class WebDatasetLayout:
         return {}
 
     def describe(self, spec: Spec) -> dict[str, dict[str, Any]]:
-        kinds = ["x", "z", "noise"] if spec.coupling else ["x"]
+        kinds = (*self.base_kinds, *spec.planes)
         return {
             kind: {
                 "record_bytes": self.record_bytes(spec, kind),

@@ -5,7 +5,9 @@ dataset.json. Nothing is trusted without the record that comes after it.
 """
 
 import io
+import math
 from collections import Counter
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from storage_specs import codecs
 from storage_specs.card import card
 from storage_specs.errors import StoreError
 from storage_specs.files import Root, sha256
@@ -29,27 +32,39 @@ from storage_specs.schema import (
     difference,
     parse,
 )
-from storage_specs.store import FILE_SCHEMA, MAX_METADATA_BYTES, Key, check_labels, expected_keys
+from storage_specs.store import FILE_SCHEMA, MAX_METADATA_BYTES, Key, check_labels, expected_keys, parse_array
 
 SPEC_FILE = "commits/spec.json"
+SCALE_FILE = "z_scale.npy"
 
 
 def _commit_name(block: int) -> str:
     return f"commits/{block:06d}.json"
 
 
+def begun(url: str, options: dict[str, Any] | None = None) -> Spec | None:
+    """The spec of the store that was begun at a URL, if one was."""
+    root = Root(url, options)
+    if not root.exists(SPEC_FILE):
+        return None
+    return parse(Spec, root.read(SPEC_FILE, MAX_METADATA_BYTES), f"{root.url}/{SPEC_FILE}")
+
+
 class StoreWriter:
     """The one way to write a store. Any number of writers may commit different blocks of it at the same time."""
 
     def __init__(self, url: str, spec: Spec, options: dict[str, Any] | None = None) -> None:
-        self.root = Root(url, options)
+        self.root, self.options = Root(url, options), options
         self.spec = spec
         self.layout = LAYOUTS[spec.layout]
 
-    def begin(self) -> None:
-        """Claim the URL for this spec. Raises StoreError if it holds a store of another spec, naming what differs."""
-        if self.root.exists(SPEC_FILE):
-            there = parse(Spec, self.root.read(SPEC_FILE, MAX_METADATA_BYTES), f"{self.root.url}/{SPEC_FILE}")
+    def begin(self, z_scale: NDArray[np.float32] | None = None) -> None:
+        """Claim the URL for this spec. Raises StoreError if it holds a store of another spec, naming what differs.
+
+        `z_scale`, float32 (C, H, W), is the scale whose sha256 the spec of an int8 store gives.
+        """
+        there = begun(self.root.url, self.options)
+        if there is not None:
             if there != self.spec:
                 fields = difference(self.spec.model_dump(mode="json"), there.model_dump(mode="json"))
                 raise StoreError(
@@ -59,7 +74,19 @@ class StoreWriter:
         elif self.root.exists("dataset.json"):
             raise StoreError(f"{self.root.url}: holds a dataset.json that no writer of ours left; write to another URL")
         else:
+            if z_scale is not None:
+                self.root.write(SCALE_FILE, npy(z_scale))
             self.root.write(SPEC_FILE, self.spec.canonical())
+
+    @cached_property
+    def z_scale(self) -> NDArray[np.float32] | None:
+        digest = self.spec.coupling.z_scale_sha256 if self.spec.coupling else None
+        if digest is None:
+            return None
+        data, name = self.root.read(SCALE_FILE, MAX_METADATA_BYTES), f"{self.root.url}/{SCALE_FILE}"
+        if sha256(data) != digest:
+            raise StoreError(f"{name}: its sha256 is not the one in the spec; delete {self.root.url} and encode again")
+        return parse_array(data, self.spec, name)
 
     def complete(self) -> bool:
         return self.root.exists("dataset.json")
@@ -69,18 +96,49 @@ class StoreWriter:
         stems = [name.removesuffix(".json") for name in self.root.names("commits") if name.endswith(".json")]
         return {int(stem) for stem in stems if stem.isdigit()}
 
-    def write_block(self, block: int, base: Columns, planes: dict[str, NDArray[Any]], seconds: float) -> Commit:
+    def write_block(
+        self,
+        block: int,
+        base: Columns,
+        z: NDArray[np.float32] | None,
+        noise: NDArray[Any] | None,
+        seconds: float,
+    ) -> Commit:
         """Write the files of a block and then its commit record. `base` has x (rows, C, H, W) and label (rows,);
-        `planes` has z and noise (K, rows, C, H, W), or is empty for a sample store."""
+        z (K, rows, C, H, W) is the teacher's, float32, and noise, of the same shape, what it saw, in the dtype of the
+        spec. A sample store has neither, and a store that derives its noise takes none."""
+        stored, error = None, None
+        if z is not None:
+            coupling = self.spec.coupling
+            assert coupling is not None and z.dtype == np.float32
+            stored = codecs.encode(z, coupling.z_dtype, self.z_scale)
+            if not (np.isfinite(z).all() and codecs.all_finite(stored)):
+                bad = np.argwhere(~np.isfinite(codecs.decode(stored, coupling.z_dtype, self.z_scale) + z))[0]
+                raise FloatingPointError(
+                    f"block {block}: z of image {self.spec.indices(block)[bad[1]]}, draw {bad[0]}, is not finite as "
+                    f"{coupling.z_dtype}; nothing of the block was written"
+                )
+            decoded = codecs.decode(stored, coupling.z_dtype, self.z_scale)
+            error = float(np.square(decoded.astype(np.float64) - z).sum())
+        return self.write_stored(block, base, stored, noise, error, seconds)
+
+    def write_stored(
+        self,
+        block: int,
+        base: Columns,
+        z: NDArray[Any] | None,
+        noise: NDArray[Any] | None,
+        squared_error: float | None,
+        seconds: float,
+    ) -> Commit:
+        """`write_block` for z as it is stored, of which `squared_error` is known."""
         spec = self.spec
         check_labels(base["label"], spec.num_classes, f"{self.root.url} block {block}")
-        assert set(planes) == ({"z", "noise"} if spec.coupling else set())
+        planes = {name: plane for name, plane in (("z", z), ("noise", noise)) if plane is not None}
+        assert tuple(planes) == spec.planes
         for name, plane in planes.items():
             assert plane.shape == (spec.draws, spec.rows_of(block), *spec.shape)
-            if not np.isfinite(plane).all():
-                raise FloatingPointError(
-                    f"block {block}: {name} holds values that are not finite; nothing of it was written"
-                )
+            assert plane.dtype == spec.dtype(name) and codecs.all_finite(plane)
         files = [self._put(Key(kind, block), base) for kind in self.layout.base_kinds]
         for name, plane in planes.items():
             files += [self._put(Key(name, block, draw), {name: values}) for draw, values in enumerate(plane)]
@@ -91,7 +149,8 @@ class StoreWriter:
             rows=spec.rows_of(block),
             files=files,
             label_counts={str(label): counts[label] for label in sorted(counts)},
-            sum_z2=self._put_sum_z2(block, planes["z"]) if planes else None,
+            sum_z2=None if z is None else self._put_sum_z2(block, z),
+            squared_error=squared_error,
             seconds=seconds,
         )
         self.root.write(_commit_name(block), canonical_json(commit.model_dump(mode="json")))
@@ -108,7 +167,9 @@ class StoreWriter:
 
     def _put_sum_z2(self, block: int, z: NDArray[Any]) -> FileRecord:
         """Σ z² of the *stored* values in float64, so that σ_f needs no second pass and anyone can check it."""
-        data = _npy(np.square(z.astype(np.float64)).sum(axis=(0, 1)))
+        assert self.spec.coupling is not None
+        decoded = codecs.decode(z, self.spec.coupling.z_dtype, self.z_scale)
+        data = npy(np.square(decoded.astype(np.float64)).sum(axis=(0, 1)))
         path = f"commits/{block:06d}.sum_z2.npy"
         self.root.write(path, data)
         return FileRecord(column="sum_z2", draw=-1, block=block, path=path, bytes=len(data), sha256=sha256(data))
@@ -147,6 +208,7 @@ class StoreWriter:
                 files=len(ordered),
                 bytes=sum(file.bytes for file, _ in ordered),
                 label_counts={str(label): counts[label] for label in sorted(counts)},
+                z_rms_error=self._z_rms_error(commits),
             ),
             records=self.layout.describe(self.spec),
             manifest_sha256=sha256(manifest),
@@ -155,6 +217,12 @@ class StoreWriter:
         self.root.write("README.md", card(dataset).encode())
         self.root.write("dataset.json", canonical_json(dataset.model_dump(mode="json")))
         return dataset
+
+    def _z_rms_error(self, commits: list[Commit]) -> float | None:
+        if self.spec.coupling is None:
+            return None
+        total = math.fsum(commit.squared_error or 0.0 for commit in commits)
+        return math.sqrt(total / (self.spec.rows * self.spec.draws * self.spec.dim))
 
     def _write_sigma_f(self, commits: list[Commit]) -> str:
         total = np.zeros(self.spec.shape, dtype=np.float64)
@@ -171,7 +239,7 @@ class StoreWriter:
         sigma_f = np.sqrt(total / (self.spec.rows * self.spec.draws)).astype(np.float32)
         if not (np.isfinite(sigma_f) & (sigma_f > 0)).all():
             raise FloatingPointError("σ_f is zero or not finite in some dimension: the teacher's z is constant there")
-        data = _npy(sigma_f)
+        data = npy(sigma_f)
         self.root.write("sigma_f.npy", data)
         return sha256(data)
 
@@ -187,6 +255,7 @@ class StoreWriter:
                 "bytes": file.bytes,
                 "sha256": file.sha256,
                 "label_counts": [(int(label), count) for label, count in commit.label_counts.items()],
+                "squared_error": commit.squared_error,
                 "seconds": commit.seconds,
             }
             for file, commit in ordered
@@ -196,7 +265,7 @@ class StoreWriter:
         return buffer.getvalue()
 
 
-def _npy(array: NDArray[Any]) -> bytes:
+def npy(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()

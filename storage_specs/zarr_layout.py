@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from storage_specs.errors import StoreError
@@ -65,11 +63,16 @@ class ZarrLayout:
         index = spec.indices(block)
         values = index if kind == "index" else columns[kind]
         assert len(values) == len(index) and values.dtype == spec.dtype(kind)
-        store = MemoryStore()
+        content: dict[str, Any] = {}
+        store = MemoryStore(content)
         with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk of zeros still has its place
             array = self._create(store, spec, kind, rows=len(index), draws=1)
             array[...] = values[None] if kind in ("z", "noise") else values
-        return _content(store, self.path(kind, 0, 0 if kind in ("z", "noise") else -1))
+        file: bytes = content[self.path(kind, 0, 0 if kind in ("z", "noise") else -1)].to_bytes()
+        return file
+
+    def placement(self, spec: Spec, kind: str) -> tuple[int, int]:
+        return 0, self.row_bytes(spec, kind)
 
     def view(self, spec: Spec, kind: str, block: int, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         rows = spec.rows_of(block)
@@ -89,15 +92,16 @@ class ZarrLayout:
         return {kind: values}
 
     def metadata(self, spec: Spec) -> dict[str, bytes]:
-        store = MemoryStore()
+        content: dict[str, Any] = {}
+        store = MemoryStore(content)
         zarr.create_group(store)
-        kinds = (*self.base_kinds, "z", "noise") if spec.coupling else self.base_kinds
+        kinds = (*self.base_kinds, *spec.planes)
         for kind in kinds:
             self._create(store, spec, kind, rows=spec.rows, draws=spec.draws)
-        return {name: _content(store, name) for name in ("zarr.json", *(f"{kind}/zarr.json" for kind in kinds))}
+        return {name: content[name].to_bytes() for name in ("zarr.json", *(f"{kind}/zarr.json" for kind in kinds))}
 
     def describe(self, spec: Spec) -> dict[str, dict[str, Any]]:
-        kinds = ["x", "label", "index", "z", "noise"] if spec.coupling else ["x", "label", "index"]
+        kinds = (*self.base_kinds, *spec.planes)
         return {
             kind: {
                 "row_bytes": self.row_bytes(spec, kind),
@@ -107,9 +111,3 @@ class ZarrLayout:
             }
             for kind in kinds
         }
-
-
-def _content(store: MemoryStore, name: str) -> bytes:
-    value = sync(store.get(name, default_buffer_prototype()))
-    assert value is not None
-    return value.to_bytes()

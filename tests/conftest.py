@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from pipeline.config import Config, load_config
-from stages.encode import BlockEncoder, coupling_spec, load_teacher
+from stages.encode import BlockEncoder, begin
 from stages.prepare import prepare
 from stages.train_teacher import train_teacher
 from storage_specs.schema import LayoutName
 from storage_specs.store import Store
-from storage_specs.writer import StoreWriter
 
 SMALL = (
     "data.holdout=0.9",
@@ -62,12 +61,9 @@ def config() -> Config:
 def encode_here(config: Config, samples: str, teacher: str, out: str, layout: LayoutName) -> None:
     """The encode stage without Ray, block after block: what the job on a cluster must equal."""
     encode = config.encode.model_copy(update={"layout": layout})
-    network, document = load_teacher(teacher)
-    spec = coupling_spec(encode, Store(samples), network, document, teacher)
-    writer = StoreWriter(out, spec)
-    writer.begin()
-    encoder = BlockEncoder(samples, teacher, out, spec.model_dump(mode="json"), encode.batch_size)
-    for block in range(spec.blocks):
+    writer = begin(encode, Store(samples), teacher, out)
+    encoder = BlockEncoder(samples, teacher, out, writer.spec.model_dump(mode="json"), encode.batch_size)
+    for block in range(writer.spec.blocks):
         encoder.encode(block)
     writer.finalize()
 

@@ -40,7 +40,7 @@ def test_two_workers_write_the_bytes_of_one_process(run: Run, tmp_path: Path, la
     encode(run, str(tmp_path), layout)
     assert data_files(str(tmp_path)) == data_files(run.couplings[layout])
     assert Store(str(tmp_path)).dataset.id == Store(run.couplings[layout]).dataset.id
-    assert Store(str(tmp_path)).verify() == []
+    assert list(Store(str(tmp_path)).faults()) == []
 
 
 def test_only_missing_blocks_are_encoded(run: Run, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from storage_specs.order import epoch_draws, epoch_rows, permutation
+from storage_specs.order import epoch_draws, epoch_order, permutation
 from storage_specs.store import Store
 from storage_specs.stream import CouplingStream, StreamState
 from tests.conftest import Run
@@ -25,13 +25,13 @@ def test_frozen_permutation() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_an_epoch_shows_every_row_once(window: int | None) -> None:
-    rows = epoch_rows(100, 16, seed=0, epoch=3, window_blocks=window)
+    rows = epoch_order(100, 16, seed=0, epoch=3, window_blocks=window).rows
     assert sorted(rows.tolist()) == list(range(100))
-    assert not np.array_equal(rows, epoch_rows(100, 16, seed=0, epoch=4, window_blocks=window))
+    assert not np.array_equal(rows, epoch_order(100, 16, seed=0, epoch=4, window_blocks=window).rows)
 
 
 def test_a_window_holds_few_blocks_at_a_time() -> None:
-    blocks = epoch_rows(160, 16, seed=0, epoch=0, window_blocks=2) // 16
+    blocks = epoch_order(160, 16, seed=0, epoch=0, window_blocks=2).rows // 16
     for window in blocks.reshape(-1, 32):
         assert len(set(window.tolist())) == 2
 
@@ -39,7 +39,7 @@ def test_a_window_holds_few_blocks_at_a_time() -> None:
 def test_the_shuffle_is_one() -> None:
     """Rank correlation with the stored order, and neighbours from one block, as chance would have them."""
     n, block_rows = 20_000, 200
-    rows = epoch_rows(n, block_rows, seed=0, epoch=0, window_blocks=None)
+    rows = epoch_order(n, block_rows, seed=0, epoch=0, window_blocks=None).rows
     assert abs(np.corrcoef(np.arange(n), rows)[0, 1]) < 4.5 / n**0.5
     same = (rows[1:] // block_rows == rows[:-1] // block_rows).mean()
     assert same == pytest.approx(block_rows / n, abs=4.5 * (block_rows / n / n) ** 0.5)

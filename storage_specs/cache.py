@@ -1,0 +1,145 @@
+"""Remote files on the local disk: a content-addressed cache with a size limit, which several processes may share."""
+
+import fcntl
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from storage_specs.errors import StoreError
+from storage_specs.files import Root, sha256
+
+CACHE_GB = 200.0  # unless $NFM_CACHE_GB says otherwise
+PART_BYTES = 8 << 20  # of one ranged GET
+THREADS = 8  # ranged GETs at a time, so that memory stays within THREADS · PART_BYTES
+_SCAN_EVERY = 16  # downloads between two looks at what other processes added
+
+
+def cache_directory() -> Path:
+    """Where remote files are kept: $NFM_CACHE, or nfm under the user's cache directory."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nfm"
+    return Path(os.environ.get("NFM_CACHE", default))
+
+
+class Cache:
+    """Files by their sha256, which is checked once, when a file arrives. A file is visible under its name only whole.
+
+    Beyond `limit` bytes the files that were not asked for longest go. Whoever has one mapped keeps it: POSIX frees a
+    file when its last mapping ends.
+    """
+
+    def __init__(self, directory: Path | None = None, limit: int | None = None) -> None:
+        self.directory = directory or cache_directory()
+        try:
+            gigabytes = float(os.environ.get("NFM_CACHE_GB", CACHE_GB))
+        except ValueError as error:
+            raise StoreError(f"got NFM_CACHE_GB={os.environ['NFM_CACHE_GB']!r}; expected a number") from error
+        self.limit = int(gigabytes * 1e9) if limit is None else limit
+        self._parts = ThreadPoolExecutor(THREADS, "nfm-part")
+        self._lock = threading.Lock()
+        self._bytes, self._until_scan = 0, 0
+
+    def path(self, digest: str) -> Path:
+        return self.directory / digest[:2] / digest
+
+    def fetch(self, root: Root, path: str, size: int, digest: str) -> Path:
+        """A local path holding the file. Raises StoreError if what arrives has another size or sha256."""
+        final = self.path(digest)
+        if _here(final, size):
+            return final
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _sole_writer(final.with_suffix(".part"), final) as descriptor:
+            if not _here(final, size):  # it may have arrived while another process had the lock
+                self._make_room(size)
+                self._download(root, path, size, digest, descriptor)
+                os.replace(final.with_suffix(".part"), final)
+        return final
+
+    def _download(self, root: Root, path: str, size: int, digest: str, descriptor: int) -> None:
+        os.ftruncate(descriptor, 0)
+        got = 0
+        starts = range(0, size, PART_BYTES)
+
+        def part(start: int) -> int:
+            whole = size <= PART_BYTES
+            end = min(start + PART_BYTES, size)
+            data = root.read_range(path, None if whole else start, None if whole else end)
+            if not whole and len(data) != end - start:
+                raise StoreError(f"{root.url}/{path}: got {len(data)} bytes for a range of {end - start}")
+            return os.pwrite(descriptor, data, start)
+
+        got = part(0) if len(starts) <= 1 else sum(self._parts.map(part, starts))
+        found = "nothing"
+        if got == size:
+            with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as content:
+                found = sha256(np.frombuffer(content, np.uint8))
+        if found != digest:
+            raise StoreError(
+                f"{root.url}/{path}: got {got} bytes with sha256 {found[:12]}…, expected {size} bytes with "
+                f"{digest[:12]}…; the file is damaged, repair or copy the store"
+            )
+        os.fdatasync(descriptor)  # what survives a crash under the final name is whole
+
+    def _make_room(self, size: int) -> None:
+        """Account for `size` more bytes, and delete the least recently used files beyond the limit."""
+        with self._lock:
+            self._bytes += size
+            self._until_scan -= 1
+            if self._bytes <= self.limit and self._until_scan > 0:
+                return
+            self._until_scan = _SCAN_EVERY
+            files = sorted(_files(self.directory))
+            self._bytes = size + sum(entry[1] for entry in files)
+            for _, held, path in files:
+                if self._bytes <= self.limit:
+                    break
+                path.unlink(missing_ok=True)
+                self._bytes -= held
+
+
+def _here(path: Path, size: int) -> bool:
+    """Whether the file is there; notes that it is in use."""
+    try:
+        if path.stat().st_size != size:
+            return False
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _files(directory: Path) -> Iterator[tuple[float, int, Path]]:
+    """(last use, bytes, path) of each cached file."""
+    for folder in directory.glob("??"):
+        for path in folder.iterdir():
+            if path.suffix != ".part":
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    continue  # another process evicted it
+                yield status.st_mtime, status.st_blocks * 512, path
+
+
+@contextmanager
+def _sole_writer(part: Path, final: Path) -> Iterator[int]:
+    """A descriptor of `part` that no other process or thread has locked."""
+    while True:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                ours = os.fstat(descriptor).st_ino == part.stat().st_ino
+            except FileNotFoundError:
+                ours = False  # whoever had it finished, and renamed it
+            if ours:
+                yield descriptor
+                if final.exists():
+                    part.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(descriptor)

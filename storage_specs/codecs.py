@@ -1,0 +1,66 @@
+"""How z is stored: float32, float16, bfloat16, or int8 with a scale for each dimension.
+
+NumPy has no bfloat16, so a file holds it as uint16, the upper half of the float32 it stands for. z is near Gaussian in
+every dimension (NFM paper section 3), so int8 spreads its 255 levels evenly over ±INT8_RANGE root mean squares.
+"""
+
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+ZDtype = Literal["float32", "float16", "bfloat16", "int8"]
+
+STORED: Final[dict[ZDtype, str]] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
+MEANING: Final[dict[ZDtype, str]] = {
+    "float32": "z",
+    "float16": "z",
+    "bfloat16": "upper 16 bits of float32 z: (value.astype('<u4') << 16).view('<f4')",
+    "int8": "z / z_scale.npy, rounded: value * z_scale",
+}
+INT8_RANGE: Final = 5.0  # beyond it, 6e-7 of a normal distribution is clipped
+
+
+def int8_scale(z: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The step of each dimension, float32 (C, H, W), from a sample z (rows, C, H, W)."""
+    rms = np.sqrt(np.square(z.astype(np.float64)).mean(axis=0))
+    if not (np.isfinite(rms) & (rms > 0)).all():
+        raise FloatingPointError("z is zero or not finite in some dimension, which leaves int8 without a scale")
+    scale: NDArray[np.float32] = (rms * (INT8_RANGE / 127)).astype("<f4")
+    return scale
+
+
+def encode(z: NDArray[np.float32], dtype: ZDtype, scale: NDArray[np.float32] | None) -> NDArray[Any]:
+    """z (…, C, H, W) float32 as it is stored, rounded to nearest, ties to even."""
+    stored = np.dtype(STORED[dtype])
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(z, "<f4").view("<u4")
+        return np.asarray((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, dtype=stored)
+    if dtype == "int8":
+        assert scale is not None
+        return np.asarray(np.clip(np.rint(z / scale), -127, 127), dtype=stored)
+    # By torch: NumPy converts to and from float16 ten times slower. The writer refuses what became infinite.
+    return torch.from_numpy(np.ascontiguousarray(z)).to(getattr(torch, dtype)).numpy()
+
+
+def decode(stored: NDArray[Any], dtype: ZDtype, scale: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """The float32 values that stored z stands for, as `encode` takes them."""
+    if dtype == "bfloat16":
+        bits: NDArray[np.float32] = (stored.astype("<u4") << 16).view("<f4")
+        return bits
+    values = torch.from_numpy(np.ascontiguousarray(stored)).float().numpy()
+    if dtype == "int8":
+        assert scale is not None
+        return np.asarray(values * scale)
+    return np.asarray(values)
+
+
+def all_finite(stored: NDArray[Any]) -> bool:
+    """Whether no stored number is infinite or NaN, from the exponent bits alone."""
+    exponent = {"<f4": ("<u4", 0x7F800000), "<f2": ("<u2", 0x7C00), "<u2": ("<u2", 0x7F80)}.get(stored.dtype.str)
+    if exponent is None:
+        assert stored.dtype == np.int8
+        return True
+    bits, mask = stored.view(exponent[0]), np.array(exponent[1], exponent[0])
+    return all(not ((bits[start : start + 64] & mask) == mask).any() for start in range(0, len(bits), 64))
