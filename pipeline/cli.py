@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pipeline.config import Config, ConfigError, load_config, preset_names
+from pipeline.store_cli import store
 from stages.section import StageError
 from storage_specs.errors import StoreError
 
@@ -41,12 +42,19 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
         if dry_run:
             click.echo(config.model_dump_json(indent=2))
         else:
+            config.storage.apply()
             command(config=config, **arguments)
 
     return wrapped
 
 
-SHORTCUTS = {"layout": "encode.layout", "draws": "encode.draws", "coupling": "student.coupling"}
+SHORTCUTS = {
+    "layout": "encode.layout",
+    "draws": "encode.draws",
+    "z_dtype": "encode.z_dtype",
+    "noise": "encode.noise",
+    "coupling": "student.coupling",
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -99,12 +107,18 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
 @click.option("--teacher", required=True, help="model.safetensors of a teacher.")
 @click.option("--out", required=True, help="Where the coupling store is written.")
 @click.option("--layout", type=click.Choice(["webdataset", "zarr"]), help="Short for --set encode.layout=…")
+@click.option(
+    "--z-dtype",
+    type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
+    help="Short for --set encode.z_dtype=…; nfm store info shows what it costs.",
+)
+@click.option("--noise", type=click.Choice(["stored", "derived"]), help="Short for --set encode.noise=…")
 @click.option("--draws", type=click.IntRange(min=1), help="Noise draws an image; short for --set encode.draws=…")
 def encode(config: Config, samples: str, teacher: str, out: str) -> None:
     """Sample store + teacher → coupling store, on all GPUs of a Ray cluster (RAY_ADDRESS) or of this machine."""
     from pipeline.encode_job import encode_couplings
 
-    dataset = encode_couplings(config.encode, samples, teacher, out)
+    dataset = encode_couplings(config.encode, samples, teacher, out, config.storage)
     click.echo(
         f"{out}: {dataset.spec.rows} images × {dataset.spec.draws} draws in {dataset.totals.files} files, "
         f"{dataset.totals.bytes / 1e6:.1f} MB"
@@ -113,14 +127,21 @@ def encode(config: Config, samples: str, teacher: str, out: str) -> None:
 
 @nfm.command()
 @configured
-@click.option("--couplings", required=True, help="A coupling store.")
+@click.option("--couplings", "urls", required=True, multiple=True, help="A coupling store; several are a mixture.")
+@click.option(
+    "--weight", "weights", multiple=True, type=float, help="Share of each store of a mixture, in their order."
+)
 @click.option("--out", required=True, help="Folder of the checkpoint; model.safetensors is the finished student.")
 @click.option("--coupling", type=click.Choice(["nfm", "independent"]), help="Short for --set student.coupling=…")
-def train_student(config: Config, couplings: str, out: str) -> None:
+def train_student(config: Config, urls: tuple[str, ...], weights: tuple[float, ...], out: str) -> None:
     """Coupling store → SiT student. Under torchrun, all processes train one student."""
     from stages.train_student import train_student as run
+    from storage_specs.stream import Source
 
-    document = run(config.student, couplings, out)
+    if weights and len(weights) != len(urls):
+        raise StageError(f"got {len(weights)} --weight for {len(urls)} --couplings; expected one each, or none")
+    sources = [Source(url, weight) for url, weight in zip(urls, weights or (1.0,) * len(urls), strict=True)]
+    document = run(config.student, sources, out)
     click.echo(
         f"{out}/model.safetensors: loss {document['curves']['loss'][-1]:.4f} after "
         f"{document['training']['images']} images"
@@ -194,34 +215,7 @@ def demo(config: Config, data: Path | None, out: str, skip_bad_images: bool) -> 
     run_demo(config, out, data, skip_bad_images)
 
 
-@nfm.group()
-def store() -> None:
-    """Look at sample and coupling stores, and check them."""
-
-
-@store.command()
-@click.argument("url")
-def info(url: str) -> None:
-    """What the store holds."""
-    from storage_specs.card import summary
-    from storage_specs.store import Store
-
-    click.echo(summary(Store(url).dataset))
-
-
-@store.command()
-@click.argument("url")
-def verify(url: str) -> None:
-    """Read every file and check size, sha256, structure, labels and finite values."""
-    from storage_specs.store import Store
-
-    opened = Store(url)
-    faults = [fault for _, fault in opened.faults()]
-    for fault in faults:
-        click.echo(fault, err=True)
-    if faults:
-        raise StoreError(f"{url}: {len(faults)} of {len(opened.files)} files are bad")
-    click.echo(f"{url}: {len(opened.files)} files are sound")
+nfm.add_command(store)
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
 """The config of a whole run: one typed section a stage, from a TOML preset and `--set section.key=value`."""
 
+import os
 import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from stages.encode import EncodeConfig
 from stages.evaluate import EvaluateConfig
@@ -14,13 +15,32 @@ from stages.prepare import DataConfig
 from stages.section import Section
 from stages.train_student import StudentConfig
 from stages.train_teacher import TeacherConfig
+from storage_specs.files import configure
 
 
 class ConfigError(ValueError):
     """A preset or an override that does not describe a run."""
 
 
+class StorageConfig(Section):
+    """How remote stores are reached: options of fsspec file systems by protocol, as in
+    storage.options.s3.endpoint_url; and the cache of their files. None of it changes what is computed."""
+
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    cache: str | None = None  # None: $NFM_CACHE, or nfm under the user's cache directory
+    cache_gb: Annotated[float, Field(gt=0)] | None = None  # None: $NFM_CACHE_GB, or 200
+
+    def apply(self) -> None:
+        """For this process, and the ones it starts."""
+        configure(self.options)
+        if self.cache is not None:
+            os.environ["NFM_CACHE"] = self.cache
+        if self.cache_gb is not None:
+            os.environ["NFM_CACHE_GB"] = str(self.cache_gb)
+
+
 class Config(Section):
+    storage: StorageConfig = StorageConfig()
     data: DataConfig
     teacher: TeacherConfig
     encode: EncodeConfig
@@ -53,6 +73,20 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"preset {preset}: {'; '.join(_explain(fault) for fault in error.errors())}") from error
+
+
+def load_storage(overrides: Sequence[str]) -> StorageConfig:
+    """`storage.…` overrides alone, for commands that take no preset."""
+    values: dict[str, Any] = {"storage": {}}
+    for override in overrides:
+        if not override.startswith("storage."):
+            raise ConfigError(f"got --set {override!r}; expected storage.key=value, as in storage.cache_gb=50")
+        _apply(values, override)
+    try:
+        return StorageConfig.model_validate(values["storage"])
+    except ValidationError as error:
+        faults = (f"storage.{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ConfigError("; ".join(faults)) from error
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

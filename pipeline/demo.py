@@ -43,8 +43,8 @@ def run_demo(config: Config, out: str, data: Path | None, skip_bad_images: bool)
     with ray_session() if missing else nullcontext():
         for layout, url in stores.items():
             encode = config.encode.model_copy(update={"layout": layout})
-            encode_couplings(encode, f"{out}/samples/train", teacher, url)
-    couplings = stores["webdataset"]
+            encode_couplings(encode, f"{out}/samples/train", teacher, url, config.storage)
+    couplings = stores[config.encode.layout]
     students = {}
     step(4, "train-student: flow matching on the teacher's pairs and on random pairs")
     for coupling in ("nfm", "independent"):
@@ -66,7 +66,7 @@ def evaluate_and_report(
     """
     root = Root(out)
     inputs = _inputs(samples, couplings, teacher, students)
-    settings = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json", exclude={"storage"})  # it changes no result, and may hold secrets
     metrics: dict[str, Any] | None = None
     if root.exists("metrics.json") and root.exists("grids.npz"):
         metrics = json.loads(root.read("metrics.json", MAX_METRICS_BYTES))

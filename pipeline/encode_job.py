@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from pipeline.config import StorageConfig
 from stages.encode import BlockEncoder, EncodeConfig, begin
 from stages.progress import Progress
 from stages.section import StageError
@@ -32,9 +33,10 @@ class Worker:
     error.
     """
 
-    def __init__(self, threads: int, **arguments: Any) -> None:
+    def __init__(self, threads: int, storage: StorageConfig, **arguments: Any) -> None:
         import torch
 
+        storage.apply()
         torch.set_num_threads(threads)
         self.arguments = arguments
         self.encoder: BlockEncoder | None = None
@@ -45,7 +47,9 @@ class Worker:
         return self.encoder.encode(block).rows
 
 
-def encode_couplings(config: EncodeConfig, samples: str, teacher: str, out: str) -> Dataset:
+def encode_couplings(
+    config: EncodeConfig, samples: str, teacher: str, out: str, storage: StorageConfig | None = None
+) -> Dataset:
     """Encode `samples` (a sample store) with `teacher` into `out`, continuing what is there; returns the finished
     store.
     """
@@ -62,6 +66,7 @@ def encode_couplings(config: EncodeConfig, samples: str, teacher: str, out: str)
         "out": _absolute(out),
         "spec": spec.model_dump(mode="json"),
         "batch_size": config.batch_size,
+        "storage": storage or StorageConfig(),
     }
     if todo:
         progress = Progress(f"encode {spec.layout}", spec.rows, "img", done=sum(spec.rows_of(b) for b in done))

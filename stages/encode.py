@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from tqdm import tqdm
 
 from models.tarflow import TarFlow
 from stages.checkpoint import load_network, weights_sha256
 from stages.section import Section, StageError
-from storage_specs.codecs import ZDtype, int8_scale
+from storage_specs.codecs import ZDtype, decode, encode, int8_scale
+from storage_specs.errors import StoreError
 from storage_specs.files import sha256
 from storage_specs.noise import NOISE_LAW, standard_normal
 from storage_specs.pixels import to_float
@@ -20,6 +22,8 @@ from storage_specs.store import Store
 from storage_specs.writer import StoreWriter, begun, npy
 
 Positive = Annotated[int, Field(ge=1)]
+# Of z encoded again: float32 on another machine moves it by 1e-5 σ_f, which can turn the rounding of a codec over.
+REENCODE_TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2, "int8": 8e-2}
 CALIBRATION_ROWS = 256  # images whose z sets the scale of int8: each rms within 4 %
 
 
@@ -149,3 +153,37 @@ class BlockEncoder:
                 z[draw, part] = encoded.z.cpu().numpy()
         kept = noise if coupling.noise.stored else None
         return self.writer.write_block(block, base, z, kept, seconds=time.monotonic() - start)
+
+
+@torch.no_grad()
+def reencode(store: Store, teacher: str, count: int, seed: int) -> float:
+    """Run the teacher again on `count` random records; the largest difference between their stored and new z,
+    both as the codec rounds them, in units of σ_f. Raises StoreError if one is not the teacher's."""
+    network, _ = load_teacher(teacher)
+    coupling = store.spec.coupling
+    assert coupling is not None
+    if weights_sha256(network.state_dict()) != coupling.teacher.sha256:
+        raise StageError(f"{teacher}: got another teacher than the one that encoded {store.url}; give that one")
+    rng, worst = np.random.default_rng(seed), 0.0
+    records = rng.choice(
+        store.spec.rows * store.spec.draws, min(count, store.spec.rows * store.spec.draws), replace=False
+    )
+    for record in tqdm(sorted(records.tolist()), desc="encode again", unit="record", leave=False):
+        image, draw = divmod(record, store.spec.draws)
+        block, row = divmod(image, store.spec.block_rows)
+        noise = np.asarray(store.column("noise", block, draw)[row], dtype=np.float32)
+        x = to_float(store.column("x", block)[row]) + coupling.eta * torch.from_numpy(noise)
+        y = torch.tensor([store.column("label", block)[row]])
+        again = network(x[None], y).z[0].numpy()
+        stored = decode(store.column("z", block, draw)[row], coupling.z_dtype, store.z_scale)
+        rounded = decode(encode(again, coupling.z_dtype, store.z_scale), coupling.z_dtype, store.z_scale)
+        difference = float((np.abs(stored - rounded) / store.sigma_f).max())
+        allowed = REENCODE_TOLERANCE[coupling.z_dtype]
+        if not difference <= allowed:
+            raise StoreError(
+                f"{store.url}: z of image {image}, draw {draw}, is {difference:.2e} σ_f away from what {teacher} "
+                "gives, "
+                f"expected at most {allowed}; the store is not what its spec says"
+            )
+        worst = max(worst, difference)
+    return worst

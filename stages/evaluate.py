@@ -142,7 +142,8 @@ def evaluate(
 def load_student(url: str, pairs: Store) -> tuple[SiT, dict[str, Any]]:
     student, document = load_network(url, "SiT")
     assert isinstance(student, SiT)
-    if document["run"].get("couplings") != pairs.dataset.id:
+    seen = document["run"].get("couplings")
+    if pairs.dataset.id not in ([store["id"] for store in seen] if isinstance(seen, list) else [seen]):
         raise StageError(f"{url}: got a student of other couplings than {pairs.url}; give the ones it saw")
     return student, document
 

@@ -1,5 +1,6 @@
 """train-student: coupling store → SiT checkpoint."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +14,7 @@ from models.sit import SiT, SiTConfig, parse_size
 from stages.section import Section, StageError
 from stages.training import TrainConfig, Trainer, open_stream, world
 from storage_specs.store import Store
-from storage_specs.stream import Batch
+from storage_specs.stream import Batch, Source
 
 
 class StudentConfig(Section):
@@ -44,12 +45,17 @@ def student_network(config: StudentConfig, store: Store) -> SiT:
         raise StageError(f"student: {error}") from error
 
 
-def train_student(config: StudentConfig, couplings: str, out: str) -> dict[str, Any]:
-    """Flow matching on the pairs of a coupling store; returns the finished model's document.
+def train_student(config: StudentConfig, couplings: str | Sequence[Source], out: str) -> dict[str, Any]:
+    """Flow matching on the pairs of a coupling store, or of a mixture; returns the finished model's document.
 
     Two couplings with the same config see the same network, images, times and dropped labels: only ε differs.
     """
-    store = Store(couplings, kind="couplings")
+    sources = [Source(couplings)] if isinstance(couplings, str) else couplings
+    stores = [Store(source.url, "couplings", source.options) for source in sources]
+    store = stores[0]
+    seen: Any = store.dataset.id
+    if len(stores) > 1:
+        seen = [{"id": part.dataset.id, "weight": source.weight} for part, source in zip(stores, sources, strict=True)]
     torch.manual_seed(config.train.seed)
     network = student_network(config, store)
     couple = COUPLINGS[config.coupling]
@@ -61,7 +67,7 @@ def train_student(config: StudentConfig, couplings: str, out: str) -> dict[str, 
         return flow_matching_loss(model, linear_path(batch.x, epsilon, t), y)
 
     with world() as here:
-        stream = open_stream(couplings, "pairs", config.train, here)
+        stream = open_stream(sources, "pairs", config.train, here)
         trainer = Trainer(
             f"train-student {config.coupling}",
             network,
@@ -69,7 +75,7 @@ def train_student(config: StudentConfig, couplings: str, out: str) -> dict[str, 
             stream,
             config.train,
             out,
-            {"student": config.model_dump(mode="json"), "couplings": store.dataset.id},
+            {"student": config.model_dump(mode="json"), "couplings": seen},
             here,
         )
         return trainer.run()

@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, cast
@@ -24,7 +24,7 @@ from stages.checkpoint import Checkpoint, architecture, exists, load, load_weigh
 from stages.progress import Progress
 from stages.section import Section, StageError
 from storage_specs.schema import difference
-from storage_specs.stream import Batch, CouplingStream, StreamState, View
+from storage_specs.stream import Batch, CouplingStream, Source, StreamState, View
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -43,6 +43,7 @@ class TrainConfig(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     log_images: Positive
     checkpoint_images: Positive
+    window_blocks: Positive | None = None  # blocks shuffled together; None: the whole store
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
 
 
@@ -96,11 +97,16 @@ def world() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def open_stream(url: str, view: View, config: TrainConfig, here: World) -> CouplingStream:
+def open_stream(url: str | Sequence[Source], view: View, config: TrainConfig, here: World) -> CouplingStream:
     """This rank's share of the training data. Raises StageError if the ranks cannot share the batch equally."""
     if config.batch_size % here.size:
         raise StageError(f"got batch_size {config.batch_size} for {here.size} processes; expected a multiple of them")
-    return CouplingStream(url, config.batch_size, config.seed, view, here.rank, here.size)
+    try:
+        return CouplingStream(
+            url, config.batch_size, config.seed, view, here.rank, here.size, window_blocks=config.window_blocks
+        )
+    except ValueError as error:
+        raise StageError(str(error)) from error
 
 
 def step_seed(seed: int, images: int, rank: int) -> int:
@@ -166,13 +172,16 @@ class Trainer:
         if self.here.size > 1:
             model = DistributedDataParallel(model)
         config, window, window_images = self.config, torch.zeros((), device=self.here.device), 0
-        start = time.monotonic()
+        start, waited = time.monotonic(), 0.0
         shown = (
             Progress(self.name, config.images, "img", done=min(self.images, config.images)) if self.here.first else None
         )
         try:
             while self.images < config.images:
-                batch = next(self.stream).to(self.here.device)
+                asked = time.monotonic()
+                batch = next(self.stream)
+                waited += time.monotonic() - asked
+                batch = batch.to(self.here.device)
                 loss = self._step(model, batch)
                 window += loss.detach()
                 window_images += config.batch_size
@@ -192,9 +201,11 @@ class Trainer:
                     recent = f"loss {self.curves.loss[-1]:.4f}" if self.curves.loss else ""
                     shown.advance(min(config.batch_size, config.images - shown.done), recent)
         finally:
+            self.stream.close()
             if shown:
                 shown.bar.close()
-        return self._finish(time.monotonic() - start)
+        seconds = time.monotonic() - start
+        return self._finish({"seconds_since_resume": round(seconds, 2), "data_wait": round(waited / seconds, 5)})
 
     def _step(self, model: nn.Module, batch: Batch) -> Tensor:
         for group in self.optimizer.param_groups:
@@ -266,7 +277,7 @@ class Trainer:
         self.best = {name: tensor.to(self.here.device) for name, tensor in state.group("best").items()}
         self.best_val = state.document["best_val"] if self.best else math.inf
 
-    def _finish(self, seconds: float) -> dict[str, Any]:
+    def _finish(self, timing: dict[str, float]) -> dict[str, Any]:
         weights = self.best or self.ema.network.state_dict()
         document = {
             "run": self.document,
@@ -275,7 +286,7 @@ class Trainer:
                 "images": self.images,
                 "val": self.best_val if self.best else None,
                 "chosen_at": self.curves.val_images[self.curves.val.index(self.best_val)] if self.best else self.images,
-                "seconds_since_resume": round(seconds, 2),
+                **timing,  # data_wait: the share of the time in which no batch was ready
             },
             "curves": vars(self.curves),
         }

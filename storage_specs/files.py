@@ -112,6 +112,13 @@ class Root:
             return []
         return sorted(posixpath.basename(entry) for entry in entries)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below the root, by relative path."""
+        self.fs.invalidate_cache()
+        found = self._trying("", lambda: self.fs.find(self.path, detail=True))
+        start = len(self.fs._strip_protocol(self.path).rstrip("/")) + 1
+        return {name[start:]: int(entry["size"]) for name, entry in found.items()}
+
     def size(self, path: str) -> int | None:
         """Bytes of a file, None if there is no such file."""
         self.fs.invalidate_cache()

@@ -236,6 +236,14 @@ class Store:
         if {str(label): count for label, count in counts.items()} != self.dataset.totals.label_counts:
             yield None, f"{self.url}/dataset.json: its label counts are not those of its files"
 
+    def require_sound(self, key: Key) -> None:
+        """Raise StoreError unless the file is as the manifest says, to the last bit."""
+        record = self.files[key]
+        if sha256(mapped(self.path(key))) != record.sha256:
+            raise StoreError(
+                f"{self.url}/{record.path}: its sha256 is not the one in the manifest; repair or copy it again"
+            )
+
     def _examine(self, key: Key) -> tuple[Key, str, dict[int, int]]:
         """What is wrong with one file, and how many labels of each class it holds."""
         record = self.files[key]

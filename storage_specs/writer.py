@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage_specs import codecs
-from storage_specs.card import card
+from storage_specs.card import card, croissant
 from storage_specs.errors import StoreError
 from storage_specs.files import Root, sha256
 from storage_specs.layouts import LAYOUTS, Columns
@@ -40,6 +40,11 @@ SCALE_FILE = "z_scale.npy"
 
 def _commit_name(block: int) -> str:
     return f"commits/{block:06d}.json"
+
+
+def block_files(block: int) -> tuple[str, str]:
+    """What the writer keeps of a block beside its files: the commit record, and Σ z²."""
+    return _commit_name(block), f"commits/{block:06d}.sum_z2.npy"
 
 
 def begun(url: str, options: dict[str, Any] | None = None) -> Spec | None:
@@ -170,7 +175,7 @@ class StoreWriter:
         assert self.spec.coupling is not None
         decoded = codecs.decode(z, self.spec.coupling.z_dtype, self.z_scale)
         data = npy(np.square(decoded.astype(np.float64)).sum(axis=(0, 1)))
-        path = f"commits/{block:06d}.sum_z2.npy"
+        path = block_files(block)[1]
         self.root.write(path, data)
         return FileRecord(column="sum_z2", draw=-1, block=block, path=path, bytes=len(data), sha256=sha256(data))
 
@@ -215,6 +220,7 @@ class StoreWriter:
             sigma_f_sha256=sigma_f_sha256,
         )
         self.root.write("README.md", card(dataset).encode())
+        self.root.write("croissant.json", canonical_json(croissant(dataset)))
         self.root.write("dataset.json", canonical_json(dataset.model_dump(mode="json")))
         return dataset
 

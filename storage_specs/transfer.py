@@ -1,0 +1,170 @@
+"""Whole stores from one place or layout to another: convert, copy, repair, and the export of classic tuples."""
+
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from storage_specs.card import tuples_card
+from storage_specs.errors import StoreError
+from storage_specs.files import Root, sha256
+from storage_specs.schema import Dataset, LayoutName, canonical_json
+from storage_specs.store import MAX_METADATA_BYTES, THREADS, Key, Store
+from storage_specs.writer import SCALE_FILE, SPEC_FILE, StoreWriter, block_files, npy
+
+Progress = Callable[[int], None]  # told how many bytes or rows were just done
+_EXPORT_FILE = "export.json"
+
+
+def convert(store: Store, out: str, layout: LayoutName, progress: Progress, options: dict[str, Any] | None) -> Dataset:
+    """The same store in another layout: same values, totals and times, so that converting back gives the same bytes.
+    Every source file's sha256 is checked. The same call again continues."""
+    if layout == store.spec.layout:
+        raise StoreError(f"{store.url}: got a store in the {layout} layout already; nfm store copy copies it as it is")
+    spec = store.spec.model_copy(update={"layout": layout})
+    writer = StoreWriter(out, spec, options)
+    writer.begin(store.z_scale if spec.coupling else None)
+    if writer.complete():
+        return Store(out, options=options).dataset
+    seconds, errors = store.by_block("seconds"), store.by_block("squared_error")
+    done = writer.committed()
+    for block in range(spec.blocks):
+        if block not in done:
+            for key in store.files:
+                if key.block == block:
+                    store.require_sound(key)
+            base = {name: store.column(name, block) for name in ("x", "label")}
+            planes = {
+                name: np.stack([store.column(name, block, draw) for draw in range(spec.draws)]) for name in spec.planes
+            }
+            writer.write_stored(block, base, planes.get("z"), planes.get("noise"), errors[block], seconds[block])
+        progress(spec.rows_of(block))
+    return writer.finalize()
+
+
+def export_tuples(store: Store, out: str, progress: Progress, options: dict[str, Any] | None) -> int:
+    """Classic WebDataset shards, k<draw>/<block>.tar, whose every sample has x.npy, z.npy, noise.npy and cls; returns
+    their number. bfloat16 and int8 z are written as the float32 they stand for. The same call again continues."""
+    spec, root = store.spec, Root(out, options)
+    if spec.coupling is None:
+        raise StoreError(f"{store.url}: got a store of samples, expected one of couplings")
+    claim = canonical_json({"tuples of": store.dataset.id})
+    if root.exists(_EXPORT_FILE):
+        if root.read(_EXPORT_FILE, len(claim) + 1) != claim:
+            raise StoreError(f"{out}: holds tuples of another store; write to another URL, or delete it first")
+    else:
+        root.write(_EXPORT_FILE, claim)
+    there = root.sizes()
+    for block in range(spec.blocks):
+        for draw in range(spec.draws):
+            path = f"k{draw:03d}/{block:06d}.tar"
+            if path not in there:  # a file is there whole or not at all
+                root.write(path, b"".join(_tuples(store, block, draw)))
+        progress(spec.rows_of(block))
+    root.write("sigma_f.npy", npy(store.sigma_f))
+    root.write("README.md", tuples_card(store.dataset).encode())
+    return spec.blocks * spec.draws
+
+
+def _tuples(store: Store, block: int, draw: int) -> Iterator[bytes]:
+    """The tar of one block and draw, piece by piece."""
+    assert store.spec.coupling is not None
+    for key in (key for key in store.files if key.block == block and key.draw in (-1, draw)):
+        store.require_sound(key)
+    exact = store.spec.coupling.z_dtype in ("float32", "float16")
+    z = store.column("z", block, draw) if exact else store.z(block, draw)
+    columns = (store.column("x", block), z, store.column("noise", block, draw), store.column("label", block))
+    for index, *values, label in zip(store.spec.indices(block).tolist(), *columns, strict=True):
+        members = dict(zip(("x.npy", "z.npy", "noise.npy"), (npy(np.asarray(value)) for value in values), strict=True))
+        for suffix, data in (members | {"cls": str(label).encode()}).items():
+            info = tarfile.TarInfo(f"{index:012d}_k{draw:03d}.{suffix}")
+            info.size = len(data)
+            yield info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def copy(store: Store, out: str, progress: Progress, options: dict[str, Any] | None) -> int:
+    """The same bytes at another URL, several files at a time, with their commit records; returns how many files were
+    written. What is there already with the right size is kept, and at the end everything is read back and checked:
+    dataset.json is written only then. Raises StoreError where the source is damaged."""
+    target = Root(out, options)
+    _claim(store, target, options)
+    there = target.sizes()
+    missing = [key for key, record in store.files.items() if there.get(record.path) != record.bytes]
+    names = [f"commits/{name}" for name in store.root.names("commits") if not name.endswith(".tmp")]
+    names += [*store.layout.metadata(store.spec), "manifest.parquet", *_extras(store)]
+
+    def put(key: Key) -> None:
+        record = store.files[key]
+        data = store.root.read(record.path, record.bytes)
+        if sha256(data) != record.sha256:
+            raise StoreError(f"{store.url}/{record.path}: its sha256 is not the one in the manifest; repair it first")
+        target.write(record.path, data)
+        progress(record.bytes)
+
+    with ThreadPoolExecutor(THREADS, "nfm-copy") as pool:
+        list(pool.map(put, missing))
+        list(pool.map(lambda name: target.write(name, store.root.read(name, MAX_METADATA_BYTES)), names))
+        damaged = _bad_copies(store, target, list(store.files), progress, pool)  # the right size and the wrong bytes
+        list(pool.map(put, damaged))
+        still = _bad_copies(store, target, damaged, progress, pool)
+    if still:
+        raise StoreError(
+            f"{out}/{store.files[still[0]].path}: got other bytes than were written; the storage is not to be trusted"
+        )
+    target.write("dataset.json", store.root.read("dataset.json", MAX_METADATA_BYTES))
+    return len(missing) + len(damaged)
+
+
+def _bad_copies(store: Store, target: Root, keys: list[Key], progress: Progress, pool: ThreadPoolExecutor) -> list[Key]:
+    def sound(key: Key) -> bool:
+        record = store.files[key]
+        data = target.read(record.path, record.bytes)
+        progress(record.bytes)
+        return sha256(data) == record.sha256
+
+    return [key for key, good in zip(keys, pool.map(sound, keys), strict=True) if not good]
+
+
+def _extras(store: Store) -> list[str]:
+    names = ["README.md", "croissant.json"]
+    if store.spec.coupling:
+        names.append("sigma_f.npy")
+        if store.spec.coupling.z_scale_sha256:
+            names.append(SCALE_FILE)
+    return names
+
+
+def _claim(store: Store, target: Root, options: dict[str, Any] | None) -> None:
+    """Raise StoreError unless `target` is empty, or holds this store or a part of it."""
+    if target.exists("dataset.json"):
+        there = Store(target.url, options=options).dataset.id
+        if there != store.dataset.id:
+            raise StoreError(f"{target.url}: holds store {there[:12]}, expected nothing or {store.dataset.id[:12]}")
+    elif target.exists(SPEC_FILE) and target.read(SPEC_FILE, MAX_METADATA_BYTES) != store.spec.canonical():
+        raise StoreError(f"{target.url}: holds a part of another store; copy to another URL, or delete it first")
+
+
+def repair(store: Store, progress: Progress) -> tuple[list[str], list[int]]:
+    """Make the store incomplete where it is bad: takes away the commit records of blocks with bad or missing files, and
+    dataset.json, so that the command that wrote the store writes exactly those blocks again. Returns the faults and the
+    blocks."""
+    try:
+        found = list(store.faults(progress))
+    except StoreError as error:  # the manifest itself: the commit records give it back
+        found = [(None, str(error))]
+    blocks = sorted({key.block for key, _ in found if key is not None})
+    if found:
+        records = set(store.root.names("commits"))
+        if SPEC_FILE.rpartition("/")[2] not in records:
+            raise StoreError(
+                f"{store.url}: {found[0][1]}; it has no commit records to repair it by, copy it again from its source"
+            )
+        for block in blocks:
+            for name in block_files(block):
+                if name.rpartition("/")[2] in records:
+                    store.root.delete(name)
+        store.root.delete("dataset.json")  # last: until then the store still says that it is complete, and is refused
+    return [fault for _, fault in found], blocks
