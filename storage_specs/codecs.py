@@ -49,7 +49,7 @@ def decode(stored: NDArray[Any], dtype: ZDtype, scale: NDArray[np.float32] | Non
     if dtype == "bfloat16":
         bits: NDArray[np.float32] = (stored.astype("<u4") << 16).view("<f4")
         return bits
-    values = torch.from_numpy(np.ascontiguousarray(stored)).float().numpy()
+    values = torch.from_numpy(np.array(stored, order="C")).float().numpy()
     if dtype == "int8":
         assert scale is not None
         return np.asarray(values * scale)

@@ -244,3 +244,7 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+if __name__ == "__main__":
+    print(json.dumps(Dataset.model_json_schema(), indent=1))

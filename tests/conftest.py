@@ -18,6 +18,7 @@ from stages.prepare import prepare
 from stages.train_teacher import train_teacher
 from storage_specs.schema import LayoutName
 from storage_specs.store import Store
+from tests.object_store import ObjectStore
 
 SMALL = (
     "data.holdout=0.9",
@@ -51,6 +52,12 @@ class Run:
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Remote files of the tests, away from the user's."""
+    os.environ["NFM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +95,13 @@ def ray_cluster() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 server for all tests that need one; each takes a bucket of its own."""
+    with ObjectStore(tmp_path_factory.mktemp("object-store")) as store:
+        yield store
 
 
 @pytest.fixture(scope="session")

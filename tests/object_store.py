@@ -13,14 +13,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import fsspec
-import pytest
 
 SWIFT = "swift==2.38.3"
 ENVIRONMENT = Path(__file__).resolve().parent.parent / ".venv-swift"
@@ -152,10 +150,3 @@ class ObjectStore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
-
-
-@pytest.fixture(scope="session")
-def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """One server for all tests that need it; each takes a bucket of its own."""
-    with ObjectStore(tmp_path_factory.mktemp("object-store")) as store:
-        yield store

@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.cli import main
+from storage_specs.store import Store
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -27,6 +30,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
     ]
 
 
+STOCK = blocks("python stock")
 PYTHON = blocks("python")
 LINES = [(where, line.partition("  #")[0].strip()) for where, block in blocks("sh") for line in block.splitlines()]
 NFM = [(where, line) for where, line in LINES if line.startswith(("nfm ", "torchrun "))]
@@ -34,7 +38,8 @@ MAKE = [(where, line) for where, line in LINES if re.match(r"(\w+=\S+ )*make ", 
 
 
 def test_the_docs_have_blocks_of_each_kind() -> None:
-    assert len(PYTHON) >= 2
+    assert len(PYTHON) >= 4
+    assert len(STOCK) == 5
     assert len(NFM) >= 5
     assert len(MAKE) >= 4
     assert len(NFM) + len(MAKE) == len(LINES), "a line that no test runs"
@@ -44,6 +49,23 @@ def test_the_docs_have_blocks_of_each_kind() -> None:
 def test_python_runs_as_it_stands(home: Path, monkeypatch: pytest.MonkeyPatch, where: str, code: str) -> None:
     monkeypatch.chdir(home)
     exec(compile(code, where, "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.parametrize(("where", "code"), STOCK, ids=[where for where, _ in STOCK])
+def test_stock_readers_get_exactly_what_ours_does(
+    home: Path, monkeypatch: pytest.MonkeyPatch, where: str, code: str
+) -> None:
+    """Ten lines each, without our code: x, z, noise and label of block 0 with draw 0."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert len(code.splitlines()) <= 20
+    names: dict[str, Any] = {"__name__": "docs"}
+    exec(compile(code, where, "exec"), names)
+    store = Store("runs/demo/couplings-zarr")
+    for column, draw in (("x", -1), ("z", 0), ("noise", 0), ("label", -1)):
+        ours = store.column(column, 0, draw)
+        assert np.array_equal(np.asarray(names[column]), ours), column
+        assert column in ("x", "label") or np.asarray(names[column]).dtype == ours.dtype
 
 
 @pytest.mark.parametrize(("where", "line"), NFM, ids=[line[:40] for _, line in NFM])

@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 import fsspec
 import pytest
 
-from tests.object_store import ObjectStore, object_store  # noqa: F401
+from tests.object_store import ObjectStore
 
 
-def test_objects_are_read_back_whole_and_in_ranges(object_store: ObjectStore) -> None:  # noqa: F811
+def test_objects_are_read_back_whole_and_in_ranges(object_store: ObjectStore) -> None:
     bucket = object_store.bucket("round-trip")
     fs = fsspec.filesystem("s3", **object_store.options)
     data = os.urandom(100_000)
@@ -26,7 +26,7 @@ def test_objects_are_read_back_whole_and_in_ranges(object_store: ObjectStore) ->
         fs.cat_file(f"{bucket}/a/c")
 
 
-def test_acknowledged_objects_survive_a_kill(object_store: ObjectStore) -> None:  # noqa: F811
+def test_acknowledged_objects_survive_a_kill(object_store: ObjectStore) -> None:
     bucket = object_store.bucket("survival")
     fs = fsspec.filesystem("s3", **object_store.options)
     data = {f"survival/{i}": os.urandom(10_000) for i in range(5)}
@@ -41,7 +41,7 @@ def test_acknowledged_objects_survive_a_kill(object_store: ObjectStore) -> None:
     assert fs.find(bucket, refresh=True) == sorted(data)
 
 
-def test_a_wrong_secret_is_refused(object_store: ObjectStore) -> None:  # noqa: F811
+def test_a_wrong_secret_is_refused(object_store: ObjectStore) -> None:
     bucket = object_store.bucket("secrets")
     fs = fsspec.filesystem("s3", **{**object_store.options, "secret": "wrong"})
     with pytest.raises(PermissionError):

@@ -1,12 +1,18 @@
 """The order of training data: pure in (seed, epoch, position), whatever the readers."""
 
+from contextlib import closing
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from storage_specs.order import epoch_draws, epoch_order, permutation
+from storage_specs.errors import StoreError
+from storage_specs.order import MIXTURE_PERIOD, epoch_draws, epoch_order, permutation
+from storage_specs.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec
 from storage_specs.store import Store
-from storage_specs.stream import CouplingStream, StreamState
+from storage_specs.stream import Buffers, CouplingStream, Source, StreamState
+from storage_specs.writer import StoreWriter
 from tests.conftest import Run
 
 
@@ -36,13 +42,26 @@ def test_a_window_holds_few_blocks_at_a_time() -> None:
         assert len(set(window.tolist())) == 2
 
 
-def test_the_shuffle_is_one() -> None:
-    """Rank correlation with the stored order, and neighbours from one block, as chance would have them."""
+@pytest.mark.parametrize("window", [None, 10])
+def test_the_shuffle_is_one(window: int | None) -> None:
+    """Rank correlation with the stored order, and neighbours from one block, as chance would have them; in windows,
+    within each window."""
     n, block_rows = 20_000, 200
-    rows = epoch_order(n, block_rows, seed=0, epoch=0, window_blocks=None).rows
-    assert abs(np.corrcoef(np.arange(n), rows)[0, 1]) < 4.5 / n**0.5
-    same = (rows[1:] // block_rows == rows[:-1] // block_rows).mean()
-    assert same == pytest.approx(block_rows / n, abs=4.5 * (block_rows / n / n) ** 0.5)
+    order = epoch_order(n, block_rows, seed=0, epoch=0, window_blocks=window)
+    correlations = []
+    for start, end, blocks in zip(order.starts[:-1], order.starts[1:], order.windows, strict=True):
+        rows = order.rows[start:end]
+        assert set((rows // block_rows).tolist()) == set(blocks.tolist())
+        ranks = np.argsort(np.argsort(rows))
+        correlations.append(np.corrcoef(np.arange(len(rows)), ranks)[0, 1] * len(rows) ** 0.5)
+        same = (rows[1:] // block_rows == rows[:-1] // block_rows).mean()
+        assert same == pytest.approx(1 / len(blocks), abs=4.5 * (1 / len(blocks) / len(rows)) ** 0.5)
+    assert np.abs(correlations).max() < 4.5
+    blocks_in_order = np.concatenate(order.windows)
+    if window is not None:
+        assert (
+            abs(np.corrcoef(np.arange(len(blocks_in_order)), blocks_in_order)[0, 1]) < 4.5 / len(blocks_in_order) ** 0.5
+        )
 
 
 def test_k_epochs_show_each_draw_of_each_block_once() -> None:
@@ -59,8 +78,8 @@ def test_values_are_those_of_the_store(run: Run) -> None:
         block, row = divmod(index, store.spec.block_rows)
         x = store.column("x", block)[row].astype(np.float32) / np.float32(127.5) - 1
         z = store.column("z", block, draw)[row].astype(np.float32) / store.sigma_f
-        np.testing.assert_allclose(batch.x[i].numpy(), x, atol=1e-6)
-        np.testing.assert_allclose(batch.z[i].numpy(), z, rtol=1e-6)
+        assert np.array_equal(batch.x[i].numpy(), x)
+        assert np.array_equal(batch.z[i].numpy(), z)
         assert batch.label[i] == store.column("label", block)[row]
 
 
@@ -107,3 +126,117 @@ def test_a_batch_may_be_larger_than_the_store(run: Run) -> None:
 def test_sizes_that_do_not_fit_are_refused(run: Run, batch: int, rank: int, world: int) -> None:
     with pytest.raises(ValueError, match="global batch"):
         CouplingStream(run.couplings["webdataset"], batch, 0, rank=rank, world_size=world)
+
+
+def couplings(url: str, layout: LayoutName, shape: tuple[int, int, int], rows: int, draws: int, seed: int = 0) -> None:
+    """A store of random numbers."""
+    noise = NoiseSpec(law="philox-as241-v1", seed=0, dtype="float16", stored=False)
+    teacher = TeacherSpec(architecture={}, sha256="0" * 64, training={})
+    coupling = CouplingSpec(
+        draws=draws, eta=0.1, z_dtype="float16", z_scale_sha256=None, noise=noise, teacher=teacher, source="0" * 64
+    )
+    spec = Spec(
+        kind="couplings",
+        layout=layout,
+        rows=rows,
+        block_rows=32,
+        shape=shape,
+        num_classes=3,
+        class_names=["a", "b", "c"],
+        preprocessing={},
+        coupling=coupling,
+    )
+    writer, rng = StoreWriter(url, spec), np.random.default_rng(seed)
+    writer.begin()
+    for block in range(spec.blocks):
+        here = spec.rows_of(block)
+        x = rng.integers(0, 256, (here, *shape), dtype=np.uint8)
+        z = rng.standard_normal((draws, here, *shape), dtype=np.float32)
+        writer.write_block(block, {"x": x, "label": rng.integers(0, 3, here)}, z, None, 0.0)
+    writer.finalize()
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "zarr"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (1, 8, 8), (4, 33, 31)])
+@pytest.mark.parametrize("rows", [31, 97])
+def test_any_shape_and_length_is_gathered_as_stored(
+    tmp_path: Path, layout: LayoutName, shape: tuple[int, int, int], rows: int
+) -> None:
+    """The one strided matrix over all files against the slow and obvious."""
+    couplings(str(tmp_path), layout, shape, rows, draws=3)
+    store = Store(str(tmp_path))
+    with closing(CouplingStream(store.url, 2 * rows + 5, seed=1, window_blocks=2)) as stream:
+        batch = next(stream)
+    for i, (index, draw) in enumerate(zip(batch.index.tolist(), batch.draw.tolist(), strict=True)):
+        block, row = divmod(index, 32)
+        assert np.array_equal(
+            batch.x[i].numpy(), store.column("x", block)[row].astype(np.float32) / np.float32(127.5) - 1
+        )
+        assert np.array_equal(batch.z[i].numpy(), store.z(block, draw)[row] / store.sigma_f)
+        assert batch.label[i] == store.column("label", block)[row]
+
+
+def test_a_mixture_has_its_weights_and_each_store_its_own_sequence(tmp_path: Path) -> None:
+    urls = [f"{tmp_path}/{i}" for i in range(3)]
+    for i, (url, rows) in enumerate(zip(urls, (97, 40, 64), strict=True)):
+        couplings(url, "zarr" if i == 1 else "webdataset", (1, 4, 4), rows, draws=2, seed=i)
+    sources = [Source(url, weight) for url, weight in zip(urls, (5.0, 2.0, 1.0), strict=True)]
+    with closing(CouplingStream(sources, 100, seed=4)) as stream:
+        found = [next(stream) for _ in range(2 * MIXTURE_PERIOD // 100)]
+        assert stream.state == StreamState(*divmod(2 * MIXTURE_PERIOD, 97 + 40 + 64))
+    source = torch.cat([batch.source for batch in found])
+    assert torch.bincount(source[:MIXTURE_PERIOD]).tolist() == [6250, 2500, 1250]
+    assert torch.bincount(source).tolist() == [12500, 5000, 2500]
+    assert torch.unique(source[:50]).tolist() == [0, 1, 2], "mixed, not one after the other"
+    for i, url in enumerate(urls):
+        with closing(CouplingStream(url, 1250, seed=4)) as alone:
+            single = next(alone)
+        for name in ("x", "z", "label", "index", "draw"):
+            whole = torch.cat([getattr(batch, name) for batch in found])[source == i][:1250]
+            assert torch.equal(whole, getattr(single, name))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [((1, 0), "positive"), ((1, -1), "positive"), ((1, float("nan")), "positive"), ((1, 1e-9), "at least")],
+)
+def test_weights_that_are_none_are_refused(run: Run, weights: tuple[float, float], message: str) -> None:
+    sources = [Source(url, weight) for url, weight in zip(run.couplings.values(), weights, strict=True)]
+    with pytest.raises(ValueError, match=message):
+        CouplingStream(sources, 8, seed=0)
+
+
+def test_stores_of_other_shapes_do_not_mix(run: Run, tmp_path: Path) -> None:
+    couplings(str(tmp_path), "zarr", (1, 4, 4), 40, draws=2)
+    with pytest.raises(StoreError, match="another shape"):
+        CouplingStream([Source(run.couplings["zarr"]), Source(str(tmp_path))], 8, seed=0)
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it() -> None:
+    buffers = Buffers()
+    first = buffers.take(4, 3)
+    address, part = first.data_ptr(), first[1:2]
+    assert buffers.take(4, 3).data_ptr() != address
+    del first
+    assert buffers.take(4, 3).data_ptr() != address, "a view still shows it"
+    part += 1
+    del part
+    assert address in {tensor.data_ptr() for tensor in [buffers.take(4, 3) for _ in range(3)]}
+
+
+def test_batches_kept_by_the_caller_do_not_change(run: Run) -> None:
+    with closing(CouplingStream(run.couplings["zarr"], 16, seed=2)) as stream:
+        kept = [next(stream) for _ in range(20)]
+    with closing(CouplingStream(run.couplings["zarr"], 16, seed=2)) as stream:
+        for batch in kept:
+            assert torch.equal(batch.z, next(stream).z)
+
+
+def test_setting_the_state_discards_what_was_prepared(run: Run) -> None:
+    with closing(CouplingStream(run.couplings["zarr"], 16, seed=2)) as stream:
+        found = [next(stream) for _ in range(5)]
+        stream.state = StreamState(0, 16)
+        assert torch.equal(next(stream).index, found[1].index)
+        assert stream.state == StreamState(0, 32)
+        with pytest.raises(ValueError, match="expected a position below"):
+            stream.state = StreamState(0, 10**9)

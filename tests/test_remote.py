@@ -1,0 +1,259 @@
+"""Stores on remote storage: a real S3 server that is killed, a plain web server, and the cache between them and us."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from storage_specs import files
+from storage_specs.cache import PART_BYTES, Cache
+from storage_specs.errors import StoreError
+from storage_specs.files import Root, configure, sha256
+from storage_specs.layouts import LAYOUTS
+from storage_specs.schema import LayoutName
+from storage_specs.store import Key, Store
+from storage_specs.stream import Batch, CouplingStream
+from storage_specs.transfer import copy
+from storage_specs.writer import StoreWriter
+from tests.conftest import Run
+from tests.object_store import ObjectStore
+from tests.test_store import LAYOUT_NAMES, tree
+from tests.test_transfer import ignore
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("NFM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def s3(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """The running S3 server, with its endpoint in the configuration as a run has it."""
+    monkeypatch.setitem(fsspec.config.conf, "s3", {})
+    configure({"s3": object_store.options})
+    return object_store
+
+
+def cached(cache: Path) -> list[Path]:
+    return [path for path in cache.glob("??/*") if path.is_file()]
+
+
+def batches(stream: CouplingStream, count: int) -> list[Batch]:
+    found = [next(stream) for _ in range(count)]
+    stream.close()
+    return found
+
+
+def same(ours: list[Batch], theirs: list[Batch]) -> bool:
+    return all(
+        torch.equal(a, b)
+        for one, other in zip(ours, theirs, strict=True)
+        for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_a_store_on_s3_streams_what_the_local_one_does(
+    s3: ObjectStore, run: Run, cache: Path, layout: LayoutName
+) -> None:
+    url = f"{s3.bucket(f'same-{layout}')}/couplings"
+    local = Store(run.couplings[layout])
+    copy(local, url, ignore, None)
+    assert Root(url).sizes() == {name: len(data) for name, data in tree(local.url).items()}
+    assert list(Store(url).faults()) == [] and not cached(cache), "verify reads what is there, not the cache"
+    for window in (None, 2):
+        expected = batches(CouplingStream(local.url, 40, seed=3, window_blocks=window), 90)
+        assert same(batches(CouplingStream(url, 40, seed=3, window_blocks=window), 90), expected)
+    assert all(sha256(path.read_bytes()) == path.name for path in cached(cache))
+
+
+def test_a_window_needs_only_a_small_cache(
+    s3: ObjectStore, run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = Store(run.couplings["webdataset"])
+    url = f"{s3.bucket('small')}/couplings"
+    copy(local, url, ignore, None)
+    window = sum(LAYOUTS["webdataset"].size(local.spec, kind, local.spec.block_rows) for kind in ("x", "z"))
+    monkeypatch.setenv("NFM_CACHE_GB", str(2.2 * window / 1e9))
+    expected = batches(CouplingStream(local.url, 40, seed=3, window_blocks=1), 30)
+    assert same(batches(CouplingStream(url, 40, seed=3, window_blocks=1), 30), expected)
+    assert sum(path.stat().st_size for path in cached(cache)) <= 2.2 * window
+    with pytest.raises(StoreError, match="raise storage.cache_gb, or set window_blocks to fewer than 4"):
+        CouplingStream(url, 40, seed=3, window_blocks=4)
+
+
+def test_reading_goes_on_when_the_server_was_killed(s3: ObjectStore, run: Run, cache: Path) -> None:
+    local = Store(run.couplings["webdataset"])
+    url = f"{s3.bucket('killed-reading')}/couplings"
+    copy(local, url, ignore, None)
+    expected = batches(CouplingStream(local.url, 16, seed=1, window_blocks=1), 60)
+    stream = CouplingStream(url, 16, seed=1, window_blocks=1)
+    found = [next(stream) for _ in range(5)]
+    s3.kill()
+    threading.Timer(3.0, s3.start).start()
+    found += [next(stream) for _ in range(55)]
+    stream.close()
+    assert same(found, expected)
+
+
+def test_writing_goes_on_when_the_server_was_killed(s3: ObjectStore, run: Run, cache: Path) -> None:
+    local = Store(run.couplings["webdataset"])
+    url = f"{s3.bucket('killed-writing')}/couplings"
+    writer = StoreWriter(url, local.spec)
+    writer.begin()
+
+    def write(block: int) -> None:
+        base = {"x": local.column("x", block), "label": local.column("label", block)}
+        z, noise = (np.stack([local.column(c, block, k) for k in range(local.spec.draws)]) for c in ("z", "noise"))
+        error, seconds = (local.by_block(field)[block] for field in ("squared_error", "seconds"))
+        writer.write_stored(block, base, z, noise, error, seconds)
+
+    timer = threading.Timer(1.0, s3.kill)
+    timer.start()
+    restarted = threading.Timer(4.0, s3.start)
+    restarted.start()
+    for block in range(local.spec.blocks):
+        write(block)
+    restarted.join()
+    assert writer.committed() == set(range(local.spec.blocks))
+    writer.finalize()
+    assert Store(url).dataset.id == local.dataset.id
+    assert list(Store(url).faults()) == []
+    root = Root(url)
+    assert {name: root.read(name, 1 << 30) for name in root.sizes()} == tree(local.url), "the bytes of the local store"
+
+
+def test_a_server_that_stays_away_ends_in_one_clear_error(
+    s3: ObjectStore, run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{s3.bucket('away')}/couplings"
+    copy(Store(run.couplings["zarr"]), url, ignore, None)
+    store = Store(url)
+    _ = store.files
+    monkeypatch.setattr(files, "RETRY_SECONDS", 1.0)
+    s3.kill()
+    try:
+        with pytest.raises(StoreError, match="tried for 1 s. The same command continues"):
+            store.columns(Key("z", 0, 0))
+    finally:
+        s3.start()
+    assert np.array_equal(store.column("z", 0, 0), Store(run.couplings["zarr"]).column("z", 0, 0))
+
+
+def test_s3_without_credentials_is_one_clear_error(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": s3.endpoint})
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(StoreError, match="expected credentials"):
+        Store("s3://nobody/couplings")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda fs, path: fs.rm(path), "is missing"),
+        (lambda fs, path: fs.pipe_file(path, fs.cat_file(path)[:-1]), "got .* bytes with sha256"),
+        (lambda fs, path: fs.pipe_file(path, b"?" + fs.cat_file(path)[1:]), "sha256"),
+    ],
+    ids=["missing", "truncated", "another byte"],
+)
+def test_training_stops_at_a_bad_shard_and_names_it(
+    s3: ObjectStore,
+    run: Run,
+    cache: Path,
+    damage: Callable[[Any, str], None],
+    message: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    url = f"{s3.bucket('bad-' + request.node.callspec.id.replace(' ', '-'))}/couplings"
+    copy(Store(run.couplings["webdataset"]), url, ignore, None)
+    damage(fsspec.filesystem("s3"), f"{url}/z/k001/000002.tar")
+    stream = CouplingStream(url, 40, seed=0)
+    with pytest.raises(StoreError, match=rf"z/k001/000002\.tar.*{message}"):
+        deque(stream, maxlen=0)  # until it stops
+    with pytest.raises(StoreError, match=r"z/k001/000002\.tar"):
+        next(stream)  # and not the batch after it
+    stream.close()
+    assert not [path for path in cached(cache) if sha256(path.read_bytes()) != path.name and path.suffix != ".part"]
+
+
+@pytest.fixture
+def web(run: Run) -> Iterator[str]:
+    """A plain web server, which knows no ranges."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=run.couplings["webdataset"]))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_store_on_a_plain_web_server_streams(run: Run, cache: Path, web: str) -> None:
+    expected = batches(CouplingStream(run.couplings["webdataset"], 40, seed=3), 20)
+    assert same(batches(CouplingStream(web, 40, seed=3), 20), expected)
+
+
+@pytest.mark.parametrize("size", [1, PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES + 17])
+def test_files_of_many_parts_arrive_whole(s3: ObjectStore, cache: Path, size: int) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    root = Root(f"{s3.bucket('parts')}/folder")
+    root.write("file", data)
+    path = Cache().fetch(root, "file", size, sha256(data))
+    assert path.read_bytes() == data
+    assert [path] == cached(cache), "no part is left"
+
+
+def test_the_cache_keeps_to_its_limit_and_drops_what_is_oldest(cache: Path) -> None:
+    root = Root("memory://files")
+    contents = [bytes([i]) * 100_000 for i in range(8)]
+    for i, data in enumerate(contents):
+        root.write(str(i), data)
+    limited = Cache(limit=450_000)
+
+    def fetch(i: int) -> Path:
+        path = limited.fetch(root, str(i), 100_000, sha256(contents[i]))
+        time.sleep(0.01)  # the order of use is told by the clock of the file system
+        return path
+
+    paths = [fetch(i) for i in range(4)]
+    fetch(0)
+    fetch(4)
+    assert [path.exists() for path in paths] == [True, False, True, True]
+    assert sum(path.stat().st_blocks * 512 for path in cached(cache)) <= 450_000
+    assert fetch(1).read_bytes() == contents[1]
+
+
+def test_processes_share_a_cache(s3: ObjectStore, run: Run, cache: Path) -> None:
+    url = f"{s3.bucket('shared')}/couplings"
+    copy(Store(run.couplings["zarr"]), url, ignore, None)
+    script = (
+        "import json, sys; from storage_specs.files import configure; from storage_specs.stream import CouplingStream\n"
+        "configure({'s3': json.loads(sys.argv[2])}); s = CouplingStream(sys.argv[1], 32, 0)\n"
+        "print(sum(float(next(s).z.double().sum()) for _ in range(60))); s.close()"
+    )
+    command = [sys.executable, "-c", script, url, json.dumps(s3.options)]
+    environment = {**os.environ, "NFM_CACHE": str(cache)}
+    readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    sums = {reader.communicate(timeout=120)[0] for reader in readers}
+    assert len(sums) == 1 and float(sums.pop())
+    assert all(sha256(path.read_bytes()) == path.name for path in cached(cache))

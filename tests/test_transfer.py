@@ -1,0 +1,183 @@
+"""Whole stores moved about: nothing is lost, nothing half-copied is trusted."""
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from pipeline.encode_job import encode_couplings
+from stages.encode import reencode
+from storage_specs.errors import StoreError
+from storage_specs.schema import LayoutName
+from storage_specs.store import Store
+from storage_specs.transfer import convert, copy, export_tuples, repair
+from storage_specs.writer import StoreWriter
+from tests.conftest import Run
+from tests.test_store import LAYOUT_NAMES, damage, flip, tree
+
+OTHER: dict[LayoutName, LayoutName] = {"webdataset": "zarr", "zarr": "webdataset"}
+
+
+def ignore(_done: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_conversion_there_and_back_gives_the_same_bytes(run: Run, tmp_path: Path, layout: LayoutName) -> None:
+    there, back = f"{tmp_path}/there", f"{tmp_path}/back"
+    convert(Store(run.couplings[layout]), there, OTHER[layout], ignore, None)
+    assert list(Store(there).faults()) == []
+    assert Store(there).dataset.id == Store(run.couplings[OTHER[layout]]).dataset.id, "as if encoded in that layout"
+    convert(Store(there), back, layout, ignore, None)
+    assert tree(back) == tree(run.couplings[layout])
+
+
+def test_a_conversion_continues_where_it_stopped(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, written = str(tmp_path), []
+    original = StoreWriter.write_stored
+
+    def failing(self: StoreWriter, block: int, *arguments: object) -> object:
+        written.append(block)
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        return original(self, block, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StoreWriter, "write_stored", failing)
+    with pytest.raises(OSError, match="No space"):
+        convert(Store(run.couplings["webdataset"]), out, "zarr", ignore, None)
+    convert(Store(run.couplings["webdataset"]), out, "zarr", ignore, None)
+    assert written == [0, 1, 2, *range(2, Store(out).spec.blocks)]
+    assert Store(out).dataset.id == Store(run.couplings["zarr"]).dataset.id
+
+
+def test_a_damaged_source_is_not_converted(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(run.couplings["webdataset"], source)
+    damage(source, "z/k001/000002.tar", flip(700))
+    with pytest.raises(StoreError, match=r"z/k001/000002\.tar.*sha256"):
+        convert(Store(str(source)), f"{tmp_path}/out", "zarr", ignore, None)
+
+
+def test_tuples_hold_all_of_a_pair_in_one_sample(run: Run, tmp_path: Path) -> None:
+    store = Store(run.couplings["zarr"])
+    export_tuples(store, str(tmp_path), ignore, None)
+    for block, draw in ((0, 0), (3, 2)):
+        samples = list(wds.WebDataset(f"{tmp_path}/k{draw:03d}/{block:06d}.tar", shardshuffle=False).decode())
+        assert len(samples) == store.spec.rows_of(block)
+        for i, sample in enumerate(samples):
+            assert sample["__key__"] == f"{store.spec.indices(block)[i]:012d}_k{draw:03d}"
+            assert np.array_equal(sample["x.npy"], store.column("x", block)[i])
+            assert np.array_equal(sample["z.npy"], store.column("z", block, draw)[i])
+            assert np.array_equal(sample["noise.npy"], store.column("noise", block, draw)[i])
+            assert sample["cls"] == store.column("label", block)[i]
+    before = tree(str(tmp_path))
+    (tmp_path / "k001" / "000001.tar").unlink()
+    export_tuples(store, str(tmp_path), ignore, None)
+    assert tree(str(tmp_path)) == before
+    with tarfile.open(tmp_path / "k001" / "000001.tar") as tar:
+        assert len(tar.getmembers()) == 4 * store.spec.rows_of(1)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_a_copy_is_the_same_bytes_and_continues(run: Run, tmp_path: Path, layout: LayoutName) -> None:
+    store, out = Store(run.couplings[layout]), str(tmp_path)
+    assert copy(store, out, ignore, None) == len(store.files)
+    assert tree(out) == tree(store.url)
+    files = list(store.files.values())
+    (tmp_path / "dataset.json").unlink()
+    (tmp_path / files[1].path).unlink()
+    damage(tmp_path, files[4].path, lambda data: data[:-1])
+    damage(tmp_path, files[6].path, flip(70))  # of the right size: found at the end
+    assert copy(store, out, ignore, None) == 3
+    assert tree(out) == tree(store.url)
+
+
+def test_a_copy_over_another_store_is_refused(run: Run, tmp_path: Path) -> None:
+    copy(Store(run.couplings["zarr"]), str(tmp_path), ignore, None)
+    with pytest.raises(StoreError, match="holds store"):
+        copy(Store(run.couplings["webdataset"]), str(tmp_path), ignore, None)
+    (tmp_path / "dataset.json").unlink()
+    with pytest.raises(StoreError, match="part of another store"):
+        copy(Store(run.couplings["webdataset"]), str(tmp_path), ignore, None)
+
+
+def test_a_damaged_source_is_not_copied(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(run.couplings["webdataset"], source)
+    damage(source, "z/k001/000002.tar", flip(700))
+    with pytest.raises(StoreError, match=r"z/k001/000002\.tar.*repair it first"):
+        copy(Store(str(source)), f"{tmp_path}/out", ignore, None)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_repair_queues_the_bad_blocks_and_the_job_writes_them_again(
+    ray_cluster: None, run: Run, tmp_path: Path, layout: LayoutName
+) -> None:
+    shutil.copytree(run.couplings[layout], tmp_path, dirs_exist_ok=True)
+    store = Store(str(tmp_path))
+    before = tree(store.url)
+    files = {(key.column, key.block, key.draw): record.path for key, record in store.files.items()}
+    damage(tmp_path, files["z", 2, 1], flip(700))
+    (tmp_path / files["x", 4, -1]).unlink()
+    faults, blocks = repair(store, ignore)
+    assert blocks == [2, 4]
+    assert {path for path in (files["z", 2, 1], files["x", 4, -1]) if any(path in fault for fault in faults)} == {
+        files["z", 2, 1],
+        files["x", 4, -1],
+    }
+    with pytest.raises(StoreError, match="no dataset.json"):
+        Store(str(tmp_path))
+    config = run.config.encode.model_copy(update={"layout": layout, "workers": 1})
+    encode_couplings(config, f"{run.samples}/train", run.teacher, str(tmp_path))
+    after = tree(store.url)
+    changed = {path for path in before if after[path] != before[path]}
+    assert changed <= {
+        "manifest.parquet",
+        "dataset.json",
+        "commits/000002.json",
+        "commits/000004.json",
+        "croissant.json",
+    }
+    assert Store(str(tmp_path)).dataset.id == Store(run.couplings[layout]).dataset.id
+    assert repair(Store(str(tmp_path)), ignore) == ([], [])
+
+
+def test_repair_of_a_broken_manifest_needs_no_block(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.couplings["zarr"], tmp_path, dirs_exist_ok=True)
+    before = tree(str(tmp_path))
+    damage(tmp_path, "manifest.parquet", flip(40))
+    damage(tmp_path, "z/zarr.json", lambda data: b"{}")
+    faults, blocks = repair(Store(str(tmp_path)), ignore)
+    assert len(faults) == 1 and blocks == []
+    StoreWriter(str(tmp_path), Store(run.couplings["zarr"]).spec).finalize()
+    assert tree(str(tmp_path)) == before
+
+
+def test_repair_without_commit_records_says_what_to_do(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.couplings["zarr"], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "commits")
+    damage(tmp_path, "manifest.parquet", flip(40))
+    with pytest.raises(StoreError, match="copy it again from its source"):
+        repair(Store(str(tmp_path)), ignore)
+    assert (tmp_path / "dataset.json").exists()
+
+
+def test_encoding_again_finds_z_that_is_not_the_teachers(run: Run, tmp_path: Path) -> None:
+    store = Store(run.couplings["zarr"])
+    assert reencode(store, run.teacher, 40, seed=0) < 5e-3
+    writer = StoreWriter(str(tmp_path), store.spec)
+    writer.begin()
+    for block in range(store.spec.blocks):
+        z = np.stack([store.z(block, draw) for draw in range(store.spec.draws)])
+        noise = np.stack([store.column("noise", block, draw) for draw in range(store.spec.draws)])
+        base = {"x": store.column("x", block), "label": store.column("label", block)}
+        writer.write_block(block, base, z[::-1] if block == 1 else z, noise, 0.0)  # the draws of a block mixed up
+    writer.finalize()
+    mixed_up = Store(str(tmp_path))
+    assert list(mixed_up.faults()) == [], "only the teacher can tell"
+    with pytest.raises(StoreError, match="is not what its spec says"):
+        reencode(mixed_up, run.teacher, store.spec.rows * store.spec.draws, seed=0)
