@@ -103,7 +103,14 @@ def open_stream(url: str | Sequence[Source], view: View, config: TrainConfig, he
         raise StageError(f"got batch_size {config.batch_size} for {here.size} processes; expected a multiple of them")
     try:
         return CouplingStream(
-            url, config.batch_size, config.seed, view, here.rank, here.size, window_blocks=config.window_blocks
+            url,
+            config.batch_size,
+            config.seed,
+            view,
+            here.rank,
+            here.size,
+            window_blocks=config.window_blocks,
+            stored=here.device.type == "cuda",
         )
     except ValueError as error:
         raise StageError(str(error)) from error
@@ -181,7 +188,7 @@ class Trainer:
                 asked = time.monotonic()
                 batch = next(self.stream)
                 waited += time.monotonic() - asked
-                batch = batch.to(self.here.device)
+                batch = self.stream.to_float(batch.to(self.here.device))
                 loss = self._step(model, batch)
                 window += loss.detach()
                 window_images += config.batch_size

@@ -52,14 +52,18 @@ class Column:
             self.region.unmap(self.slot(key))
             del self.mapped[key]
 
-    def gather(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None) -> Tensor:
-        """The rows (of the given draws), (len(rows), n), in a buffer that the next call reuses."""
+    def buffer(self, rows: int) -> Tensor:
+        """Memory for (rows, n) values as they are stored, the same at each call."""
+        if len(self._buffer) < rows:
+            self._buffer = torch.empty(rows, self.spec.dim, dtype=self.rows.matrix.dtype)
+        return self._buffer[:rows]
+
+    def gather(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None, out: Tensor) -> Tensor:
+        """The rows (of the given draws), as they are stored, into `out` (len(rows), n)."""
         blocks = rows // self.spec.block_rows
         slots = blocks if draws is None else draws * self.spec.blocks + blocks
         where = torch.from_numpy(self.rows.locate(slots, rows % self.spec.block_rows))
-        if len(self._buffer) < len(rows):
-            self._buffer = torch.empty(len(rows), self.spec.dim, dtype=self.rows.matrix.dtype)
-        return torch.index_select(self.rows.matrix, 0, where, out=self._buffer[: len(rows)])
+        return torch.index_select(self.rows.matrix, 0, where, out=out)
 
 
 class RowReader:
@@ -181,22 +185,35 @@ class RowReader:
             yield rows, draws[rows // self.spec.block_rows]
             start, count = start + len(rows), count - len(rows)
 
-    def read(self, start: int, x: Tensor, z: Tensor | None, label: Tensor, index: Tensor, draw: Tensor) -> None:
-        """Fill the tensors, x (B, n) to [-1, 1] and z (B, n) to z / σ_f, with samples start … start + B."""
+    def read(
+        self, start: int, stored: bool, x: Tensor, z: Tensor | None, label: Tensor, index: Tensor, draw: Tensor
+    ) -> None:
+        """Fill the tensors with samples start … start + B: x (B, n) with values in [-1, 1] and z (B, n) with z / σ_f,
+        or both as they are `stored`."""
         done = 0
         for rows, draws in self.locate(start, len(x)):
             part = slice(done, done + len(rows))
-            scale_pixels(self.x.gather(rows, None), out=x[part])
+            raw = self.x.gather(rows, None, x[part] if stored else self.x.buffer(len(rows)))
+            if not stored:
+                scale_pixels(raw, out=x[part])
             if z is not None:
                 assert self.z is not None
-                z[part].copy_(self.z.gather(rows, draws))
-                if self.z_scale is not None:
-                    z[part].mul_(self.z_scale)
-                z[part].div_(self.sigma_f)
+                raw = self.z.gather(rows, draws, z[part] if stored else self.z.buffer(len(rows)))
+                if not stored:
+                    self.scale_z(raw, out=z[part])
             label[part] = torch.from_numpy(self.labels[rows])
             index[part] = torch.from_numpy(rows)
             draw[part] = torch.from_numpy(draws)
             done += len(rows)
+
+    def scale_z(self, stored: Tensor, out: Tensor) -> Tensor:
+        """z / σ_f (B, n) float32 from z as it is stored."""
+        self.sigma_f = self.sigma_f.to(out.device)
+        out.copy_(stored)
+        if self.z_scale is not None:
+            self.z_scale = self.z_scale.to(out.device)
+            out.mul_(self.z_scale)
+        return out.div_(self.sigma_f)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -4,7 +4,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from storage_specs.cache import Cache
 from storage_specs.errors import StoreError
 from storage_specs.order import Mixture
+from storage_specs.pixels import scale_pixels
 from storage_specs.rows import RowReader
 from storage_specs.schema import Kind
 from storage_specs.store import Store
@@ -42,7 +43,10 @@ class Source:
 @dataclass(frozen=True)
 class Batch:
     """x (B, C, H, W) float32 in [-1, 1]; z / σ_f (B, C, H, W) float32, empty for the view "samples"; label and index
-    (B,) int64; draw (B,) int64, -1 for the view "samples"; source (B,) int64, which store of a mixture."""
+    (B,) int64; draw (B,) int64, -1 for the view "samples"; source (B,) int64, which store of a mixture.
+
+    Of a stream with `stored`, x is uint8 and z as the files hold it, until `CouplingStream.to_float`.
+    """
 
     x: torch.Tensor
     z: torch.Tensor
@@ -62,23 +66,24 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[NDArray[np.float32]]] = {}
-        self._lent: dict[int, weakref.ref[NDArray[np.float32]]] = {}
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+        self._lent: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
 
-    def take(self, rows: int, columns: int) -> torch.Tensor:
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         if torch.cuda.is_available():
-            return torch.empty(rows, columns, pin_memory=True)
-        free = self._free.setdefault(rows * columns, [])
-        memory = free.pop() if free else np.empty(rows * columns, dtype=np.float32)
+            return torch.empty(rows, columns, dtype=dtype, pin_memory=True)
+        size = rows * columns * dtype.itemsize
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else np.empty(size, dtype=np.uint8)
         shown = memory.view()  # what the tensor holds on to; its end is the end of all tensors that share the memory
 
-        def give_back(reference: weakref.ref[NDArray[np.float32]]) -> None:
+        def give_back(reference: weakref.ref[NDArray[np.uint8]]) -> None:
             del self._lent[id(reference)]
             free.append(memory)
 
         lent = weakref.ref(shown, give_back)
         self._lent[id(lent)] = lent  # a reference that is itself garbage calls nobody
-        return torch.from_numpy(shown).view(rows, columns)
+        return torch.from_numpy(shown).view(dtype).view(rows, columns)
 
 
 class CouplingStream:
@@ -89,7 +94,9 @@ class CouplingStream:
     not depend on the number of readers. Epochs follow each other without a gap: a batch may span two of them; an epoch
     of a mixture is as many samples as its stores have rows. `window_blocks` bounds what must be at hand at a time (see
     storage_specs/order.py), and with it the cache a remote store needs; it changes the order. Batches are prepared in
-    the background; memory is pinned where CUDA is. Set `state` to continue a sequence.
+    the background; memory is pinned where CUDA is. With `stored`, values come as the files hold them, less than half
+    the bytes to bring to an accelerator, and `to_float` does there what is otherwise done here. Set `state` to
+    continue a sequence.
 
     Raises StoreError for a broken store, ValueError for sizes that do not fit.
     """
@@ -104,6 +111,7 @@ class CouplingStream:
         world_size: int = 1,
         window_blocks: int | None = None,
         options: dict[str, Any] | None = None,
+        stored: bool = False,
     ) -> None:
         if batch_size < 1 or batch_size % world_size or not 0 <= rank < world_size:
             raise ValueError(
@@ -123,6 +131,9 @@ class CouplingStream:
             for name in ("shape", "class_names"):
                 if getattr(store.spec, name) != getattr(self.spec, name):
                     raise StoreError(f"{store.url}: got another {name} than in {self.stores[0].url}; a mixture has one")
+        self.stored = stored
+        if stored and view == "pairs" and len({store.spec.dtype("z") for store in self.stores}) > 1:
+            raise StoreError("got stores of several z dtypes; expected one dtype where values come as they are stored")
         self._readers = [RowReader(store, seed, view == "pairs", window_blocks) for store in self.stores]
         self._epoch_rows = sum(store.spec.rows for store in self.stores)
         self._buffers = Buffers()
@@ -158,14 +169,17 @@ class CouplingStream:
 
     def _batch(self, start: int) -> Batch:
         """This rank's slice of the global batch that starts at sample `start`."""
-        share, spec, pairs = self.batch_size // self.world_size, self.spec, self.view == "pairs"
+        share, spec = self.batch_size // self.world_size, self.spec
         start += self.rank * share
         source = np.zeros(share, dtype=np.int64)
-        x = self._buffers.take(share, spec.dim)
-        z = self._buffers.take(share, spec.dim) if pairs else None
+        column = self._readers[0].z
+        x = self._buffers.take(share, spec.dim, torch.uint8 if self.stored else torch.float32)
+        z = None
+        if column is not None:
+            z = self._buffers.take(share, spec.dim, column.rows.matrix.dtype if self.stored else torch.float32)
         label, index, draw = (torch.empty(share, dtype=torch.int64) for _ in range(3))
         if len(self._readers) == 1:
-            self._readers[0].read(start, x, z, label, index, draw)
+            self._readers[0].read(start, self.stored, x, z, label, index, draw)
         else:
             source, before = self._mixture.sources(start, share), self._mixture.counts(start)
             for number, reader in enumerate(self._readers):
@@ -173,7 +187,7 @@ class CouplingStream:
                 if len(here):
                     parts = [tensor[: len(here)].clone() for tensor in (x, label, index, draw)]
                     z_part = None if z is None else z[: len(here)].clone()
-                    reader.read(int(before[number]), parts[0], z_part, *parts[1:])
+                    reader.read(int(before[number]), self.stored, parts[0], z_part, *parts[1:])
                     for whole, part in zip((x, label, index, draw), parts, strict=True):
                         whole[here] = part
                     if z is not None and z_part is not None:
@@ -186,6 +200,18 @@ class CouplingStream:
             draw=draw,
             source=torch.from_numpy(source),
         )
+
+    def to_float(self, batch: Batch) -> Batch:
+        """A batch of this stream with x in [-1, 1] and z / σ_f as float32, where it is; itself, unless `stored`."""
+        if not self.stored:
+            return batch
+        x = scale_pixels(batch.x, out=torch.empty_like(batch.x, dtype=torch.float32))
+        z = torch.empty_like(batch.z, dtype=torch.float32)
+        for number, reader in enumerate(self._readers if len(z) else ()):
+            here = slice(None) if len(self._readers) == 1 else batch.source == number
+            part = batch.z[here].flatten(1)
+            z[here] = reader.scale_z(part, out=torch.empty_like(part, dtype=torch.float32)).view(-1, *self.spec.shape)
+        return replace(batch, x=x, z=z)
 
     def close(self) -> None:
         """Stop the threads, and wait for the one that reads; when the stream is garbage, they stop by themselves."""

@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from storage_specs.errors import StoreError
 from storage_specs.order import MIXTURE_PERIOD, epoch_draws, epoch_order, permutation
 from storage_specs.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec
 from storage_specs.store import Store
-from storage_specs.stream import Buffers, CouplingStream, Source, StreamState
+from storage_specs.stream import Buffers, CouplingStream, Source, StreamState, View
 from storage_specs.writer import StoreWriter
 from tests.conftest import Run
 
@@ -214,14 +215,14 @@ def test_stores_of_other_shapes_do_not_mix(run: Run, tmp_path: Path) -> None:
 
 def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it() -> None:
     buffers = Buffers()
-    first = buffers.take(4, 3)
+    first = buffers.take(4, 3, torch.float32)
     address, part = first.data_ptr(), first[1:2]
-    assert buffers.take(4, 3).data_ptr() != address
+    assert buffers.take(4, 3, torch.float32).data_ptr() != address
     del first
-    assert buffers.take(4, 3).data_ptr() != address, "a view still shows it"
+    assert buffers.take(4, 3, torch.float32).data_ptr() != address, "a view still shows it"
     part += 1
     del part
-    assert address in {tensor.data_ptr() for tensor in [buffers.take(4, 3) for _ in range(3)]}
+    assert address in {tensor.data_ptr() for tensor in [buffers.take(4, 3, torch.float32) for _ in range(3)]}
 
 
 def test_batches_kept_by_the_caller_do_not_change(run: Run) -> None:
@@ -240,3 +241,17 @@ def test_setting_the_state_discards_what_was_prepared(run: Run) -> None:
         assert stream.state == StreamState(0, 32)
         with pytest.raises(ValueError, match="expected a position below"):
             stream.state = StreamState(0, 10**9)
+
+
+@pytest.mark.parametrize("view", ["pairs", "samples"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_values_as_stored_become_the_same_floats(run: Run, view: View, mixed: bool) -> None:
+    sources = [Source(url, weight) for url, weight in zip(run.couplings.values(), (1.0, 2.0), strict=True)]
+    arguments: dict[str, Any] = {"url": sources if mixed else sources[0].url, "batch_size": 50, "seed": 1, "view": view}
+    with closing(CouplingStream(**arguments)) as floats, closing(CouplingStream(**arguments, stored=True)) as stored:
+        for _ in range(5):
+            ours, theirs = next(stored), next(floats)
+            assert ours.x.dtype == torch.uint8 and (view == "samples" or ours.z.dtype == torch.float16)
+            assert floats.to_float(theirs) is theirs
+            converted = stored.to_float(ours)
+            assert all(torch.equal(vars(converted)[name], vars(theirs)[name]) for name in vars(theirs))
