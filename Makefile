@@ -21,7 +21,7 @@ need = $(or $($(1)),$(error $(1)=… is missing: see make help))
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install demo test lint format prepare train-teacher encode-couplings train-student clean
+.PHONY: help install demo test bench-stream lint format prepare train-teacher encode-couplings train-student clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -54,6 +54,9 @@ format: $(READY)  ## apply ruff's fixes and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench-stream: $(READY)  ## time our stores beside other formats, RAM and S3; writes docs/benchmarks/streaming.md (an hour, 30 GB)
+	$(BIN)/python -m tests.benchmarks.stream $(ARGS)
+
 prepare: $(READY)  ## images → sample stores: DATA=folder OUT=url
 	$(BIN)/nfm prepare --preset "$(PRESET)" $(if $(DATA),--data "$(DATA)") --out "$(call need,OUT)" $(ARGS)
 
@@ -63,8 +66,8 @@ train-teacher: $(READY)  ## sample store → teacher: SOURCE=url OUT=folder
 encode-couplings: $(READY)  ## teacher × noise draws → coupling store: SOURCE=url TEACHER=model OUT=url [LAYOUT= DRAWS= RAY_ADDRESS=]
 	$(BIN)/nfm encode --preset "$(PRESET)" --samples "$(call need,SOURCE)" --teacher "$(call need,TEACHER)" --out "$(call need,OUT)" --layout $(LAYOUT) $(if $(DRAWS),--draws $(DRAWS)) $(ARGS)
 
-train-student: $(READY)  ## coupling store → student: COUPLINGS=url OUT=folder [COUPLING=nfm|independent]
-	$(BIN)/nfm train-student --preset "$(PRESET)" --couplings "$(call need,COUPLINGS)" --out "$(call need,OUT)" --coupling $(COUPLING) $(ARGS)
+train-student: $(READY)  ## coupling store → student: COUPLINGS="url …" OUT=folder [COUPLING=nfm|independent]
+	$(BIN)/nfm train-student --preset "$(PRESET)" $(foreach url,$(call need,COUPLINGS),--couplings "$(url)") --out "$(call need,OUT)" --coupling $(COUPLING) $(ARGS)
 
 clean:  ## remove .venv and caches, keep runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -179,7 +179,8 @@ class Trainer:
         if self.here.size > 1:
             model = DistributedDataParallel(model)
         config, window, window_images = self.config, torch.zeros((), device=self.here.device), 0
-        start, waited = time.monotonic(), 0.0
+        start, waits = time.monotonic(), [0.0, 0.0]  # seconds for the first batch, and for all others
+        begun = self.images
         shown = (
             Progress(self.name, config.images, "img", done=min(self.images, config.images)) if self.here.first else None
         )
@@ -187,7 +188,7 @@ class Trainer:
             while self.images < config.images:
                 asked = time.monotonic()
                 batch = next(self.stream)
-                waited += time.monotonic() - asked
+                waits[self.images > begun] += time.monotonic() - asked
                 batch = self.stream.to_float(batch.to(self.here.device))
                 loss = self._step(model, batch)
                 window += loss.detach()
@@ -212,7 +213,14 @@ class Trainer:
             if shown:
                 shown.bar.close()
         seconds = time.monotonic() - start
-        return self._finish({"seconds_since_resume": round(seconds, 2), "data_wait": round(waited / seconds, 5)})
+        share = waits[1] / max(seconds - waits[0], 1e-9)
+        return self._finish(
+            {
+                "seconds_since_resume": round(seconds, 2),
+                "first_batch_seconds": round(waits[0], 3),
+                "data_wait": round(share, 5),
+            }
+        )
 
     def _step(self, model: nn.Module, batch: Batch) -> Tensor:
         for group in self.optimizer.param_groups:

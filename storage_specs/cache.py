@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,20 +63,14 @@ class Cache:
 
     def _download(self, root: Root, path: str, size: int, digest: str, descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
-        got = 0
-        starts = range(0, size, PART_BYTES)
-
-        def part(start: int) -> int:
-            whole = size <= PART_BYTES
-            end = min(start + PART_BYTES, size)
-            data = root.read_range(path, None if whole else start, None if whole else end)
-            if not whole and len(data) != end - start:
-                raise StoreError(f"{root.url}/{path}: got {len(data)} bytes for a range of {end - start}")
-            return os.pwrite(descriptor, data, start)
-
-        got = part(0) if len(starts) <= 1 else sum(self._parts.map(part, starts))
-        found = "nothing"
-        if got == size:
+        if size <= PART_BYTES:
+            data = root.read_range(path, None, None)
+            got, found = len(data), sha256(data)
+            if found == digest:
+                os.pwrite(descriptor, data, 0)
+        else:
+            part = partial(_part, root, path, size, descriptor)
+            got = sum(self._parts.map(part, range(0, size, PART_BYTES)))
             with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as content:
                 found = sha256(np.frombuffer(content, np.uint8))
         if found != digest:
@@ -100,6 +95,18 @@ class Cache:
                     break
                 path.unlink(missing_ok=True)
                 self._bytes -= held
+
+
+def _part(root: Root, path: str, size: int, descriptor: int, start: int) -> int:
+    """One ranged GET into its place in the file; the bytes it brought."""
+    end = min(start + PART_BYTES, size)
+    data = root.read_range(path, start, end)
+    if len(data) != end - start:
+        raise StoreError(
+            f"{root.url}/{path}: got {len(data)} bytes for a range of {end - start}; the file is not the one of the "
+            "manifest, or its server knows no ranges"
+        )
+    return os.pwrite(descriptor, data, start)
 
 
 def _here(path: Path, size: int) -> bool:

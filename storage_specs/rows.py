@@ -106,6 +106,9 @@ class RowReader:
                 f"{self.store.cache.limit / 1e9:.2f} GB; raise storage.cache_gb, or {hint}"
             )
         self._fetches_ahead = not self.store.root.local and 2 * held <= self.store.cache.limit
+        # A mapped file that the cache has dropped still takes its disk space, so what it cannot hold is unmapped early.
+        fits = self.store.root.local or self.store.dataset.totals.bytes <= self.store.cache.limit
+        self._most_mapped = MAX_MAPPED // 2 if fits else 0
 
     def _epoch(self, epoch: int) -> tuple[EpochOrder, NDArray[np.int64]]:
         """The order of an epoch, and the draw of each block in it."""
@@ -149,7 +152,7 @@ class RowReader:
         unlabelled = set(blocks[self.labels[blocks * self.spec.block_rows] < 0].tolist())
         columns = {column.kind: column for column in (self.x, self.z) if column is not None}
         for column in columns.values():
-            column.keep_only(set(keys), MAX_MAPPED // 2 if self.store.root.local else 0)
+            column.keep_only(set(keys), self._most_mapped)
         fresh = [
             key
             for key in keys

@@ -1,133 +1,136 @@
-"""Other ways to keep (x, z, label) pairs and read them as shuffled training batches, each as its documentation has it.
+"""Other ways to keep (x, z, label) pairs and to read them as shuffled training batches, on one core.
 
     python peers.py write --root DIR --peer NAME    # that peer's own format, in DIR/NAME
-    python peers.py read --root DIR --peer NAME     # one line of JSON
+    python peers.py read --root DIR --peer NAME     # its speed, as one line of JSON
 
-DIR holds x.npy (uint8, N C H W), z.npy (float16, K N C H W), label.npy (int64, N) and sigma_f.npy (float32, C H W). A
-sample is one pair, an image with one of its K draws, and an epoch is all N·K of them; every reader ends with the same
-`to_batch`, so only the reading differs. Files are read once before the clock starts: they come from the page cache.
+DIR holds x.npy (uint8: N, C, H, W), z.npy (float16: K, N, C, H, W), label.npy (int64: N) and sigma_f.npy (float32:
+C, H, W). A sample is one pair, an image with one of its K draws; an epoch is all N·K pairs. Each reader yields batches
+of raw arrays, as stored, and `to_batch` ends all of them with the same float32 product where that is asked for, so only
+the reading differs. The files are read once before the clock starts: what is timed comes from the page cache.
 
-This file runs in an environment of its own, see requirements-peers.txt, and imports nothing of the project.
+Runs in an environment of its own (requirements-peers.txt) and imports nothing of this project.
 """
 
-from collections.abc import Iterable, Iterator
+import argparse
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+os.environ |= {"OMP_NUM_THREADS": "1", "LITDATA_DISABLE_VERSION_CHECK": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
-Raw = tuple[Any, Any, Any]  # x uint8, z float16 and label of a batch, as arrays or tensors
-WINDOW = 2048
+import torch
+from peers_formats import PEERS, Case, library
+
+warnings.filterwarnings("ignore")  # of tensors over read-only memory, which are only read
 
 
 @dataclass(frozen=True)
-class Case:
-    """The arrays to store: `shape` of an image, `images` of them, each with `draws`. Pair p is draw p // images."""
-
-    root: Path
-    shape: tuple[int, ...]
-    images: int
-    draws: int
-
-    @classmethod
-    def open(cls, root: Path) -> "Case":
-        draws, images, *shape = np.load(root / "z.npy", mmap_mode="r").shape
-        return cls(root, tuple(shape), images, draws)
-
-    @property
-    def pairs(self) -> int:
-        return self.images * self.draws
-
-    @property
-    def pixels(self) -> int:
-        return int(np.prod(self.shape))
-
-    def arrays(self) -> Raw:
-        """x (N, ...), z (K·N, ...) and label (N) in memory."""
-        x, z, label = (np.load(self.root / f"{name}.npy") for name in ("x", "z", "label"))
-        return x, z.reshape(-1, *self.shape), label
-
-    def samples(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """Every pair, in random order: formats that shuffle only nearby samples ask for that when written."""
-        x, z, label = self.arrays()
-        for pair in np.random.default_rng(0).permutation(self.pairs):
-            yield x[pair % self.images], z[pair], int(label[pair % self.images])
+class Buffers:
+    x: torch.Tensor
+    z: torch.Tensor
+    sigma_f: torch.Tensor
 
 
-def orders(rows: int, batch: int, epochs: int) -> Iterator[np.ndarray]:
-    """Indices of each batch, in an order shuffled over all rows."""
-    for epoch in range(epochs):
-        order = np.random.default_rng(epoch).permutation(rows)
-        yield from (order[start : start + batch] for start in range(0, rows - batch + 1, batch))
+def to_batch(x: Any, z: Any, label: Any, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x in [-1, 1] and z / σ_f as float32, in the buffers, and label as int64."""
+    rows = len(label)
+    images = buffers.x[:rows].copy_(torch.as_tensor(x)).div_(127.5).sub_(1)
+    codes = buffers.z[:rows].copy_(torch.as_tensor(z)).div_(buffers.sigma_f)
+    return images, codes, torch.as_tensor(label, dtype=torch.int64)
 
 
-def outputs(rows: int, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.empty((rows, *case.shape), np.uint8), np.empty((rows, *case.shape), np.float16), np.empty(rows, np.int64)
+def files(case: Case, name: str) -> list[Path]:
+    if PEERS[name].write is None:
+        return [case.root / f"{array}.npy" for array in ("x", "z", "label")]
+    return [path for path in sorted((case.root / PEERS[name].folder).rglob("*")) if path.is_file()]
 
 
-def window_shuffle(pieces: Iterable[Raw], case: Case, batch: int) -> Iterator[Raw]:
-    """Batches drawn at random from windows of `WINDOW` pairs, filled with pieces as they come."""
-    window, out, rng, filled = outputs(WINDOW, case), outputs(batch, case), np.random.default_rng(0), 0
-
-    def flush() -> Iterator[Raw]:
-        order = rng.permutation(filled)
-        for start in range(0, filled - batch + 1, batch):
-            for source, target in zip(window, out, strict=True):
-                np.take(source, order[start : start + batch], axis=0, out=target, mode="clip")
-            yield out
-        rest = order[filled // batch * batch :]
-        for source in window:
-            source[: len(rest)] = source[rest]
-
-    for piece in pieces:
-        if filled + len(piece[2]) > WINDOW:
-            yield from flush()
-            filled %= batch
-        for target, source in zip(window, piece, strict=True):
-            target[filled : filled + len(source)] = source
-        filled += len(piece[2])
-    yield from flush()
+def warm(paths: list[Path]) -> None:
+    buffer = bytearray(1 << 20)
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
-# WebDataset -----------------------------------------------------------------------------------------------------------
+def peak_rss_mb() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def write_webdataset(case: Case, folder: Path) -> None:
-    import webdataset as wds
-
-    with wds.ShardWriter(f"{folder}/%06d.tar", maxcount=1000, verbose=0) as shards:
-        for i, (x, z, label) in enumerate(case.samples()):
-            shards.write({"__key__": f"{i:08d}", "x.npy": x, "z.npy": z, "cls": label})
-
-
-def read_webdataset(case: Case, folder: Path, batch: int, epochs: int) -> Iterator[Raw]:
-    import webdataset as wds
-
-    urls = sorted(map(str, folder.glob("*.tar")))
-    data = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode()
-    for _ in range(epochs):
-        yield from data.to_tuple("x.npy", "z.npy", "cls").batched(batch)
+def write(case: Case, name: str) -> None:
+    peer = PEERS[name]
+    folder, complete = case.root / peer.folder, case.root / f"{peer.folder}.complete"
+    if peer.write is None or complete.exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    peer.write(case, folder)
+    complete.touch()
 
 
-def write_webdataset_raw(case: Case, folder: Path) -> None:
-    import webdataset as wds
+def batches(case: Case, name: str, batch: int, epochs: int, product: str) -> Iterator[int]:
+    """The size of each batch, once it is made."""
+    sigma_f = torch.from_numpy(case.load("sigma_f"))
+    buffers = Buffers(torch.empty(batch, *case.shape), torch.empty(batch, *case.shape), sigma_f)
+    for raw in PEERS[name].read(case, case.root / PEERS[name].folder, batch, epochs):
+        if isinstance(raw, int):
+            yield raw
+        else:
+            yield len(raw[2] if product == "stored" else to_batch(*raw, buffers)[2])
 
-    with wds.ShardWriter(f"{folder}/%06d.tar", maxcount=1000, verbose=0) as shards:
-        for i, (x, z, label) in enumerate(case.samples()):
-            shards.write({"__key__": f"{i:08d}", "x.bin": x.tobytes(), "z.bin": z.tobytes(), "cls": label})
+
+def read(case: Case, name: str, batch: int, epochs: int, limit_seconds: float, product: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    for module in PEERS[name].modules:
+        library(module)
+    paths = files(case, name)
+    warm(paths)
+    opened = time.perf_counter()
+    source, pairs = batches(case, name, batch, epochs, product), 0
+    next(source)
+    start = now = time.perf_counter()
+    for rows in source:
+        pairs += rows
+        now = time.perf_counter()
+        if now - start > limit_seconds:
+            break
+    return {
+        "peer": name,
+        "pairs": pairs,
+        "seconds": round(now - start, 4),
+        "pairs_per_s": round(pairs / (now - start), 1),
+        "first_batch_s": round(start - opened, 4),
+        "peak_rss_mb": round(peak_rss_mb(), 1),
+        "bytes_on_disk": sum(path.stat().st_size for path in paths),
+        "versions": {package: version(package) for package in ("numpy", "torch", *PEERS[name].packages)},
+    }
 
 
-def read_webdataset_raw(case: Case, folder: Path, batch: int, epochs: int) -> Iterator[Raw]:
-    import webdataset as wds
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["write", "read"])
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--peer", choices=PEERS, required=True)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--limit-seconds", type=float, default=8)
+    parser.add_argument("--product", choices=["stored", "float32"], default="float32")
+    args = parser.parse_args()
+    case = Case.open(args.root)
+    if args.command == "write":
+        write(case, args.peer)
+    else:
+        print(json.dumps(read(case, args.peer, args.batch, args.epochs, args.limit_seconds, args.product)))
 
-    def join(samples: list[tuple[bytes, bytes, bytes]]) -> Raw:  # one frombuffer a batch: faster than one a member
-        x, z, label = zip(*samples, strict=True)
-        images = np.frombuffer(bytearray().join(x), np.uint8).reshape(-1, *case.shape)
-        codes = np.frombuffer(bytearray().join(z), np.float16).reshape(-1, *case.shape)
-        return images, codes, np.array([int(text) for text in label])
 
-    urls = sorted(map(str, folder.glob("*.tar")))
-    data = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).to_tuple("x.bin", "z.bin", "cls")
-    for _ in range(epochs):
-        yield from data.batched(batch, collation_fn=join)
+if __name__ == "__main__":
+    main()

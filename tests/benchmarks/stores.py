@@ -1,0 +1,114 @@
+"""The data of the benchmarks: random arrays, and our stores of them."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from storage_specs.files import sha256
+from storage_specs.layouts import LAYOUTS
+from storage_specs.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec, canonical_json
+from storage_specs.store import Key, Store
+from storage_specs.writer import StoreWriter, block_files
+
+BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    images: int
+    shape: tuple[int, int, int]
+    draws: int = 4
+
+
+CASES = (Case("cifar-3x32x32", 50_000, (3, 32, 32)), Case("imagenet-3x64x64", 8_000, (3, 64, 64)))
+
+
+def write_arrays(case: Case, folder: Path) -> None:
+    """x.npy, z.npy, label.npy and sigma_f.npy, which the peers start from too."""
+    if (folder / "sigma_f.npy").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    np.save(folder / "x.npy", rng.integers(0, 256, (case.images, *case.shape), dtype=np.uint8))
+    z = np.lib.format.open_memmap(folder / "z.npy", "w+", np.float16, (case.draws, case.images, *case.shape))
+    for plane in z:
+        for start in range(0, case.images, 1000):
+            part = plane[start : start + 1000]
+            part[:] = rng.standard_normal(part.shape, dtype=np.float32)
+    z.flush()
+    np.save(folder / "label.npy", rng.integers(0, 10, case.images))
+    np.save(folder / "sigma_f.npy", np.full(case.shape, 1.25, np.float32))
+
+
+def spec_of(layout: LayoutName, rows: int, shape: tuple[int, int, int], draws: int) -> Spec:
+    noise = NoiseSpec(law="philox-as241-v1", seed=0, dtype="float16", stored=False)
+    teacher = TeacherSpec(architecture={"name": "none"}, sha256="0" * 64, training={})
+    coupling = CouplingSpec(
+        draws=draws, eta=0.1, z_dtype="float16", z_scale_sha256=None, noise=noise, teacher=teacher, source="0" * 64
+    )
+    return Spec(
+        kind="couplings",
+        layout=layout,
+        rows=rows,
+        block_rows=BLOCK_ROWS,
+        shape=shape,
+        num_classes=10,
+        class_names=[str(i) for i in range(10)],
+        preprocessing={},
+        coupling=coupling,
+    )
+
+
+def write_store(url: str, arrays: Path, layout: LayoutName) -> None:
+    """The arrays as a store, continued where it was interrupted."""
+    x, z = (np.load(arrays / f"{name}.npy", mmap_mode="r") for name in ("x", "z"))
+    label = np.load(arrays / "label.npy")
+    shape: tuple[int, int, int] = x.shape[1:]
+    writer = StoreWriter(url, spec_of(layout, len(x), shape, len(z)))
+    writer.begin()
+    if writer.complete():
+        return
+    for block in sorted(set(range(writer.spec.blocks)) - writer.committed()):
+        rows = slice(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
+        base = {"x": np.ascontiguousarray(x[rows]), "label": label[rows]}
+        writer.write_stored(block, base, np.ascontiguousarray(z[:, rows]), None, 0.0, 0.0)
+    writer.finalize()
+
+
+def write_repeated(url: str, source: Store, blocks: int) -> None:
+    """A store of `blocks` whole blocks whose files are hard links to those of a small Zarr store, block after block: as
+    many files and mappings as a store of that size has, without its bytes."""
+    assert source.spec.layout == "zarr"
+    spec = spec_of("zarr", blocks * BLOCK_ROWS, source.spec.shape, source.spec.draws)
+    writer, layout = StoreWriter(url, spec), LAYOUTS["zarr"]
+    writer.begin()
+    if writer.complete():
+        return
+    whole = source.spec.rows // BLOCK_ROWS
+    for block in sorted(set(range(blocks)) - writer.committed()):
+        record = json.loads(source.root.read(block_files(block % whole)[0], 1 << 20))
+        for file in record["files"]:
+            key = Key(file["column"], block, file["draw"])
+            original, path = file["path"], layout.path(key.column, key.block, key.draw)
+            file |= {"block": block, "path": path}
+            if key.column == "index":
+                data = layout.encode(spec, "index", block, {})
+                writer.root.write(path, data)
+                file["sha256"] = sha256(data)
+            else:
+                link(Path(source.url) / original, Path(url) / path)
+        sum_z2 = record["sum_z2"]
+        link(Path(source.url) / sum_z2["path"], Path(url) / block_files(block)[1])
+        record |= {"spec": spec.id, "block": block, "sum_z2": sum_z2 | {"block": block, "path": block_files(block)[1]}}
+        writer.root.write(block_files(block)[0], canonical_json(record))
+    writer.finalize()
+
+
+def link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    os.link(source, target)
