@@ -69,5 +69,5 @@ encode-couplings: $(READY)  ## teacher × noise draws → coupling store: SOURCE
 train-student: $(READY)  ## coupling store → student: COUPLINGS="url …" OUT=folder [COUPLING=nfm|independent]
 	$(BIN)/nfm train-student --preset "$(PRESET)" $(foreach url,$(call need,COUPLINGS),--couplings "$(url)") --out "$(call need,OUT)" --coupling $(COUPLING) $(ARGS)
 
-clean:  ## remove .venv and caches, keep runs
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+clean:  ## remove environments and caches, keep runs
+	rm -rf $(VENV) .venv-peers .venv-swift .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,8 +1,12 @@
 """One store as the endless sequence of rows that training reads: files opened ahead of need, rows gathered at once."""
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 import numpy as np
 import torch
@@ -17,6 +21,7 @@ from storage_specs.region import Region, Rows
 from storage_specs.store import Key, Store
 
 MAX_MAPPED = 30_000  # files; Linux allows a process 65,530 mappings
+BYTES_PER_ROW = 48  # that the order of an epoch takes while it is made, with the labels
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -66,16 +71,51 @@ class Column:
         return torch.index_select(self.rows.matrix, 0, where, out=out)
 
 
+class Fetcher:
+    """Brings files into the cache in the background, by daemon threads: a program need not wait for them to end."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._wanted: SimpleQueue[Key | None] = SimpleQueue()
+        self._threads: list[Thread] = []
+
+    def want(self, keys: list[Key]) -> None:
+        """These files, in this order, and no others any more."""
+        with suppress(Empty):
+            while True:
+                self._wanted.get_nowait()
+        for key in keys:
+            self._wanted.put(key)
+        while keys and len(self._threads) < THREADS:
+            self._threads.append(Thread(target=self._work, daemon=True, name="nfm-ahead"))
+            self._threads[-1].start()
+
+    def close(self) -> None:
+        self.want([])
+        for _ in self._threads:
+            self._wanted.put(None)
+
+    def _work(self) -> None:
+        while (key := self._wanted.get()) is not None:
+            with suppress(StoreError, OSError):  # raised again when the file is opened, and only then in anyone's way
+                self._store.path(key)
+
+
 class RowReader:
     """Rows number start … start + count of the endless sequence of one store, with z if `pairs`.
 
-    Files are opened a window at a time, and those of the next window fetched meanwhile. Raises StoreError if the cache
-    cannot hold a window.
+    Files are opened a window at a time, and those of the next window fetched meanwhile.
     """
 
     def __init__(self, store: Store, seed: int, pairs: bool, window_blocks: int | None) -> None:
         self.store, self.spec, self.seed, self.window_blocks = store, store.spec, seed, window_blocks
         _ = store.files  # checked before anything of its size is reserved, and before threads ask for it
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if self.spec.rows * BYTES_PER_ROW > memory:
+            raise StoreError(
+                f"{store.url}/dataset.json: got {self.spec.rows} rows, whose order alone takes "
+                f"{self.spec.rows * BYTES_PER_ROW / 1e9:.0f} GB of memory; expected fewer rows, or a larger machine"
+            )
         self.x = Column(store, "x", torch.uint8, 1)
         self.z: Column | None = None
         if pairs:
@@ -83,32 +123,28 @@ class RowReader:
             self.z = Column(store, "z", _TORCH[self.spec.coupling.z_dtype], self.spec.draws)
             self.sigma_f = torch.from_numpy(store.sigma_f.reshape(1, -1).copy())
             self.z_scale = None if store.z_scale is None else torch.from_numpy(store.z_scale.reshape(1, -1).copy())
-        self.labels = np.full(self.spec.rows, -1, dtype=np.int64)
+        self.labels = np.empty(self.spec.rows, dtype=np.int64)
+        self._labelled = np.zeros(self.spec.blocks, dtype=bool)
         self._pool = ThreadPoolExecutor(THREADS, "nfm-fetch")
         self._order: tuple[int, EpochOrder, NDArray[np.int64]] | None = None
         self._window: tuple[int, int] | None = None
-        self._ahead: list[Future[object]] = []
-        self._check_room()
+        self._fetcher = Fetcher(store)
+        self._fetches_ahead, self._most_mapped = False, MAX_MAPPED // 2
+        blocks = min(window_blocks or self.spec.blocks, self.spec.blocks)
+        kinds = (*store.layout.base_kinds, *(("z",) if pairs else ()))
+        self.window_bytes = blocks * sum(store.layout.size(self.spec, kind, self.spec.block_rows) for kind in kinds)
+        if 2 * blocks > MAX_MAPPED:
+            raise StoreError(
+                f"{store.url}: got a window of {blocks} blocks, expected at most {MAX_MAPPED // 2}; set "
+                "window_blocks, or write larger blocks"
+            )
 
-    def _check_room(self) -> None:
-        blocks = min(self.window_blocks or self.spec.blocks, self.spec.blocks)
-        files = blocks * (2 if self.z else 1)
-        hint = f"set window_blocks to fewer than {blocks}, or write larger blocks"
-        if files > MAX_MAPPED:
-            raise StoreError(
-                f"{self.store.url}: a window of {blocks} blocks has {files} files, over {MAX_MAPPED}; {hint}"
-            )
-        kinds = (*self.store.layout.base_kinds, *(("z",) if self.z else ()))
-        held = blocks * sum(self.store.layout.size(self.spec, kind, self.spec.block_rows) for kind in kinds)
-        if not self.store.root.local and held > self.store.cache.limit:
-            raise StoreError(
-                f"{self.store.url}: a window of {blocks} blocks has {held / 1e9:.2f} GB, the cache holds "
-                f"{self.store.cache.limit / 1e9:.2f} GB; raise storage.cache_gb, or {hint}"
-            )
-        self._fetches_ahead = not self.store.root.local and 2 * held <= self.store.cache.limit
+    def use_cache(self, windows: float) -> None:
+        """Settle what may be kept, where the cache holds `windows` windows of a remote store."""
+        self._fetches_ahead = windows >= 2
         # A mapped file that the cache has dropped still takes its disk space, so what it cannot hold is unmapped early.
-        fits = self.store.root.local or self.store.dataset.totals.bytes <= self.store.cache.limit
-        self._most_mapped = MAX_MAPPED // 2 if fits else 0
+        if windows * self.window_bytes < self.store.dataset.totals.bytes:
+            self._most_mapped = 0
 
     def _epoch(self, epoch: int) -> tuple[EpochOrder, NDArray[np.int64]]:
         """The order of an epoch, and the draw of each block in it."""
@@ -141,6 +177,7 @@ class RowReader:
         if labels is not None:
             first = key.block * self.spec.block_rows
             self.labels[first : first + len(labels)] = labels
+            self._labelled[key.block] = True
 
     def _enter(self, epoch: int, number: int) -> None:
         """Make every row of a window readable, and start to fetch the next one."""
@@ -149,7 +186,7 @@ class RowReader:
         order, draws = self._epoch(epoch)
         blocks = order.windows[number]
         keys = self._keys(blocks, draws)
-        unlabelled = set(blocks[self.labels[blocks * self.spec.block_rows] < 0].tolist())
+        unlabelled = set(blocks[~self._labelled[blocks]].tolist())
         columns = {column.kind: column for column in (self.x, self.z) if column is not None}
         for column in columns.values():
             column.keep_only(set(keys), self._most_mapped)
@@ -168,14 +205,11 @@ class RowReader:
         self._fetch_after(epoch, number, len(order.windows))
 
     def _fetch_after(self, epoch: int, number: int, windows: int) -> None:
-        """Bring the files of the following window into the cache; what goes wrong shows when they are opened."""
-        if not self._fetches_ahead:
-            return
-        epoch, number = (epoch, number + 1) if number + 1 < windows else (epoch + 1, 0)
-        blocks = epoch_windows(self.spec.blocks, self.seed, epoch, self.window_blocks)[number]
-        for future in self._ahead:
-            future.cancel()
-        self._ahead = [self._pool.submit(self.store.path, key) for key in self._keys(blocks, self._draws(epoch))]
+        """Bring the files of the following window into the cache."""
+        if self._fetches_ahead:
+            epoch, number = (epoch, number + 1) if number + 1 < windows else (epoch + 1, 0)
+            blocks = epoch_windows(self.spec.blocks, self.seed, epoch, self.window_blocks)[number]
+            self._fetcher.want(self._keys(blocks, self._draws(epoch)))
 
     def locate(self, start: int, count: int) -> Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """(rows, draws) of the samples start … start + count, in runs that lie in one window, which is open then."""
@@ -219,4 +253,5 @@ class RowReader:
         return out.div_(self.sigma_f)
 
     def close(self) -> None:
+        self._fetcher.close()
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -135,12 +135,25 @@ class CouplingStream:
         if stored and view == "pairs" and len({store.spec.dtype("z") for store in self.stores}) > 1:
             raise StoreError("got stores of several z dtypes; expected one dtype where values come as they are stored")
         self._readers = [RowReader(store, seed, view == "pairs", window_blocks) for store in self.stores]
+        self._check_room(cache)
         self._epoch_rows = sum(store.spec.rows for store in self.stores)
         self._buffers = Buffers()
         self._worker = ThreadPoolExecutor(1, "nfm-stream")
         self._ahead: deque[Future[Batch]] = deque()
         self._next = 0  # the first sample that __next__ has not given out
         weakref.finalize(self, _shut_down, self._worker, self._ahead, self._readers)
+
+    def _check_room(self, cache: Cache) -> None:
+        """Raise StoreError unless the cache holds a window of the remote stores."""
+        remote = [reader for reader in self._readers if not reader.store.root.local]
+        needed = sum(reader.window_bytes for reader in remote)
+        if needed > cache.limit:
+            raise StoreError(
+                f"{remote[0].store.url}: a window needs {needed / 1e9:.2f} GB, the cache holds "
+                f"{cache.limit / 1e9:.2f} GB; raise storage.cache_gb, or set a smaller window_blocks"
+            )
+        for reader in remote:
+            reader.use_cache(cache.limit / needed)
 
     @property
     def state(self) -> StreamState:

@@ -93,7 +93,7 @@ def test_a_window_needs_only_a_small_cache(
     expected = batches(CouplingStream(local.url, 40, seed=3, window_blocks=1), 30)
     assert same(batches(CouplingStream(url, 40, seed=3, window_blocks=1), 30), expected)
     assert sum(path.stat().st_size for path in cached(cache)) <= 2.2 * window
-    with pytest.raises(StoreError, match="raise storage.cache_gb, or set window_blocks to fewer than 4"):
+    with pytest.raises(StoreError, match="raise storage.cache_gb, or set a smaller window_blocks"):
         CouplingStream(url, 40, seed=3, window_blocks=4)
 
 
