@@ -88,27 +88,29 @@ def batches(case: Case, name: str, batch: int, epochs: int, product: str) -> Ite
             yield len(raw[2] if product == "stored" else to_batch(*raw, buffers)[2])
 
 
-def read(case: Case, name: str, batch: int, epochs: int, limit_seconds: float, product: str) -> dict[str, Any]:
+def read(case: Case, name: str, batch: int, epochs: int, product: str, seconds: float, repeats: int) -> dict[str, Any]:
+    """`repeats` rates one after the other, each over `seconds`; there must be enough epochs for them."""
     torch.set_num_threads(1)
     for module in PEERS[name].modules:
         library(module)
     paths = files(case, name)
     warm(paths)
     opened = time.perf_counter()
-    source, pairs = batches(case, name, batch, epochs, product), 0
+    source = batches(case, name, batch, epochs, product)
     next(source)
-    start = now = time.perf_counter()
-    for rows in source:
-        pairs += rows
-        now = time.perf_counter()
-        if now - start > limit_seconds:
-            break
+    first = time.perf_counter() - opened
+    rates: list[float] = []
+    while len(rates) < repeats:
+        pairs, start = 0, time.perf_counter()
+        for rows in source:
+            pairs += rows
+            if time.perf_counter() - start > seconds:
+                break
+        rates.append(pairs / (time.perf_counter() - start))
     return {
         "peer": name,
-        "pairs": pairs,
-        "seconds": round(now - start, 4),
-        "pairs_per_s": round(pairs / (now - start), 1),
-        "first_batch_s": round(start - opened, 4),
+        "pairs_per_s": [round(rate, 1) for rate in rates],
+        "first_batch_s": round(first, 4),
         "peak_rss_mb": round(peak_rss_mb(), 1),
         "bytes_on_disk": sum(path.stat().st_size for path in paths),
         "versions": {package: version(package) for package in ("numpy", "torch", *PEERS[name].packages)},
@@ -122,14 +124,16 @@ def main() -> None:
     parser.add_argument("--peer", choices=PEERS, required=True)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--limit-seconds", type=float, default=8)
+    parser.add_argument("--seconds", type=float, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--product", choices=["stored", "float32"], default="float32")
     args = parser.parse_args()
     case = Case.open(args.root)
     if args.command == "write":
         write(case, args.peer)
     else:
-        print(json.dumps(read(case, args.peer, args.batch, args.epochs, args.limit_seconds, args.product)))
+        timing = args.epochs, args.product, args.seconds, args.repeats
+        print(json.dumps(read(case, args.peer, args.batch, *timing)))
 
 
 if __name__ == "__main__":

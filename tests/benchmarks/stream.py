@@ -1,10 +1,11 @@
 """How fast stores stream, beside other formats, RAM and plain reads, in one run: `make bench-stream`.
 
-Rows of one table are measured in turn, round after round, each in a process of its own on one core; the table has the
-median. Every reader gives the same product: batches of 256 shuffled pairs, as stored (x uint8, z float16) or as
-training takes them (x in [-1, 1] and z / σ_f, float32). Peers run in an environment of their own (peers.py).
+Rows of one table are measured in turn, round after round, each in a process of its own on one core that measures
+several times; the table has the median of all. Every reader gives the same product: batches of 256 shuffled pairs, as
+stored (x uint8, z float16) or as training takes them (x in [-1, 1] and z / σ_f, float32). Peers run in an environment
+of their own (peers.py).
 
-    python -m tests.benchmarks.stream --root runs/bench-stream --rounds 5
+    python -m tests.benchmarks.stream --root runs/bench-stream --rounds 2 --repeats 3
 """
 
 import argparse
@@ -56,8 +57,9 @@ def status(field: str) -> float:
     return int(text.split(f"{field}:")[1].split()[0]) / 1024
 
 
-def read_ours(url: str, product: str, seconds: float, window: int | None) -> dict[str, Any]:
-    """Pairs per second: over the first K epochs, in which every file is opened and checked once, and after them."""
+def read_ours(url: str, product: str, seconds: float, repeats: int, window: int | None) -> dict[str, Any]:
+    """Pairs per second: over the first K epochs, in which every file is opened and checked once, and after them
+    `repeats` times."""
     torch.set_num_threads(1)
     opened = time.perf_counter()
     with closing(CouplingStream(url, BATCH, seed=0, window_blocks=window, stored=product == "stored")) as stream:
@@ -69,14 +71,16 @@ def read_ours(url: str, product: str, seconds: float, window: int | None) -> dic
         for _ in range(passes):
             next(stream)
         fresh = passes * BATCH / (time.perf_counter() - start)
-        count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            next(stream)
-            count += BATCH
-        steady = count / (time.perf_counter() - start)
+        rates = []
+        for _ in range(repeats):
+            count, start = 0, time.perf_counter()
+            while time.perf_counter() - start < seconds:
+                next(stream)
+                count += BATCH
+            rates.append(count / (time.perf_counter() - start))
         size = stream.stores[0].dataset.totals.bytes
     return {
-        "pairs_per_s": steady,
+        "pairs_per_s": rates,
         "first_passes": fresh,
         "first_batch_s": first,
         "peak_rss_mb": status("VmHWM"),
@@ -113,10 +117,11 @@ def measured(command: list[str], core: int) -> dict[str, Any]:
     return result
 
 
-def run_case(case: Case, root: Path, rounds: int, seconds: float, core: int) -> dict[str, Any]:
-    """Every row in turn, `rounds` times: {product: {name: medians}}."""
+def run_case(case: Case, root: Path, rounds: int, repeats: int, seconds: float, core: int) -> dict[str, Any]:
+    """Every row in turn, `rounds` times, with `repeats` measurements each: {product: {name: medians}}."""
     folder = root / case.name
     write_arrays(case, folder)
+    timing = ["--seconds", str(seconds), "--repeats", str(repeats)]
     commands: dict[tuple[str, str], list[str]] = {}
     peers = [str(python_of_peers()), str(HERE / "peers.py")]
     for product in ("float32", "stored"):
@@ -124,26 +129,25 @@ def run_case(case: Case, root: Path, rounds: int, seconds: float, core: int) -> 
             url = str(folder / f"ours-{layout}")
             write_store(url, folder, layout)
             ours = [sys.executable, "-m", "tests.benchmarks.stream", "--ours", url]
-            commands[product, name] = [*ours, "--product", product, "--seconds", str(seconds)]
+            commands[product, name] = [*ours, "--product", product, *timing]
         for peer, name in PEERS.items():
             if peer == "read" and product == "float32":
                 continue
             where = ["--root", str(folder), "--peer", peer]
             subprocess.run([*peers, "write", *where], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            timing = ["--product", product, "--limit-seconds", str(seconds), "--epochs", "100"]
-            commands[product, name] = [*peers, "read", *where, *timing]
+            commands[product, name] = [*peers, "read", *where, "--product", product, "--epochs", "1000", *timing]
     results: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in commands}
     for number in range(rounds):
         for (product, name), command in commands.items():
             results[product, name].append(measured(command, core))
-            rate = results[product, name][-1]["pairs_per_s"]
+            rate = statistics.median(results[product, name][-1]["pairs_per_s"])
             print(f"{case.name} {number + 1}/{rounds} {product:8} {name:34} {rate:10,.0f} pairs/s", flush=True)
     table: dict[str, Any] = {"float32": {}, "stored": {}}
     for (product, name), found in results.items():
         numbers = [key for key, value in found[0].items() if isinstance(value, int | float)]
         table[product][name] = {key: statistics.median(entry[key] for entry in found) for key in numbers}
-        table[product][name]["low"] = min(entry["pairs_per_s"] for entry in found)
-        table[product][name]["high"] = max(entry["pairs_per_s"] for entry in found)
+        rates = [rate for entry in found for rate in entry["pairs_per_s"]]
+        table[product][name] |= {"pairs_per_s": statistics.median(rates), "low": min(rates), "high": max(rates)}
         if "versions" in found[0]:
             table[product][name]["versions"] = found[0]["versions"]
     return table
@@ -152,8 +156,9 @@ def run_case(case: Case, root: Path, rounds: int, seconds: float, core: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/bench-stream"), help="where data is kept (30 GB)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement")
+    parser.add_argument("--rounds", type=int, default=2, help="in which the rows take turns")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of a row in a round")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     parser.add_argument("--parts", nargs="+", default=["formats", "scaling", "remote", "training"])
     parser.add_argument("--ours", metavar="URL", help="measure one store and print JSON (used by the benchmark itself)")
@@ -161,7 +166,7 @@ def main() -> None:
     parser.add_argument("--window", type=int)
     args = parser.parse_args()
     if args.ours:
-        print(json.dumps(read_ours(args.ours, args.product, args.seconds, args.window)))
+        print(json.dumps(read_ours(args.ours, args.product, args.seconds, args.repeats, args.window)))
         return
     from tests.benchmarks import stream_extra, stream_report
 
@@ -174,14 +179,16 @@ def main() -> None:
         "kernel": platform.release(),
         "versions": {name: version(name) for name in ("numpy", "torch", "zarr", "pyarrow", "s3fs")},
         "rounds": args.rounds,
+        "repeats": args.repeats,
     }
     for part in args.parts:
         if part == "formats":
             results[part] = {
-                case.name: run_case(case, args.root, args.rounds, args.seconds, args.core) for case in CASES
+                case.name: run_case(case, args.root, args.rounds, args.repeats, args.seconds, args.core)
+                for case in CASES
             }
         else:
-            results[part] = getattr(stream_extra, part)(args.root, args.rounds, args.seconds, args.core)
+            results[part] = getattr(stream_extra, part)(args.root, 5, args.seconds, args.core)
         path.write_text(json.dumps(results, indent=1))
     stream_report.write(results)
 

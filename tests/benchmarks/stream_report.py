@@ -29,11 +29,11 @@ def write(results: dict[str, Any]) -> None:
         "```",
         "",
         f"One run on {machine['cores']} cores of {machine['cpu']}, Linux {machine['kernel']}; medians of "
-        f"{machine['rounds']} rounds, the rows of a table in turn, each a process of its own on one core with "
-        "everything "
-        f"in the page cache. Batches of {BATCH} pairs in a globally shuffled order (or as near as a reader "
-        "comes), random "
-        f"draws, K = 4, blocks of {BLOCK_ROWS:,} images. Versions: "
+        f"{machine['rounds']} × {machine['repeats']} measurements: the rows of a table take turns, each in a "
+        "process of "
+        "its own on one core, with everything in the page cache. "
+        f"Batches of {BATCH} pairs in a globally shuffled order (or as near as a reader comes), random draws, K = 4, "
+        f"blocks of {BLOCK_ROWS:,} images. Versions: "
         + ", ".join(f"{name} {value}" for name, value in sorted(versions.items()))
         + ".",
         "",
