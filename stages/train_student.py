@@ -13,8 +13,9 @@ from models.paths import flow_matching_loss, linear_path, logit_normal
 from models.sit import SiT, SiTConfig, parse_size
 from stages.section import Section, StageError
 from stages.training import TrainConfig, Trainer, open_stream, world
+from storage_specs.batches import Batch
 from storage_specs.store import Store
-from storage_specs.stream import Batch, Source
+from storage_specs.stream import Source
 
 
 class StudentConfig(Section):

@@ -10,8 +10,9 @@ from models.labels import drop_labels
 from models.tarflow import TarFlow, TarFlowConfig, bits_per_dim, nll, parse_notation
 from stages.section import Section, StageError
 from stages.training import TrainConfig, Trainer, open_stream, world
+from storage_specs.batches import Batch
 from storage_specs.store import Store
-from storage_specs.stream import Batch, CouplingStream
+from storage_specs.stream import CouplingStream
 
 VAL_IMAGES = 4096  # at most
 VAL_DRAWS = 4  # η-noise draws of the held-out images in one validation

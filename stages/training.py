@@ -23,8 +23,9 @@ from models.ema import EMA
 from stages.checkpoint import Checkpoint, architecture, exists, load, load_weights, remove, save
 from stages.progress import Progress
 from stages.section import Section, StageError
+from storage_specs.batches import Batch
 from storage_specs.schema import difference
-from storage_specs.stream import Batch, CouplingStream, Source, StreamState, View
+from storage_specs.stream import CouplingStream, Source, StreamState, View
 
 Positive = Annotated[int, Field(ge=1)]
 

@@ -1,6 +1,6 @@
 """In which order training sees the rows of a store: a pure function of (seed, epoch), on any machine.
 
-Permutations sort the raw words of a Philox stream, whose bits NumPy guarantees, unlike those of its `permutation`.
+Permutations sort raw words of a Philox stream, whose bits NumPy guarantees, unlike those of its `permutation`.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,15 @@ MIXTURE_PERIOD = 10_000  # samples in which a mixture has exactly its weights
 
 
 def permutation(n: int, seed: int, stream: int, counter: int) -> NDArray[np.int64]:
-    """A permutation of range(n), keyed by (seed, stream, counter)."""
+    """A permutation of range(n), keyed by (seed, stream, counter): the numbers in the order of random words, in whose
+    low bits they are written, so that no two words are equal and one plain sort gives the order."""
     philox = np.random.Philox(
         key=np.array([seed, stream], dtype=np.uint64), counter=np.array([0, 0, counter, 0], dtype=np.uint64)
     )
-    return np.argsort(philox.random_raw(n), kind="stable")
+    mask = np.uint64((1 << max(n - 1, 1).bit_length()) - 1)
+    words = philox.random_raw(n) & ~mask | np.arange(n, dtype=np.uint64)
+    words.sort()
+    return (words & mask).astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """One store as the endless sequence of rows that training reads: files opened ahead of need, rows gathered at once."""
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
 
@@ -21,7 +23,7 @@ from storage_specs.region import Region, Rows
 from storage_specs.store import Key, Store
 
 MAX_MAPPED = 30_000  # files; Linux allows a process 65,530 mappings
-BYTES_PER_ROW = 48  # that the order of an epoch takes while it is made, with the labels
+BYTES_PER_ROW = 64  # that the order of an epoch takes while it is made, with the labels
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -29,7 +31,7 @@ class Column:
     """One column of all blocks (and draws) as rows of numbers, with the slots of its files."""
 
     def __init__(self, store: Store, kind: str, dtype: torch.dtype, draws: int) -> None:
-        self.store, self.kind, self.spec = store, kind, store.spec
+        self.store, self.kind, self.spec, self.dtype = store, kind, store.spec, dtype
         file_bytes = store.layout.size(self.spec, kind, self.spec.block_rows)
         self.region = Region(self.spec.blocks * draws, file_bytes)
         offset, stride = store.layout.placement(self.spec, kind)
@@ -57,18 +59,32 @@ class Column:
             self.region.unmap(self.slot(key))
             del self.mapped[key]
 
-    def buffer(self, rows: int) -> Tensor:
-        """Memory for (rows, n) values as they are stored, the same at each call."""
-        if len(self._buffer) < rows:
-            self._buffer = torch.empty(rows, self.spec.dim, dtype=self.rows.matrix.dtype)
-        return self._buffer[:rows]
-
-    def gather(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None, out: Tensor) -> Tensor:
-        """The rows (of the given draws), as they are stored, into `out` (len(rows), n)."""
-        blocks = rows // self.spec.block_rows
+    def locate(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None) -> Tensor:
+        """Where in the matrix these rows (of these draws) are, (len(rows),)."""
+        blocks, within = np.divmod(rows, self.spec.block_rows)
         slots = blocks if draws is None else draws * self.spec.blocks + blocks
-        where = torch.from_numpy(self.rows.locate(slots, rows % self.spec.block_rows))
-        return torch.index_select(self.rows.matrix, 0, where, out=out)
+        return torch.from_numpy(self.rows.locate(slots, within))
+
+    def gather(self, where: Tensor, out: Tensor | None) -> Tensor:
+        """Those rows as they are stored, into `out` (len(where), n), or else into memory that the next call reuses."""
+        if out is None:
+            if len(self._buffer) < len(where):
+                self._buffer = torch.empty(len(where), self.spec.dim, dtype=self.dtype)
+            out = self._buffer[: len(where)]
+        return self.rows.gather(where, out)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An epoch of a store: its order, the draw of each block, and for each row in order its draw and its place in the
+    columns."""
+
+    epoch: int
+    order: EpochOrder
+    draw_of_block: NDArray[np.int64]
+    draws: NDArray[np.int64]
+    x: Tensor
+    z: Tensor | None
 
 
 class Fetcher:
@@ -126,7 +142,7 @@ class RowReader:
         self.labels = np.empty(self.spec.rows, dtype=np.int64)
         self._labelled = np.zeros(self.spec.blocks, dtype=bool)
         self._pool = ThreadPoolExecutor(THREADS, "nfm-fetch")
-        self._order: tuple[int, EpochOrder, NDArray[np.int64]] | None = None
+        self._plan: Plan | None = None
         self._window: tuple[int, int] | None = None
         self._fetcher = Fetcher(store)
         self._fetches_ahead, self._most_mapped = False, MAX_MAPPED // 2
@@ -146,12 +162,14 @@ class RowReader:
         if windows * self.window_bytes < self.store.dataset.totals.bytes:
             self._most_mapped = 0
 
-    def _epoch(self, epoch: int) -> tuple[EpochOrder, NDArray[np.int64]]:
-        """The order of an epoch, and the draw of each block in it."""
-        if self._order is None or self._order[0] != epoch:
+    def plan(self, epoch: int) -> Plan:
+        if self._plan is None or self._plan.epoch != epoch:
             order = epoch_order(self.spec.rows, self.spec.block_rows, self.seed, epoch, self.window_blocks)
-            self._order = epoch, order, self._draws(epoch)
-        return self._order[1:]
+            of_block = self._draws(epoch)
+            draws = of_block[order.rows // self.spec.block_rows]
+            z = self.z.locate(order.rows, draws) if self.z else None
+            self._plan = Plan(epoch, order, of_block, draws, self.x.locate(order.rows, None), z)
+        return self._plan
 
     def _draws(self, epoch: int) -> NDArray[np.int64]:
         if self.z is None:
@@ -183,9 +201,9 @@ class RowReader:
         """Make every row of a window readable, and start to fetch the next one."""
         if self._window == (epoch, number):
             return
-        order, draws = self._epoch(epoch)
-        blocks = order.windows[number]
-        keys = self._keys(blocks, draws)
+        plan = self.plan(epoch)
+        blocks = plan.order.windows[number]
+        keys = self._keys(blocks, plan.draw_of_block)
         unlabelled = set(blocks[~self._labelled[blocks]].tolist())
         columns = {column.kind: column for column in (self.x, self.z) if column is not None}
         for column in columns.values():
@@ -202,7 +220,7 @@ class RowReader:
                 columns[key.column].mapped[key] = None
                 columns[key.column].mapped.move_to_end(key)
         self._window = epoch, number
-        self._fetch_after(epoch, number, len(order.windows))
+        self._fetch_after(epoch, number, len(plan.order.windows))
 
     def _fetch_after(self, epoch: int, number: int, windows: int) -> None:
         """Bring the files of the following window into the cache."""
@@ -211,16 +229,16 @@ class RowReader:
             blocks = epoch_windows(self.spec.blocks, self.seed, epoch, self.window_blocks)[number]
             self._fetcher.want(self._keys(blocks, self._draws(epoch)))
 
-    def locate(self, start: int, count: int) -> Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """(rows, draws) of the samples start … start + count, in runs that lie in one window, which is open then."""
+    def runs(self, start: int, count: int) -> Iterator[tuple[Plan, slice]]:
+        """The samples start … start + count as runs of an epoch that lie in one window, which is open then."""
         while count:
             epoch, position = divmod(start, self.spec.rows)
-            order, draws = self._epoch(epoch)
-            number = int(np.searchsorted(order.starts, position, side="right")) - 1
+            plan = self.plan(epoch)
+            number = bisect_right(plan.order.starts, position) - 1
             self._enter(epoch, number)
-            rows = order.rows[position : min(position + count, order.starts[number + 1])]
-            yield rows, draws[rows // self.spec.block_rows]
-            start, count = start + len(rows), count - len(rows)
+            end = min(position + count, plan.order.starts[number + 1])
+            yield plan, slice(position, end)
+            start, count = start + end - position, count - (end - position)
 
     def read(
         self, start: int, stored: bool, x: Tensor, z: Tensor | None, label: Tensor, index: Tensor, draw: Tensor
@@ -228,20 +246,21 @@ class RowReader:
         """Fill the tensors with samples start … start + B: x (B, n) with values in [-1, 1] and z (B, n) with z / σ_f,
         or both as they are `stored`."""
         done = 0
-        for rows, draws in self.locate(start, len(x)):
-            part = slice(done, done + len(rows))
-            raw = self.x.gather(rows, None, x[part] if stored else self.x.buffer(len(rows)))
+        for plan, run in self.runs(start, len(x)):
+            part = slice(done, done + run.stop - run.start)
+            raw = self.x.gather(plan.x[run], x[part] if stored else None)
             if not stored:
                 scale_pixels(raw, out=x[part])
             if z is not None:
-                assert self.z is not None
-                raw = self.z.gather(rows, draws, z[part] if stored else self.z.buffer(len(rows)))
+                assert self.z is not None and plan.z is not None
+                raw = self.z.gather(plan.z[run], z[part] if stored else None)
                 if not stored:
                     self.scale_z(raw, out=z[part])
-            label[part] = torch.from_numpy(self.labels[rows])
-            index[part] = torch.from_numpy(rows)
-            draw[part] = torch.from_numpy(draws)
-            done += len(rows)
+            rows = plan.order.rows[run]
+            label.numpy()[part] = self.labels[rows]
+            index.numpy()[part] = rows
+            draw.numpy()[part] = plan.draws[run]
+            done = part.stop
 
     def scale_z(self, stored: Tensor, out: Tensor) -> Tensor:
         """z / σ_f (B, n) float32 from z as it is stored."""

@@ -1,20 +1,17 @@
 """Streaming stores into training: endless shuffled batches whose order depends on (seed, epoch, position) alone."""
 
 import weakref
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
+from storage_specs.batches import Batch, BatchMaker
 from storage_specs.cache import Cache
 from storage_specs.errors import StoreError
 from storage_specs.order import Mixture
-from storage_specs.pixels import scale_pixels
 from storage_specs.rows import RowReader
 from storage_specs.schema import Kind
 from storage_specs.store import Store
@@ -38,52 +35,6 @@ class Source:
     url: str
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """x (B, C, H, W) float32 in [-1, 1]; z / σ_f (B, C, H, W) float32, empty for the view "samples"; label and index
-    (B,) int64; draw (B,) int64, -1 for the view "samples"; source (B,) int64, which store of a mixture.
-
-    Of a stream with `stored`, x is uint8 and z as the files hold it, until `CouplingStream.to_float`.
-    """
-
-    x: torch.Tensor
-    z: torch.Tensor
-    label: torch.Tensor
-    index: torch.Tensor
-    draw: torch.Tensor
-    source: torch.Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
-
-
-class Buffers:
-    """Memory for batches, used again once nobody holds the batch: fresh memory costs a page fault every 4 KiB.
-
-    With CUDA, torch does the same for pinned memory.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[NDArray[np.uint8]]] = {}
-        self._lent: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
-
-    def take(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        if torch.cuda.is_available():
-            return torch.empty(rows, columns, dtype=dtype, pin_memory=True)
-        size = rows * columns * dtype.itemsize
-        free = self._free.setdefault(size, [])
-        memory = free.pop() if free else np.empty(size, dtype=np.uint8)
-        shown = memory.view()  # what the tensor holds on to; its end is the end of all tensors that share the memory
-
-        def give_back(reference: weakref.ref[NDArray[np.uint8]]) -> None:
-            del self._lent[id(reference)]
-            free.append(memory)
-
-        lent = weakref.ref(shown, give_back)
-        self._lent[id(lent)] = lent  # a reference that is itself garbage calls nobody
-        return torch.from_numpy(shown).view(dtype).view(rows, columns)
 
 
 class CouplingStream:
@@ -125,7 +76,7 @@ class CouplingStream:
         kind: Kind | None = "couplings" if view == "pairs" else None
         cache = Cache()
         self.stores = [Store(source.url, kind, source.options, cache) for source in sources]
-        self._mixture = Mixture([source.weight for source in sources], seed)
+        mixture = Mixture([source.weight for source in sources], seed)
         self.spec = self.stores[0].spec
         for store in self.stores[1:]:
             for name in ("shape", "class_names"):
@@ -137,11 +88,13 @@ class CouplingStream:
         self._readers = [RowReader(store, seed, view == "pairs", window_blocks) for store in self.stores]
         self._check_room(cache)
         self._epoch_rows = sum(store.spec.rows for store in self.stores)
-        self._buffers = Buffers()
-        self._worker = ThreadPoolExecutor(1, "nfm-stream")
-        self._ahead: deque[Future[Batch]] = deque()
+        self._maker = BatchMaker(self._readers, mixture, batch_size, rank, world_size, stored)
         self._next = 0  # the first sample that __next__ has not given out
-        weakref.finalize(self, _shut_down, self._worker, self._ahead, self._readers)
+        self._start()
+
+    def _start(self) -> None:
+        self._producer = Producer(self._maker)
+        self._finalizer = weakref.finalize(self, _shut_down, self._producer, self._maker)
 
     def _check_room(self, cache: Cache) -> None:
         """Raise StoreError unless the cache holds a window of the remote stores."""
@@ -163,78 +116,72 @@ class CouplingStream:
     def state(self, state: StreamState) -> None:
         if state.epoch < 0 or not 0 <= state.position < self._epoch_rows:
             raise ValueError(f"got {state}; expected a position below {self._epoch_rows}")
-        for future in self._ahead:
-            future.cancel()
-        self._ahead.clear()
+        self._producer.stop()
+        self._finalizer.detach()
         self._next = state.epoch * self._epoch_rows + state.position
+        self._start()
 
     def __iter__(self) -> "CouplingStream":
         return self
 
     def __next__(self) -> Batch:
-        while len(self._ahead) < AHEAD:
-            start = self._next + len(self._ahead) * self.batch_size
-            self._ahead.append(self._worker.submit(self._batch, start))
-        batch = self._ahead[0].result()  # an error stays at the head: no later batch is ever given out
-        self._ahead.popleft()
+        while self._producer.asked < AHEAD:
+            self._producer.ask(self._next + self._producer.asked * self.batch_size)
+        batch = self._producer.get()
         self._next += self.batch_size
         return batch
 
-    def _batch(self, start: int) -> Batch:
-        """This rank's slice of the global batch that starts at sample `start`."""
-        share, spec = self.batch_size // self.world_size, self.spec
-        start += self.rank * share
-        source = np.zeros(share, dtype=np.int64)
-        column = self._readers[0].z
-        x = self._buffers.take(share, spec.dim, torch.uint8 if self.stored else torch.float32)
-        z = None
-        if column is not None:
-            z = self._buffers.take(share, spec.dim, column.rows.matrix.dtype if self.stored else torch.float32)
-        label, index, draw = (torch.empty(share, dtype=torch.int64) for _ in range(3))
-        if len(self._readers) == 1:
-            self._readers[0].read(start, self.stored, x, z, label, index, draw)
-        else:
-            source, before = self._mixture.sources(start, share), self._mixture.counts(start)
-            for number, reader in enumerate(self._readers):
-                here = torch.from_numpy(np.flatnonzero(source == number))
-                if len(here):
-                    parts = [tensor[: len(here)].clone() for tensor in (x, label, index, draw)]
-                    z_part = None if z is None else z[: len(here)].clone()
-                    reader.read(int(before[number]), self.stored, parts[0], z_part, *parts[1:])
-                    for whole, part in zip((x, label, index, draw), parts, strict=True):
-                        whole[here] = part
-                    if z is not None and z_part is not None:
-                        z[here] = z_part
-        return Batch(
-            x=x.view(share, *spec.shape),
-            z=torch.empty(0, *spec.shape) if z is None else z.view(share, *spec.shape),
-            label=label,
-            index=index,
-            draw=draw,
-            source=torch.from_numpy(source),
-        )
-
     def to_float(self, batch: Batch) -> Batch:
         """A batch of this stream with x in [-1, 1] and z / σ_f as float32, where it is; itself, unless `stored`."""
-        if not self.stored:
-            return batch
-        x = scale_pixels(batch.x, out=torch.empty_like(batch.x, dtype=torch.float32))
-        z = torch.empty_like(batch.z, dtype=torch.float32)
-        for number, reader in enumerate(self._readers if len(z) else ()):
-            here = slice(None) if len(self._readers) == 1 else batch.source == number
-            part = batch.z[here].flatten(1)
-            z[here] = reader.scale_z(part, out=torch.empty_like(part, dtype=torch.float32)).view(-1, *self.spec.shape)
-        return replace(batch, x=x, z=z)
+        return self._maker.to_float(batch)
 
     def close(self) -> None:
         """Stop the threads, and wait for the one that reads; when the stream is garbage, they stop by themselves."""
-        _shut_down(self._worker, self._ahead, self._readers)
-        self._worker.shutdown(wait=True)
+        self._producer.stop()
+        self._maker.close()
 
 
-def _shut_down(worker: ThreadPoolExecutor, ahead: deque[Future[Batch]], readers: list[RowReader]) -> None:
-    for future in ahead:
-        future.cancel()
-    for reader in readers:
-        reader.close()
-    worker.shutdown(wait=False)
+class Producer:
+    """A thread that makes batches ahead of the caller. It ends with its stream, or with the program."""
+
+    def __init__(self, maker: BatchMaker) -> None:
+        self._requests: SimpleQueue[int | None] = SimpleQueue()
+        self._results: SimpleQueue[Batch | Exception] = SimpleQueue()
+        self._thread = Thread(target=_produce, args=(maker, self._requests, self._results), daemon=True)
+        self._thread.start()
+        self._failure: Exception | None = None
+        self.asked = 0  # batches that were asked for and not yet given out
+
+    def ask(self, start: int) -> None:
+        self._requests.put(start)
+        self.asked += 1
+
+    def get(self) -> Batch:
+        """The next batch that was asked for. After a failure there is no other: the failure is raised again."""
+        result = self._failure or self._results.get()
+        if isinstance(result, Exception):
+            self._failure = result
+            raise result
+        self.asked -= 1
+        return result
+
+    def stop(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._requests.get_nowait()
+        self._requests.put(None)
+        self._thread.join()
+        self._failure = ValueError("the stream is closed")
+
+
+def _produce(maker: BatchMaker, requests: "SimpleQueue[int | None]", results: "SimpleQueue[Batch | Exception]") -> None:
+    while (start := requests.get()) is not None:
+        try:
+            results.put(maker.make(start))
+        except Exception as error:
+            results.put(error)  # raised where the batch is asked for
+
+
+def _shut_down(producer: Producer, maker: BatchMaker) -> None:
+    producer._requests.put(None)
+    maker.close()

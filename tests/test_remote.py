@@ -19,13 +19,14 @@ import pytest
 import torch
 
 from storage_specs import files
+from storage_specs.batches import Batch
 from storage_specs.cache import PART_BYTES, Cache
 from storage_specs.errors import StoreError
 from storage_specs.files import Root, configure, sha256
 from storage_specs.layouts import LAYOUTS
 from storage_specs.schema import LayoutName
 from storage_specs.store import Key, Store
-from storage_specs.stream import Batch, CouplingStream
+from storage_specs.stream import CouplingStream
 from storage_specs.transfer import copy
 from storage_specs.writer import StoreWriter
 from tests.conftest import Run

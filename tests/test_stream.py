@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from storage_specs.batches import Buffers
 from storage_specs.errors import StoreError
 from storage_specs.order import MIXTURE_PERIOD, epoch_draws, epoch_order, permutation
 from storage_specs.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec
 from storage_specs.store import Store
-from storage_specs.stream import Buffers, CouplingStream, Source, StreamState, View
+from storage_specs.stream import CouplingStream, Source, StreamState, View
 from storage_specs.writer import StoreWriter
 from tests.conftest import Run
 
