@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.cli import main
+from pipeline.config import ConfigError, load_storage
+from stages.checkpoint import load
 from storage_specs import files
 from storage_specs.batches import Batch
 from storage_specs.cache import PART_BYTES, Cache
@@ -258,3 +261,36 @@ def test_processes_share_a_cache(s3: ObjectStore, run: Run, cache: Path) -> None
     sums = {reader.communicate(timeout=120)[0] for reader in readers}
     assert len(sums) == 1 and float(sums.pop())
     assert all(sha256(path.read_bytes()) == path.name for path in cached(cache))
+
+
+def test_the_commands_take_storage_options_and_train_from_s3(
+    object_store: ObjectStore, run: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store is copied to S3 and a student trained from there, with nothing but options: the same student, bit for
+    bit.
+    """
+    monkeypatch.setitem(fsspec.config.conf, "s3", {})
+    url = f"{object_store.bucket('commands')}/couplings"
+    storage = [f"storage.options.s3.{name}={value}" for name, value in object_store.options.items()]
+    small = [f"student.{name}" for name in ("size=SiT-1x16h2/2", "train.images=320", "train.checkpoint_images=320")]
+
+    def nfm(*arguments: str, overrides: list[str]) -> None:
+        options = [part for override in overrides for part in ("--set", override)]
+        monkeypatch.setattr("sys.argv", ["nfm", *arguments, *options])
+        main()
+
+    nfm("store", "copy", run.couplings["zarr"], url, overrides=storage)
+    nfm("store", "verify", url, overrides=storage)
+    for name, couplings in (("local", run.couplings["zarr"]), ("remote", url)):
+        nfm("train-student", "--couplings", couplings, "--out", f"{tmp_path}/{name}", overrides=[*storage, *small])
+    models = [load(f"{tmp_path}/{name}/model.safetensors").group("model") for name in ("local", "remote")]
+    assert models[0] and all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_storage_options_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    with pytest.raises(ConfigError, match="expected storage.key=value"):
+        load_storage(["student.size=3"])
+    with pytest.raises(ConfigError, match="storage.cache_gb"):
+        load_storage(["storage.cache_gb=-1"])
+    with pytest.raises(StoreError, match="cannot open"):
+        Root("nosuch://bucket/store")
