@@ -43,7 +43,7 @@ class Cache:
         self.limit = int(gigabytes * 1e9) if limit is None else limit
         self._parts = ThreadPoolExecutor(THREADS, "nfm-part")
         self._lock = threading.Lock()
-        self._bytes, self._until_scan = 0, 0
+        self._bytes, self._arriving, self._until_scan = 0, 0, 0
 
     def path(self, digest: str) -> Path:
         return self.directory / digest[:2] / digest
@@ -57,8 +57,12 @@ class Cache:
         with _sole_writer(final.with_suffix(".part"), final) as descriptor:
             if not _here(final, size):  # it may have arrived while another process had the lock
                 self._make_room(size)
-                self._download(root, path, size, digest, descriptor)
-                os.replace(final.with_suffix(".part"), final)
+                try:
+                    self._download(root, path, size, digest, descriptor)
+                    os.replace(final.with_suffix(".part"), final)
+                finally:
+                    with self._lock:
+                        self._arriving -= size
         return final
 
     def _download(self, root: Root, path: str, size: int, digest: str, descriptor: int) -> None:
@@ -83,13 +87,14 @@ class Cache:
     def _make_room(self, size: int) -> None:
         """Account for `size` more bytes, and delete the least recently used files beyond the limit."""
         with self._lock:
+            self._arriving += size
             self._bytes += size
             self._until_scan -= 1
             if self._bytes <= self.limit and self._until_scan > 0:
                 return
             self._until_scan = _SCAN_EVERY
             files = sorted(_files(self.directory))
-            self._bytes = size + sum(entry[1] for entry in files)
+            self._bytes = self._arriving + sum(entry[1] for entry in files)
             for _, held, path in files:
                 if self._bytes <= self.limit:
                     break

@@ -178,11 +178,10 @@ class Root:
 
 
 def mapped(path: str | Path) -> NDArray[np.uint8]:
-    """A local file as a read-only byte array that the page cache backs."""
-    try:
-        return np.memmap(path, dtype=np.uint8, mode="r")
-    except (FileNotFoundError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise StoreError(f"{path} is missing or empty; the store is incomplete") from error
+    """A local file as a read-only byte array that the page cache backs. Raises OSError."""
+    if os.stat(path).st_size == 0:  # which cannot be mapped
+        return np.empty(0, dtype=np.uint8)
+    return np.memmap(path, dtype=np.uint8, mode="r")
 
 
 def configure(options: dict[str, dict[str, Any]]) -> None:

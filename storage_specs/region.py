@@ -45,13 +45,11 @@ class Region:
         self._bytes: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
 
     def map(self, slot: int, path: Path, size: int) -> NDArray[np.uint8]:
-        """The file's bytes, now also in its slot. Its size was checked against the spec before the region was made."""
+        """The file's bytes, now also in its slot. Raises StoreError if it has another size, which the manifest said and
+        the region was made for; OSError if it cannot be opened."""
         assert 0 < size <= self.slot_bytes
         address = self._address + slot * self.slot_bytes
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise StoreError(f"{path} is missing; the store is incomplete") from error
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             found = os.fstat(descriptor).st_size
             if found != size:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from storage_specs.cache import THREADS
 from storage_specs.errors import StoreError
+from storage_specs.files import mapped
 from storage_specs.order import EpochOrder, epoch_draws, epoch_order, epoch_windows
 from storage_specs.pixels import scale_pixels
 from storage_specs.region import Region, Rows
@@ -46,7 +47,8 @@ class Column:
     def map(self, key: Key) -> NDArray[np.int64] | None:
         """Map the file of `key`; its labels, where the file has them and was not seen before. Safe to call from several
         threads for different keys."""
-        data = self.region.map(self.slot(key), self.store.path(key), self.store.files[key].bytes)
+        slot, size = self.slot(key), self.store.files[key].bytes
+        data = self.store.at(key, lambda path: self.region.map(slot, path, size))
         if key in self._checked:
             return None
         labels = self.store.check(key, data).get("label")
@@ -188,7 +190,7 @@ class RowReader:
     def _open(self, key: Key) -> None:
         column = {"x": self.x, "z": self.z}.get(key.column)
         if column is None:
-            columns = self.store.check(key, np.fromfile(self.store.path(key), np.uint8))
+            columns = self.store.check(key, self.store.at(key, mapped))
             labels = columns.get("label")
         else:
             labels = column.map(key)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,8 @@ from storage_specs.layouts import LAYOUTS, Columns
 from storage_specs.noise import standard_normal
 from storage_specs.schema import Dataset, FileRecord, Kind, Spec, content_id, parse_dataset
 from storage_specs.webdataset import npy_header
+
+T = TypeVar("T")
 
 MAX_METADATA_BYTES = 1 << 30
 OPEN_FILES = 64  # whose columns a Store keeps at hand
@@ -165,6 +167,21 @@ class Store:
             return Path(self.root.full(record.path))
         return self.cache.fetch(self.root, record.path, record.bytes, record.sha256)
 
+    def at(self, key: Key, use: Callable[[Path], T]) -> T:
+        """`use` of a local path of the file. Where another process dropped the file from the cache meanwhile, it is
+        fetched again. Raises StoreError that names the file."""
+        name = f"{self.url}/{self.files[key].path}"
+        for _ in range(3):
+            try:
+                return use(self.path(key))
+            except FileNotFoundError:
+                if self.root.local:
+                    raise StoreError(f"{name} is missing; repair or copy the store") from None
+            except OSError as error:
+                where = "" if self.root.local else f" in the cache {self.cache.directory}"
+                raise StoreError(f"{name}: {error.strerror or error}{where}") from error
+        raise StoreError(f"{name}: the cache {self.cache.directory} drops files as they come; raise storage.cache_gb")
+
     def check(self, key: Key, data: NDArray[np.uint8]) -> Columns:
         """The columns in the bytes of a file. Raises StoreError, naming it, unless its size, structure and labels are
         right and all its numbers finite."""
@@ -190,7 +207,7 @@ class Store:
         if key in self._open:
             self._open.move_to_end(key)
         else:
-            self._open[key] = self.check(key, mapped(self.path(key)))
+            self._open[key] = self.check(key, self.at(key, mapped))
             while len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         return self._open[key]
@@ -241,7 +258,7 @@ class Store:
     def require_sound(self, key: Key) -> None:
         """Raise StoreError unless the file is as the manifest says, to the last bit."""
         record = self.files[key]
-        if sha256(mapped(self.path(key))) != record.sha256:
+        if sha256(self.at(key, mapped)) != record.sha256:
             raise StoreError(
                 f"{self.url}/{record.path}: its sha256 is not the one in the manifest; repair or copy it again"
             )
@@ -251,7 +268,7 @@ class Store:
         record = self.files[key]
         try:
             if self.root.local:
-                data = mapped(self.root.full(record.path))
+                data = self.at(key, mapped)
             else:
                 data = np.frombuffer(self.root.read(record.path, record.bytes), np.uint8)
             columns = self.check(key, data)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from pipeline.cli import main
+from storage_specs.card import bytes_per_row
+from storage_specs.schema import CouplingSpec, NoiseSpec, Spec, TeacherSpec
 from storage_specs.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -104,3 +106,32 @@ def test_every_target_named_in_the_docs_exists() -> None:
     for path in DOCS:
         for target in re.findall(r"`make ([a-z-]+)", path.read_text()):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{path.name} names make {target}"
+
+
+def test_the_costs_in_the_docs_are_those_of_the_layout() -> None:
+    text = (ROOT / "docs" / "store.md").read_text()
+    noise = {"law": "philox-as241-v1", "seed": 0, "dtype": "float16"}
+    teacher = TeacherSpec(architecture={}, sha256="0" * 64, training={})
+    for row in re.findall(r"^\| (float\d+|bfloat16|int8) \| (\w+).*? \| ([\d,]+) \|", text, re.MULTILINE):
+        coupling = CouplingSpec(
+            draws=8,
+            eta=0.1,
+            z_dtype=row[0],
+            z_scale_sha256="0" * 64 if row[0] == "int8" else None,
+            noise=NoiseSpec.model_validate(noise | {"stored": row[1] == "stored"}),
+            teacher=teacher,
+            source="0" * 64,
+        )
+        spec = Spec(
+            kind="couplings",
+            layout="webdataset",
+            rows=10_240,
+            block_rows=1024,
+            shape=(3, 64, 64),
+            num_classes=1,
+            class_names=["a"],
+            preprocessing={},
+            coupling=coupling,
+        )
+        held = {kind: share for kind, (_, share) in bytes_per_row(spec).items()}
+        assert row[2] == f"{round(held.pop('x') / 8 + sum(held.values())):,}"

@@ -26,7 +26,7 @@ def data_files(url: str) -> dict[str, bytes]:
         name: data
         for name, data in files.items()
         if not (name.startswith("commits/") and name.endswith(".json"))
-        and name not in ("manifest.parquet", "dataset.json")
+        and name not in ("manifest.parquet", "dataset.json", "croissant.json")
     }
 
 
