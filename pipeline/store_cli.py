@@ -71,8 +71,8 @@ def info(store: Store, plot: str | None) -> None:
 @click.option("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Which N records.")
 def verify(store: Store, reencode: int, teacher: str | None, seed: int) -> None:
     """Read every file and check size, sha256, structure, labels, counts and finite values."""
-    if reencode and (teacher is None or store.spec.coupling is None):
-        raise StoreError(f"{store.url}: --reencode needs a coupling store and --teacher, the model that made it")
+    if bool(reencode) != (teacher is not None) or (reencode and store.spec.coupling is None):
+        raise StoreError(f"{store.url}: --reencode N and --teacher MODEL go together, for a coupling store")
     faults = []
     with bar("verify", store.dataset.totals.bytes, "B") as progress:
         for _, fault in store.faults(progress):
@@ -105,11 +105,10 @@ def repair(store: Store) -> None:
     if not faults:
         click.echo(f"{store.url}: nothing to repair")
         return
-    again = "nfm encode" if store.spec.coupling else "nfm prepare"
     click.echo(
-        f"{store.url}: {len(blocks)} of {store.spec.blocks} blocks are queued {blocks[:20]}; run the same {again} "
-        "command "
-        "again to complete the store"
+        f"{store.url}: {len(blocks)} of {store.spec.blocks} blocks are queued {blocks[:20]}; run the command that "
+        "wrote the "
+        "store (nfm encode, prepare, or store convert) again, with the same arguments, to complete it"
     )
 
 

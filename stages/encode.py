@@ -24,7 +24,7 @@ from storage_specs.writer import StoreWriter, begun, npy
 Positive = Annotated[int, Field(ge=1)]
 # Of z encoded again: float32 on another machine moves it by 1e-5 σ_f, which can turn the rounding of a codec over.
 REENCODE_TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2, "int8": 8e-2}
-CALIBRATION_ROWS = 256  # images whose z sets the scale of int8: each rms within 4 %
+CALIBRATION_ROWS = 256  # images whose z sets the scale of int8
 
 
 class EncodeConfig(Section):

@@ -5,7 +5,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,16 +68,18 @@ class Cache:
     def _download(self, root: Root, path: str, size: int, digest: str, descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
         if size <= PART_BYTES:
-            data = root.read_range(path, None, None)
+            data = root.read_range(path, 0, size + 1)
             got, found = len(data), sha256(data)
-            if found == digest:
+            if (got, found) == (size, digest):
                 os.pwrite(descriptor, data, 0)
         else:
             part = partial(_part, root, path, size, descriptor)
-            got = sum(self._parts.map(part, range(0, size, PART_BYTES)))
+            parts = [self._parts.submit(part, start) for start in range(0, size, PART_BYTES)]
+            wait(parts)  # also after a failure: none may still write when the descriptor is closed
+            got = sum(done.result() for done in parts)
             with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as content:
                 found = sha256(np.frombuffer(content, np.uint8))
-        if found != digest:
+        if (got, found) != (size, digest):
             raise StoreError(
                 f"{root.url}/{path}: got {got} bytes with sha256 {found[:12]}…, expected {size} bytes with "
                 f"{digest[:12]}…; the file is damaged, repair or copy the store"
@@ -95,11 +97,12 @@ class Cache:
             self._until_scan = _SCAN_EVERY
             files = sorted(_files(self.directory))
             self._bytes = self._arriving + sum(entry[1] for entry in files)
-            for _, held, path in files:
+            for used, held, path in files:
                 if self._bytes <= self.limit:
                     break
-                path.unlink(missing_ok=True)
-                self._bytes -= held
+                if path.exists() and path.stat().st_mtime == used:  # not asked for since it was listed
+                    path.unlink(missing_ok=True)
+                    self._bytes -= held
 
 
 def _part(root: Root, path: str, size: int, descriptor: int, start: int) -> int:

@@ -57,10 +57,17 @@ def decode(stored: NDArray[Any], dtype: ZDtype, scale: NDArray[np.float32] | Non
 
 
 def all_finite(stored: NDArray[Any]) -> bool:
-    """Whether no stored number is infinite or NaN, from the exponent bits alone."""
-    exponent = {"<f4": ("<u4", 0x7F800000), "<f2": ("<u2", 0x7C00), "<u2": ("<u2", 0x7F80)}.get(stored.dtype.str)
-    if exponent is None:
-        assert stored.dtype == np.int8
+    """Whether every stored number is finite, and below 2¹⁰⁰, so that it stays so when divided by σ_f; told from the
+    exponent bits."""
+    exponents = {
+        "<f4": ("<u4", 0x7F800000, 227 << 23),
+        "<f2": ("<u2", 0x7C00, 0x7C00),
+        "<u2": ("<u2", 0x7F80, 227 << 7),
+    }
+    if stored.dtype == np.int8:
         return True
-    bits, mask = stored.view(exponent[0]), np.array(exponent[1], exponent[0])
-    return all(not ((bits[start : start + 64] & mask) == mask).any() for start in range(0, len(bits), 64))
+    dtype, mask, limit = exponents[stored.dtype.str]
+    bits = stored.view(dtype)
+    return all(
+        not ((bits[start : start + 64] & bits.dtype.type(mask)) >= limit).any() for start in range(0, len(bits), 64)
+    )

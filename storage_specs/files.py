@@ -1,14 +1,19 @@
 """Files under one root, on any fsspec file system, written so that a crash leaves either nothing or all of a file."""
 
+import errno
 import hashlib
+import mmap
 import os
 import posixpath
 import random
+import stat
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 import fsspec
@@ -71,6 +76,7 @@ class Root:
         except (ValueError, ImportError, TypeError) as error:
             raise StoreError(f"cannot open {url!r}: {error}") from error
         self.local = isinstance(self.fs, LocalFileSystem)
+        self.give_up = Event()  # set when nobody waits any more: trying again ends
 
     def full(self, path: str) -> str:
         return posixpath.join(self.path, checked_relative(path))
@@ -86,12 +92,17 @@ class Root:
             except _FINAL:
                 raise
             except _transient() as error:
-                if time.monotonic() + pause > deadline:
+                status = getattr(error, "status", None)  # of HTTP
+                if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
+                    raise StoreError(
+                        f"{self.url}/{path}: {error}; expected a server that gives access to it"
+                    ) from error
+                if time.monotonic() + pause > deadline or self.give_up.is_set():
                     raise StoreError(
                         f"{self.url}/{path}: {error or type(error).__name__}; tried for {RETRY_SECONDS:.0f} s. "
                         "The same command continues once the storage answers"
                     ) from error
-                time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311  (spreads clients, hides nothing)
+                self.give_up.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  (spreads clients, hides nothing)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             except _refused() as error:
                 raise StoreError(
@@ -123,18 +134,37 @@ class Root:
         """Bytes of a file, None if there is no such file."""
         self.fs.invalidate_cache()
         try:
-            return int(self._trying(path, lambda: self.fs.size(self.full(path))))
+            size = self._trying(path, lambda: self.fs.size(self.full(path)))
         except FileNotFoundError:
             return None
+        if size is None:
+            raise StoreError(f"{self.url}/{path}: got no size from the server, expected one that says it")
+        return int(size)
 
     def read(self, path: str, limit: int) -> bytes:
         """The whole of a file of at most `limit` bytes."""
+        if self.local:
+            return self._read_local(path, limit)
         size = self.size(path)
         if size is None:
             raise StoreError(f"{self.url}/{path} is missing; the store is incomplete or the URL is wrong")
         if size > limit:
             raise StoreError(f"{self.url}/{path}: got {size} bytes, expected at most {limit}; this is no file of ours")
-        return self.read_range(path, None, None)
+        return self.read_range(path, 0, size) if size else b""
+
+    def _read_local(self, path: str, limit: int) -> bytes:
+        name = f"{self.url}/{path}"
+        try:
+            with opened(self.full(path)) as (descriptor, size), os.fdopen(descriptor, "rb", closefd=False) as file:
+                if size > limit:
+                    raise StoreError(f"{name}: got {size} bytes, expected at most {limit}; this is no file of ours")
+                return file.read(size)
+        except FileNotFoundError as error:
+            raise StoreError(f"{name} is missing; the store is incomplete or the URL is wrong") from error
+        except OSError as error:
+            raise StoreError(
+                f"{name}: {error.strerror}; expected a file (a model is <folder>/model.safetensors)"
+            ) from error
 
     def read_range(self, path: str, start: int | None, end: int | None) -> bytes:
         """Bytes start … end of a file."""
@@ -142,10 +172,6 @@ class Root:
             data = self._trying(path, lambda: self.fs.cat_file(self.full(path), start=start, end=end))
         except FileNotFoundError as error:
             raise StoreError(f"{self.url}/{path} is missing; the store is incomplete or the URL is wrong") from error
-        except IsADirectoryError as error:
-            raise StoreError(
-                f"{self.url}/{path}: got a folder, expected a file (a model is <folder>/model.safetensors)"
-            ) from error
         assert isinstance(data, bytes)
         return data
 
@@ -153,7 +179,10 @@ class Root:
         """Durable and atomic: a reader sees the old file or the new one, also after a crash."""
         full = self.full(path)
         if not self.local:
-            self._trying(path, lambda: self.fs.makedirs(posixpath.dirname(full), exist_ok=True))
+            if not self.fs.protocol or (
+                "s3" not in self.fs.protocol and "gs" not in self.fs.protocol
+            ):  # no folders there
+                self._trying(path, lambda: self.fs.makedirs(posixpath.dirname(full), exist_ok=True))
             # One PUT, or a multipart upload that completes or does not.
             self._trying(path, lambda: self.fs.pipe_file(full, data))
             return
@@ -177,11 +206,26 @@ class Root:
         self._trying(path, lambda: self.fs.rm_file(self.full(path)))
 
 
+@contextmanager
+def opened(path: str | Path) -> Iterator[tuple[int, int]]:
+    """Descriptor and size of a local file. Raises OSError, also for what is no regular file: of other teams' stores,
+    a pipe would hang and a device never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        yield descriptor, status.st_size
+    finally:
+        os.close(descriptor)
+
+
 def mapped(path: str | Path) -> NDArray[np.uint8]:
     """A local file as a read-only byte array that the page cache backs. Raises OSError."""
-    if os.stat(path).st_size == 0:  # which cannot be mapped
-        return np.empty(0, dtype=np.uint8)
-    return np.memmap(path, dtype=np.uint8, mode="r")
+    with opened(path) as (descriptor, size):
+        if size == 0:  # which cannot be mapped
+            return np.empty(0, dtype=np.uint8)
+        return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), np.uint8)
 
 
 def configure(options: dict[str, dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 Permutations sort raw words of a Philox stream, whose bits NumPy guarantees, unlike those of its `permutation`.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,13 @@ def epoch_draws(blocks: int, draws: int, seed: int, epoch: int) -> NDArray[np.in
         key=np.array([seed, _DRAWS], dtype=np.uint64), counter=np.array([0, 0, cycle, 0], dtype=np.uint64)
     ).random_raw(blocks * draws)
     return np.argsort(words.reshape(blocks, draws), axis=1, kind="stable")[:, turn]
+
+
+def source_seed(seed: int, number: int) -> int:
+    """The seed of a store's own order in a mixture: stores made of the same images must not show them together."""
+    if number == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "big")
 
 
 class Mixture:

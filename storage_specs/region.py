@@ -5,6 +5,7 @@ one gather and no loop over files.
 import ctypes
 import mmap
 import os
+import sys
 import weakref
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from storage_specs.errors import StoreError
+from storage_specs.files import opened
 
 # What Python's mmap module, which cannot map at a given address, leaves out; the same on Linux and macOS.
 _MAP_FIXED = 0x10
@@ -35,13 +37,16 @@ class Region:
 
     def __init__(self, slots: int, file_bytes: int) -> None:
         self.slot_bytes = -(-file_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        total = slots * self.slot_bytes
-        address = _libc.mmap(None, total, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        total, address = slots * self.slot_bytes, _FAILED
+        if total < sys.maxsize:
+            address = _libc.mmap(None, total, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
         if address == _FAILED:
-            raise StoreError(f"cannot reserve {total} bytes of address space for {slots} files; use larger blocks")
+            raise StoreError(f"{slots} files of {file_bytes} bytes are more than there is address space for")
+        assert address is not None
         self._address = address
         memory = (ctypes.c_uint8 * total).from_address(address)
-        weakref.finalize(memory, _libc.munmap, address, total)  # when the last array or tensor that shows it is gone
+        # When the last array or tensor that shows it is gone; not at exit, where a thread may still read.
+        weakref.finalize(memory, _libc.munmap, address, total).atexit = False
         self._bytes: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
 
     def map(self, slot: int, path: Path, size: int) -> NDArray[np.uint8]:
@@ -49,9 +54,7 @@ class Region:
         the region was made for; OSError if it cannot be opened."""
         assert 0 < size <= self.slot_bytes
         address = self._address + slot * self.slot_bytes
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            found = os.fstat(descriptor).st_size
+        with opened(path) as (descriptor, found):
             if found != size:
                 raise StoreError(
                     f"{path}: got {found} bytes, expected {size}; the file is truncated or overlong, repair or copy it "
@@ -60,8 +63,6 @@ class Region:
             mapped = _libc.mmap(address, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0)
             if mapped != address:
                 raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())} (mmap)", str(path))
-        finally:
-            os.close(descriptor)
         _libc.madvise(address, size, _MADV_POPULATE_READ)
         data = self._bytes[slot * self.slot_bytes :][:size]
         data.flags.writeable = False

@@ -24,7 +24,7 @@ from storage_specs.region import Region, Rows
 from storage_specs.store import Key, Store
 
 MAX_MAPPED = 30_000  # files; Linux allows a process 65,530 mappings
-BYTES_PER_ROW = 64  # that the order of an epoch takes while it is made, with the labels
+BYTES_PER_ROW = 96  # that the order of an epoch takes while it is made, with the labels
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -34,7 +34,10 @@ class Column:
     def __init__(self, store: Store, kind: str, dtype: torch.dtype, draws: int) -> None:
         self.store, self.kind, self.spec, self.dtype = store, kind, store.spec, dtype
         file_bytes = store.layout.size(self.spec, kind, self.spec.block_rows)
-        self.region = Region(self.spec.blocks * draws, file_bytes)
+        try:
+            self.region = Region(self.spec.blocks * draws, file_bytes)
+        except StoreError as error:
+            raise StoreError(f"{store.url}/{kind}: {error}") from error
         offset, stride = store.layout.placement(self.spec, kind)
         self.rows = Rows(self.region, dtype, self.spec.dim, offset, stride)
         self.mapped: OrderedDict[Key, None] = OrderedDict()
@@ -51,7 +54,7 @@ class Column:
         data = self.store.at(key, lambda path: self.region.map(slot, path, size))
         if key in self._checked:
             return None
-        labels = self.store.check(key, data).get("label")
+        labels = self.store.check(key, data, hashed=not self.store.root.local).get("label")
         self._checked.add(key)
         return labels
 
@@ -127,7 +130,8 @@ class RowReader:
 
     def __init__(self, store: Store, seed: int, pairs: bool, window_blocks: int | None) -> None:
         self.store, self.spec, self.seed, self.window_blocks = store, store.spec, seed, window_blocks
-        _ = store.files  # checked before anything of its size is reserved, and before threads ask for it
+        kinds = (*store.layout.base_kinds, *(("z",) if pairs else ()))
+        store.check_sizes(kinds)  # before anything is reserved for as many rows as it says it has
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if self.spec.rows * BYTES_PER_ROW > memory:
             raise StoreError(
@@ -149,7 +153,6 @@ class RowReader:
         self._fetcher = Fetcher(store)
         self._fetches_ahead, self._most_mapped = False, MAX_MAPPED // 2
         blocks = min(window_blocks or self.spec.blocks, self.spec.blocks)
-        kinds = (*store.layout.base_kinds, *(("z",) if pairs else ()))
         self.window_bytes = blocks * sum(store.layout.size(self.spec, kind, self.spec.block_rows) for kind in kinds)
         if 2 * blocks > MAX_MAPPED:
             raise StoreError(
@@ -166,6 +169,7 @@ class RowReader:
 
     def plan(self, epoch: int) -> Plan:
         if self._plan is None or self._plan.epoch != epoch:
+            self._plan = None  # its memory is needed for the next
             order = epoch_order(self.spec.rows, self.spec.block_rows, self.seed, epoch, self.window_blocks)
             of_block = self._draws(epoch)
             draws = of_block[order.rows // self.spec.block_rows]
@@ -190,7 +194,7 @@ class RowReader:
     def _open(self, key: Key) -> None:
         column = {"x": self.x, "z": self.z}.get(key.column)
         if column is None:
-            columns = self.store.check(key, self.store.at(key, mapped))
+            columns = self.store.check(key, self.store.at(key, mapped), hashed=not self.store.root.local)
             labels = columns.get("label")
         else:
             labels = column.map(key)
@@ -274,5 +278,6 @@ class RowReader:
         return out.div_(self.sigma_f)
 
     def close(self) -> None:
+        self.store.root.give_up.set()
         self._fetcher.close()
         self._pool.shutdown(wait=False, cancel_futures=True)

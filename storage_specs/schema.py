@@ -13,7 +13,8 @@ from storage_specs.codecs import STORED, ZDtype
 from storage_specs.errors import StoreError
 
 SCHEMA_MAJOR = 1
-SCHEMA_VERSION = f"{SCHEMA_MAJOR}.0"
+SCHEMA_MINOR = 0
+SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_ROW_BYTES = 1 << 28  # a row beyond this is a damaged or hostile spec, not an image
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -52,7 +53,7 @@ class CouplingSpec(Model):
     """What only a coupling store has."""
 
     draws: Annotated[int, Field(ge=1, le=1 << 16)]
-    eta: Annotated[float, Field(ge=0)]
+    eta: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     z_dtype: ZDtype
     z_scale_sha256: Sha256 | None  # of z_scale.npy, which int8 has
     noise: NoiseSpec
@@ -176,13 +177,13 @@ class Totals(Model):
     files: int
     bytes: int
     label_counts: dict[str, int]
-    z_rms_error: float | None  # of z as stored against the teacher's own
+    z_rms_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None  # of z as stored against the teacher's own
 
 
 class Dataset(Model):
     """`dataset.json`: written last, so its presence means that the store is complete."""
 
-    schema_version: str
+    schema_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
     id: Sha256  # of the spec and the sha256 of every file: the identity of the content
     spec: Spec
     totals: Totals
@@ -219,13 +220,12 @@ def parse_dataset(data: bytes, name: str) -> Dataset:
     """`dataset.json`, refusing other major versions with the version that reads them."""
     try:
         version = json.loads(data)["schema_version"]
-        major = int(str(version).split(".")[0])
+        major, minor = map(int, str(version).split("."))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(f"{name}: got no readable schema_version; expected the dataset.json of a store") from error
-    if major != SCHEMA_MAJOR:
-        raise StoreError(
-            f"{name}: got schema version {version}, this nfm reads {SCHEMA_VERSION}; install nfm {major}.x"
-        )
+    if major != SCHEMA_MAJOR or minor > SCHEMA_MINOR:
+        needed = f"nfm {major}.x" if major != SCHEMA_MAJOR else f"a later nfm {major}.x"
+        raise StoreError(f"{name}: got schema version {version}, this nfm reads {SCHEMA_VERSION}; install {needed}")
     return parse(Dataset, data, name)
 
 
@@ -246,5 +246,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of dataset.json, which the docs publish."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:nfm:dataset:{SCHEMA_VERSION}"}
+    return head | Dataset.model_json_schema()
+
+
 if __name__ == "__main__":
-    print(json.dumps(Dataset.model_json_schema(), indent=1))
+    print(json.dumps(json_schema(), indent=1))

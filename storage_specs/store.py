@@ -1,6 +1,8 @@
 """Reading a store: its spec, and the columns of any block as arrays that map the files."""
 
 import io
+import math
+import os
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
@@ -26,9 +28,10 @@ from storage_specs.webdataset import npy_header
 
 T = TypeVar("T")
 
-MAX_METADATA_BYTES = 1 << 30
+MAX_METADATA_BYTES = 1 << 26
 OPEN_FILES = 64  # whose columns a Store keeps at hand
 THREADS = 8  # of verify and repair
+LEAST, MOST = 1e-8, 1e20  # of σ_f and the int8 scale: z / σ_f stays finite
 
 FILE_SCHEMA = pa.schema(
     [
@@ -91,21 +94,34 @@ class Store:
     def manifest(self) -> pa.Table:
         """manifest.parquet, one row a file: FILE_SCHEMA."""
         name = f"{self.url}/manifest.parquet"
-        data = self.root.read("manifest.parquet", MAX_METADATA_BYTES)
+        wanted, spec = expected_files(self.spec), self.spec
+        most = (1 << 16) + wanted * (1024 + 16 * min(spec.num_classes, spec.block_rows))
+        data = self.root.read("manifest.parquet", most)
         if sha256(data) != self.dataset.manifest_sha256:
             raise StoreError(f"{name}: its sha256 is not the one in dataset.json; the file is damaged")
-        wanted, spec = expected_files(self.spec), self.spec
         try:
             parquet = pq.ParquetFile(io.BytesIO(data))
             if parquet.metadata.num_rows != wanted:
                 raise StoreError(f"{name}: got {parquet.metadata.num_rows} files, expected the {wanted} of the spec")
-            table = parquet.read() if parquet.schema_arrow.equals(FILE_SCHEMA) else None
-        except (pa.ArrowException, OSError) as error:
+            groups = range(parquet.metadata.num_row_groups)
+            if sum(parquet.metadata.row_group(group).total_byte_size for group in groups) > most:
+                raise StoreError(f"{name}: got more than {most} bytes of values, too many for {wanted} files")
+            if not parquet.schema_arrow.equals(FILE_SCHEMA):
+                raise StoreError(f"{name}: its columns are not those of a manifest; the file is of another version")
+            table = parquet.read()
+            table.validate(full=True)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise StoreError(f"{name}: not a Parquet file: {error}") from error
-        if table is None or table.num_rows != wanted:
-            raise StoreError(f"{name}: its columns are not those of a manifest; the file is of another version")
-        if table.nbytes > 4096 + wanted * (1024 + 16 * min(spec.num_classes, spec.block_rows)):
-            raise StoreError(f"{name}: got {table.nbytes} bytes of values, too many for {wanted} files")
+        if table.num_rows != wanted or table.nbytes > most:
+            raise StoreError(
+                f"{name}: got {table.nbytes} bytes of values in {table.num_rows} rows, expected {wanted} rows"
+            )
+        for field in ("label_counts", "seconds", *(("squared_error",) if spec.coupling else ())):
+            if table[field].null_count:
+                raise StoreError(f"{name}: got no {field} in some row, expected it in each")
+            numbers = None if field == "label_counts" else table[field].to_numpy()
+            if numbers is not None and not (np.isfinite(numbers) & (numbers >= 0)).all():
+                raise StoreError(f"{name}: got {field} that is negative or not finite")
         return table
 
     @cached_property
@@ -140,9 +156,13 @@ class Store:
         """What the manifest says of each block: `label_counts`, `squared_error` or `seconds`."""
         return list(self.manifest[field][: self.spec.blocks].to_pylist())  # the files of x come first
 
+    @cached_property
+    def _label_counts(self) -> list[list[tuple[int, int]]]:
+        return self.by_block("label_counts")
+
     def array(self, name: str, digest: str | None) -> NDArray[np.float32]:
         """A float32 (C, H, W) file beside dataset.json, positive and finite everywhere."""
-        data = self.root.read(name, MAX_METADATA_BYTES)
+        data = self.root.read(name, 4096 + 4 * self.spec.dim)
         url = f"{self.url}/{name}"
         if sha256(data) != digest:
             raise StoreError(f"{url}: its sha256 is not the one in dataset.json; the file is damaged")
@@ -167,6 +187,22 @@ class Store:
             return Path(self.root.full(record.path))
         return self.cache.fetch(self.root, record.path, record.bytes, record.sha256)
 
+    def check_sizes(self, kinds: tuple[str, ...]) -> None:
+        """Raise StoreError unless the local files of these columns have the sizes that the manifest gives."""
+        for key, record in self.files.items():
+            if self.root.local and key.column in kinds:
+                name = f"{self.url}/{record.path}"
+                try:
+                    found = os.stat(self.root.full(record.path)).st_size
+                except OSError as error:
+                    raise StoreError(f"{name}: {error.strerror}; repair or copy the store") from error
+                if found != record.bytes:
+                    raise StoreError(
+                        f"{name}: got {found} bytes, expected {record.bytes}; the file is truncated or overlong, "
+                        "repair "
+                        "or copy it again"
+                    )
+
     def at(self, key: Key, use: Callable[[Path], T]) -> T:
         """`use` of a local path of the file. Where another process dropped the file from the cache meanwhile, it is
         fetched again. Raises StoreError that names the file."""
@@ -182,9 +218,9 @@ class Store:
                 raise StoreError(f"{name}: {error.strerror or error}{where}") from error
         raise StoreError(f"{name}: the cache {self.cache.directory} drops files as they come; raise storage.cache_gb")
 
-    def check(self, key: Key, data: NDArray[np.uint8]) -> Columns:
-        """The columns in the bytes of a file. Raises StoreError, naming it, unless its size, structure and labels are
-        right and all its numbers finite."""
+    def check(self, key: Key, data: NDArray[np.uint8], hashed: bool) -> Columns:
+        """The columns in the bytes of a file. Raises StoreError, naming it, unless its size, sha256 (which was looked
+        at before, where `hashed`), structure and labels are right and all its numbers finite."""
         record = self.files[key]
         name = f"{self.url}/{record.path}"
         if len(data) != record.bytes:
@@ -192,6 +228,8 @@ class Store:
                 f"{name}: got {len(data)} bytes, expected {record.bytes}; the file is truncated or overlong, "
                 "repair or copy it again"
             )
+        if not hashed and sha256(data) != record.sha256:
+            raise StoreError(f"{name}: its sha256 is not the one in the manifest; repair or copy it again")
         try:
             columns = self.layout.view(self.spec, key.column, key.block, data)
         except StoreError as error:
@@ -207,7 +245,7 @@ class Store:
         if key in self._open:
             self._open.move_to_end(key)
         else:
-            self._open[key] = self.check(key, self.at(key, mapped))
+            self._open[key] = self.check(key, self.at(key, mapped), hashed=not self.root.local)
             while len(self._open) > OPEN_FILES:
                 self._open.popitem(last=False)
         return self._open[key]
@@ -241,10 +279,10 @@ class Store:
         """Everything wrong with the store, found by reading all of it from where it lies (not from the cache): size,
         sha256, structure, labels and their counts, finite values; the key is None where no file of the manifest is at
         fault. `progress` is told how many bytes were read."""
-        for fault in self._document_faults():
+        for fault in self.document_faults():
             yield None, fault
         counts: Counter[int] = Counter()
-        sound = True
+        _, sound = self._label_counts, True
         with ThreadPoolExecutor(THREADS, "nfm-verify") as pool:
             for key, fault, labels in pool.map(self._examine, self.files):
                 progress(self.files[key].bytes)
@@ -255,14 +293,6 @@ class Store:
         if sound and {str(label): count for label, count in counts.items()} != self.dataset.totals.label_counts:
             yield None, f"{self.url}/dataset.json: its label counts are not those of its files"
 
-    def require_sound(self, key: Key) -> None:
-        """Raise StoreError unless the file is as the manifest says, to the last bit."""
-        record = self.files[key]
-        if sha256(self.at(key, mapped)) != record.sha256:
-            raise StoreError(
-                f"{self.url}/{record.path}: its sha256 is not the one in the manifest; repair or copy it again"
-            )
-
     def _examine(self, key: Key) -> tuple[Key, str, dict[int, int]]:
         """What is wrong with one file, and how many labels of each class it holds."""
         record = self.files[key]
@@ -271,22 +301,18 @@ class Store:
                 data = self.at(key, mapped)
             else:
                 data = np.frombuffer(self.root.read(record.path, record.bytes), np.uint8)
-            columns = self.check(key, data)
-            if sha256(data) != record.sha256:
-                raise StoreError(
-                    f"{self.url}/{record.path}: its sha256 is not the one in the manifest; repair or copy it again"
-                )
+            columns = self.check(key, data, hashed=False)
         except StoreError as error:
             return key, str(error), {}
         if "label" not in columns:
             return key, "", {}
         labels, counts = np.unique(columns["label"], return_counts=True)
         here = dict(zip(labels.tolist(), counts.tolist(), strict=True))
-        if dict(self.by_block("label_counts")[key.block]) != here:
+        if dict(self._label_counts[key.block]) != here:
             return key, f"{self.url}/manifest.parquet: its label counts are not those of {record.path}", here
         return key, "", here
 
-    def _document_faults(self) -> list[str]:
+    def document_faults(self) -> list[str]:
         """Whether dataset.json, σ_f and the files for stock tools agree with the manifest and the spec."""
         faults: list[str] = []
         records, totals = list(self.files.values()), self.dataset.totals
@@ -299,6 +325,8 @@ class Store:
                 _ = self.sigma_f, self.z_scale
         except StoreError as error:
             faults.append(str(error))
+        if totals.z_rms_error != z_rms_error(self.spec, self.by_block("squared_error")):
+            faults.append(f"{self.url}/dataset.json: its z_rms_error is not that of the manifest")
         for path, expected in self.layout.metadata(self.spec).items():
             try:
                 intact = self.root.read(path, len(expected)) == expected
@@ -317,9 +345,16 @@ def parse_array(data: bytes, spec: Spec, name: str) -> NDArray[np.float32]:
     if not data.startswith(header) or len(data) != len(header) + 4 * spec.dim:
         raise StoreError(f"{name}: expected an npy file of float32 with shape {spec.shape}")
     values: NDArray[np.float32] = np.frombuffer(data, "<f4", offset=len(header)).reshape(spec.shape)
-    if not (np.isfinite(values) & (values > 0)).all():
-        raise StoreError(f"{name}: expected positive finite values")
+    if not ((values > LEAST) & (values < MOST)).all():
+        raise StoreError(f"{name}: expected values between {LEAST} and {MOST}")
     return values
+
+
+def z_rms_error(spec: Spec, squared_errors: list[float | None]) -> float | None:
+    """Root mean square of z as stored less z as the teacher gave it, from the sums of the blocks."""
+    if spec.coupling is None:
+        return None
+    return math.sqrt(math.fsum(error or 0.0 for error in squared_errors) / (spec.rows * spec.draws * spec.dim))
 
 
 def gather(out: NDArray[Any], rows: NDArray[np.int64], block_rows: int, column: Any) -> None:

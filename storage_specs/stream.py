@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any, Literal
 
 from storage_specs.batches import Batch, BatchMaker
 from storage_specs.cache import Cache
 from storage_specs.errors import StoreError
-from storage_specs.order import Mixture
+from storage_specs.order import Mixture, source_seed
 from storage_specs.rows import RowReader
 from storage_specs.schema import Kind
 from storage_specs.store import Store
@@ -46,8 +46,8 @@ class CouplingStream:
     of a mixture is as many samples as its stores have rows. `window_blocks` bounds what must be at hand at a time (see
     storage_specs/order.py), and with it the cache a remote store needs; it changes the order. Batches are prepared in
     the background; memory is pinned where CUDA is. With `stored`, values come as the files hold them, less than half
-    the bytes to bring to an accelerator, and `to_float` does there what is otherwise done here. Set `state` to
-    continue a sequence.
+    the bytes to bring to an accelerator, and `to_float` does there what is otherwise done here (stores of a mixture
+    that differ in z's dtype give float32 all the same). Set `state` to continue a sequence.
 
     Raises StoreError for a broken store, ValueError for sizes that do not fit.
     """
@@ -82,10 +82,12 @@ class CouplingStream:
             for name in ("shape", "class_names"):
                 if getattr(store.spec, name) != getattr(self.spec, name):
                     raise StoreError(f"{store.url}: got another {name} than in {self.stores[0].url}; a mixture has one")
-        self.stored = stored
-        if stored and view == "pairs" and len({store.spec.dtype("z") for store in self.stores}) > 1:
-            raise StoreError("got stores of several z dtypes; expected one dtype where values come as they are stored")
-        self._readers = [RowReader(store, seed, view == "pairs", window_blocks) for store in self.stores]
+        if view == "pairs" and len({store.spec.dtype("z") for store in self.stores}) > 1:
+            stored = False  # one tensor has one dtype
+        self._readers = [
+            RowReader(store, source_seed(seed, number), view == "pairs", window_blocks)
+            for number, store in enumerate(self.stores)
+        ]
         self._check_room(cache)
         self._epoch_rows = sum(store.spec.rows for store in self.stores)
         self._maker = BatchMaker(self._readers, mixture, batch_size, rank, world_size, stored)
@@ -116,6 +118,8 @@ class CouplingStream:
     def state(self, state: StreamState) -> None:
         if state.epoch < 0 or not 0 <= state.position < self._epoch_rows:
             raise ValueError(f"got {state}; expected a position below {self._epoch_rows}")
+        if not self._finalizer.alive:
+            raise ValueError("the stream is closed")
         self._producer.stop()
         self._finalizer.detach()
         self._next = state.epoch * self._epoch_rows + state.position
@@ -136,9 +140,8 @@ class CouplingStream:
         return self._maker.to_float(batch)
 
     def close(self) -> None:
-        """Stop the threads, and wait for the one that reads; when the stream is garbage, they stop by themselves."""
-        self._producer.stop()
-        self._maker.close()
+        """Stop the threads, and wait for the one that reads; a stream that is garbage does so by itself."""
+        self._finalizer()
 
 
 class Producer:
@@ -170,7 +173,8 @@ class Producer:
             while True:
                 self._requests.get_nowait()
         self._requests.put(None)
-        self._thread.join()
+        if current_thread() is not self._thread:  # in which a garbage collection may end up here
+            self._thread.join()
         self._failure = ValueError("the stream is closed")
 
 
@@ -183,5 +187,6 @@ def _produce(maker: BatchMaker, requests: "SimpleQueue[int | None]", results: "S
 
 
 def _shut_down(producer: Producer, maker: BatchMaker) -> None:
-    producer._requests.put(None)
+    """For a stream that is garbage, or that the end of the program found open: no thread may read when memory goes."""
     maker.close()
+    producer.stop()

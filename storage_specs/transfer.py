@@ -15,7 +15,9 @@ from storage_specs.store import MAX_METADATA_BYTES, THREADS, Key, Store
 from storage_specs.writer import SCALE_FILE, SPEC_FILE, StoreWriter, block_files, npy
 
 Progress = Callable[[int], None]  # told how many bytes or rows were just done
+MAX_DOCUMENT_BYTES = 1 << 30
 _EXPORT_FILE = "export.json"
+_COPY_FILE = "copy.json"  # whose copy this will be; gone when it is one
 
 
 def convert(store: Store, out: str, layout: LayoutName, progress: Progress, options: dict[str, Any] | None) -> Dataset:
@@ -32,9 +34,6 @@ def convert(store: Store, out: str, layout: LayoutName, progress: Progress, opti
     done = writer.committed()
     for block in range(spec.blocks):
         if block not in done:
-            for key in store.files:
-                if key.block == block:
-                    store.require_sound(key)
             base = {name: store.column(name, block) for name in ("x", "label")}
             planes = {
                 name: np.stack([store.column(name, block, draw) for draw in range(spec.draws)]) for name in spec.planes
@@ -71,8 +70,6 @@ def export_tuples(store: Store, out: str, progress: Progress, options: dict[str,
 def _tuples(store: Store, block: int, draw: int) -> Iterator[bytes]:
     """The tar of one block and draw, piece by piece."""
     assert store.spec.coupling is not None
-    for key in (key for key in store.files if key.block == block and key.draw in (-1, draw)):
-        store.require_sound(key)
     exact = store.spec.coupling.z_dtype in ("float32", "float16")
     z = store.column("z", block, draw) if exact else store.z(block, draw)
     columns = (store.column("x", block), z, store.column("noise", block, draw), store.column("label", block))
@@ -88,13 +85,15 @@ def _tuples(store: Store, block: int, draw: int) -> Iterator[bytes]:
 def copy(store: Store, out: str, progress: Progress, options: dict[str, Any] | None) -> int:
     """The same bytes at another URL, several files at a time, with their commit records; returns how many files were
     written. What is there already with the right size is kept, and at the end everything is read back and checked:
-    dataset.json is written only then. Raises StoreError where the source is damaged."""
+    commit records and dataset.json, which make others trust the files, are written only then. Raises StoreError where
+    the source is damaged."""
+    faults = store.document_faults()
+    if faults:
+        raise StoreError(f"{faults[0]} (nothing was copied)")
     target = Root(out, options)
     _claim(store, target, options)
     there = target.sizes()
     missing = [key for key, record in store.files.items() if there.get(record.path) != record.bytes]
-    names = [f"commits/{name}" for name in store.root.names("commits") if not name.endswith(".tmp")]
-    names += [*store.layout.metadata(store.spec), "manifest.parquet", *_extras(store)]
 
     def put(key: Key) -> None:
         record = store.files[key]
@@ -104,17 +103,31 @@ def copy(store: Store, out: str, progress: Progress, options: dict[str, Any] | N
         target.write(record.path, data)
         progress(record.bytes)
 
+    def put_document(name: str) -> None:
+        data = store.root.read(name, MAX_DOCUMENT_BYTES)
+        target.write(name, data)
+        if target.read(name, len(data)) != data:
+            raise StoreError(f"{out}/{name}: got other bytes than were written; the storage is not to be trusted")
+
     with ThreadPoolExecutor(THREADS, "nfm-copy") as pool:
         list(pool.map(put, missing))
-        list(pool.map(lambda name: target.write(name, store.root.read(name, MAX_METADATA_BYTES)), names))
         damaged = _bad_copies(store, target, list(store.files), progress, pool)  # the right size and the wrong bytes
         list(pool.map(put, damaged))
         still = _bad_copies(store, target, damaged, progress, pool)
-    if still:
-        raise StoreError(
-            f"{out}/{store.files[still[0]].path}: got other bytes than were written; the storage is not to be trusted"
+        if still:
+            raise StoreError(
+                f"{out}/{store.files[still[0]].path}: got other bytes than were written; the storage is not to be "
+                "trusted"
+            )
+        known = set(store.root.names("commits"))
+        records = [SPEC_FILE, *(name for block in range(store.spec.blocks) for name in block_files(block))]
+        commits = [name for name in records if name.rpartition("/")[2] in known]
+        list(
+            pool.map(put_document, [*store.layout.metadata(store.spec), "manifest.parquet", *_extras(store), *commits])
         )
-    target.write("dataset.json", store.root.read("dataset.json", MAX_METADATA_BYTES))
+    put_document("dataset.json")
+    if target.exists(_COPY_FILE):
+        target.delete(_COPY_FILE)
     return len(missing) + len(damaged)
 
 
@@ -143,8 +156,15 @@ def _claim(store: Store, target: Root, options: dict[str, Any] | None) -> None:
         there = Store(target.url, options=options).dataset.id
         if there != store.dataset.id:
             raise StoreError(f"{target.url}: holds store {there[:12]}, expected nothing or {store.dataset.id[:12]}")
-    elif target.exists(SPEC_FILE) and target.read(SPEC_FILE, MAX_METADATA_BYTES) != store.spec.canonical():
-        raise StoreError(f"{target.url}: holds a part of another store; copy to another URL, or delete it first")
+        return
+    claim = canonical_json({"copy of": store.dataset.id})
+    if target.exists(_COPY_FILE):
+        if target.read(_COPY_FILE, MAX_METADATA_BYTES) != claim:
+            raise StoreError(f"{target.url}: holds a part of another store; copy to another URL, or delete it first")
+    elif target.exists(SPEC_FILE):
+        raise StoreError(f"{target.url}: holds a store that is being written; copy to another URL, or delete it first")
+    else:
+        target.write(_COPY_FILE, claim)
 
 
 def repair(store: Store, progress: Progress) -> tuple[list[str], list[int]]:
@@ -158,13 +178,15 @@ def repair(store: Store, progress: Progress) -> tuple[list[str], list[int]]:
     blocks = sorted({key.block for key, _ in found if key is not None})
     if found:
         records = set(store.root.names("commits"))
-        if SPEC_FILE.rpartition("/")[2] not in records:
-            raise StoreError(
-                f"{store.url}: {found[0][1]}; it has no commit records to repair it by, copy it again from its source"
+        lost = SPEC_FILE.rpartition("/")[2] not in records
+        if lost or any(SCALE_FILE in fault for _, fault in found):
+            what = (
+                "has no commit records to repair it by" if lost else f"needs {SCALE_FILE}, which no record gives back"
             )
+            raise StoreError(f"{found[0][1]}. {store.url} {what}; copy it again from its source")
         for block in blocks:
             for name in block_files(block):
                 if name.rpartition("/")[2] in records:
                     store.root.delete(name)
-        store.root.delete("dataset.json")  # last: until then the store still says that it is complete, and is refused
+        store.root.delete("dataset.json")  # last: without it, and with all records, the store could be called complete
     return [fault for _, fault in found], blocks

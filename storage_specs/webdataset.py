@@ -98,12 +98,16 @@ class WebDatasetLayout:
     def view(self, spec: Spec, kind: str, block: int, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         index = spec.indices(block)
         assert len(data) == self.size(spec, kind, len(index))
+        if data[-END:].any():
+            raise StoreError("it does not end as a tar does")
         records = data[:-END].reshape(len(index), -1)
         columns: dict[str, NDArray[Any]] = {}
         for member in self.members(spec, kind):
             header = records[:, member.start : member.start + BLOCK]
             if not np.array_equal(header, tar_headers(index, member.suffix, member.size)):
                 raise StoreError(f"the tar headers of its .{member.suffix} members are not those of this block")
+            if records[:, member.start + BLOCK + member.size : member.end].any():
+                raise StoreError(f"the padding of its .{member.suffix} members is not empty")
             prefix = np.frombuffer(member.prefix, dtype=np.uint8)
             if not (records[:, member.start + BLOCK : member.offset] == prefix).all():
                 raise StoreError(f"the npy headers of its .{member.suffix} members are not those of the spec")

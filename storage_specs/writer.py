@@ -5,7 +5,6 @@ dataset.json. Nothing is trusted without the record that comes after it.
 """
 
 import io
-import math
 from collections import Counter
 from functools import cached_property
 from typing import Any
@@ -32,7 +31,17 @@ from storage_specs.schema import (
     difference,
     parse,
 )
-from storage_specs.store import FILE_SCHEMA, MAX_METADATA_BYTES, Key, check_labels, expected_keys, parse_array
+from storage_specs.store import (
+    FILE_SCHEMA,
+    LEAST,
+    MAX_METADATA_BYTES,
+    MOST,
+    Key,
+    check_labels,
+    expected_keys,
+    parse_array,
+    z_rms_error,
+)
 
 SPEC_FILE = "commits/spec.json"
 SCALE_FILE = "z_scale.npy"
@@ -213,7 +222,7 @@ class StoreWriter:
                 files=len(ordered),
                 bytes=sum(file.bytes for file, _ in ordered),
                 label_counts={str(label): counts[label] for label in sorted(counts)},
-                z_rms_error=self._z_rms_error(commits),
+                z_rms_error=z_rms_error(self.spec, [commit.squared_error for commit in commits]),
             ),
             records=self.layout.describe(self.spec),
             manifest_sha256=sha256(manifest),
@@ -223,12 +232,6 @@ class StoreWriter:
         self.root.write("croissant.json", canonical_json(croissant(dataset)))
         self.root.write("dataset.json", canonical_json(dataset.model_dump(mode="json")))
         return dataset
-
-    def _z_rms_error(self, commits: list[Commit]) -> float | None:
-        if self.spec.coupling is None:
-            return None
-        total = math.fsum(commit.squared_error or 0.0 for commit in commits)
-        return math.sqrt(total / (self.spec.rows * self.spec.draws * self.spec.dim))
 
     def _write_sigma_f(self, commits: list[Commit]) -> str:
         total = np.zeros(self.spec.shape, dtype=np.float64)
@@ -243,8 +246,10 @@ class StoreWriter:
                 )
             total += np.load(io.BytesIO(data), allow_pickle=False)
         sigma_f = np.sqrt(total / (self.spec.rows * self.spec.draws)).astype(np.float32)
-        if not (np.isfinite(sigma_f) & (sigma_f > 0)).all():
-            raise FloatingPointError("σ_f is zero or not finite in some dimension: the teacher's z is constant there")
+        if not ((sigma_f > LEAST) & (sigma_f < MOST)).all():
+            raise FloatingPointError(
+                f"σ_f is not between {LEAST} and {MOST} in some dimension: the teacher's z is constant or wild there"
+            )
         data = npy(sigma_f)
         self.root.write("sigma_f.npy", data)
         return sha256(data)

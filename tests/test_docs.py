@@ -60,7 +60,8 @@ def test_stock_readers_get_exactly_what_ours_does(
     """Ten lines each, without our code: x, z, noise and label of block 0 with draw 0."""
     monkeypatch.chdir(home)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert len(code.splitlines()) <= 20
+    lines = [line for line in code.splitlines() if line]
+    assert len(lines) <= 10 or "memmap" in code
     names: dict[str, Any] = {"__name__": "docs"}
     exec(compile(code, where, "exec"), names)
     store = Store("runs/demo/couplings-zarr")

@@ -108,7 +108,12 @@ def damage(url: Path, path: str, change: Callable[[bytes], bytes]) -> None:
 
 
 def flip(offset: int) -> Callable[[bytes], bytes]:
-    return lambda data: data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
+    def change(data: bytes) -> bytes:
+        changed = bytearray(data)
+        changed[offset] ^= 1
+        return bytes(changed)
+
+    return change
 
 
 def edit(**changes: Any) -> Callable[[bytes], bytes]:
@@ -129,10 +134,7 @@ BROKEN = {
     "truncated file": ("x/000001.tar", lambda data: data[:-600], "truncated"),
     "overlong file": ("x/000001.tar", lambda data: data + b"\0" * 512, "overlong"),
     "empty file": ("x/000001.tar", lambda data: b"", "got 0 bytes"),
-    "member name": ("x/000001.tar", flip(5), "tar headers"),
-    "npy header": ("x/000001.tar", flip(512 + 20), "npy headers"),
-    "label digit": ("x/000001.tar", lambda data: data.replace(b"00000", b"0000x"), "damaged"),
-    "label out of range": ("x/000000.tar", lambda data: data.replace(b"000002\0", b"000003\0"), "got label 3"),
+    "one bit": ("x/000001.tar", flip(5), "sha256"),
     "manifest": ("manifest.parquet", flip(40), "manifest.parquet.*sha256"),
     "not json": ("dataset.json", lambda data: b"hello", "schema_version"),
     "future version": ("dataset.json", edit(schema_version="2.0"), "install nfm 2.x"),
@@ -156,6 +158,27 @@ def test_a_broken_store_ends_in_an_error_that_names_it(
     damage(tmp_path, path, change)
     with pytest.raises(StoreError, match=message):
         next(CouplingStream(str(tmp_path), 70, 0, "samples"))
+
+
+STRUCTURE = {
+    "member name": ("x/000001.tar", flip(5), "tar headers"),
+    "npy header": ("x/000001.tar", flip(512 + 20), "npy headers"),
+    "label digit": ("x/000001.tar", lambda data: data.replace(b"00000", b"0000x"), "damaged"),
+    "label out of range": ("x/000000.tar", lambda data: data.replace(b"000002\0", b"000003\0"), "got label 3"),
+    "padding": ("x/000001.tar", flip(512 + 128 + 16), "padding"),
+    "end": ("x/000001.tar", flip(-1), "does not end as a tar"),
+}
+
+
+@pytest.mark.parametrize(("path", "change", "message"), STRUCTURE.values(), ids=STRUCTURE.keys())
+def test_the_structure_is_checked_whatever_the_hashes_say(
+    tmp_path: Path, path: str, change: Callable[[bytes], bytes], message: str
+) -> None:
+    write(str(tmp_path), spec(), [0, 1, 2]).finalize()
+    store = Store(str(tmp_path))
+    data = change((tmp_path / path).read_bytes())
+    with pytest.raises(StoreError, match=rf"{path}.*{message}"):
+        store.check(Key("x", int(path[-5])), np.frombuffer(data, np.uint8), hashed=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)

@@ -1,5 +1,7 @@
 """The order of training data: pure in (seed, epoch, position), whatever the readers."""
 
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 
 from storage_specs.batches import Buffers
 from storage_specs.errors import StoreError
-from storage_specs.order import MIXTURE_PERIOD, epoch_draws, epoch_order, permutation
+from storage_specs.order import MIXTURE_PERIOD, epoch_draws, epoch_order, permutation, source_seed
 from storage_specs.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec
 from storage_specs.store import Store
 from storage_specs.stream import CouplingStream, Source, StreamState, View
@@ -191,7 +193,7 @@ def test_a_mixture_has_its_weights_and_each_store_its_own_sequence(tmp_path: Pat
     assert torch.bincount(source).tolist() == [12500, 5000, 2500]
     assert torch.unique(source[:50]).tolist() == [0, 1, 2], "mixed, not one after the other"
     for i, url in enumerate(urls):
-        with closing(CouplingStream(url, 1250, seed=4)) as alone:
+        with closing(CouplingStream(url, 1250, seed=source_seed(4, i))) as alone:
             single = next(alone)
         for name in ("x", "z", "label", "index", "draw"):
             whole = torch.cat([getattr(batch, name) for batch in found])[source == i][:1250]
@@ -256,3 +258,41 @@ def test_values_as_stored_become_the_same_floats(run: Run, view: View, mixed: bo
             assert floats.to_float(theirs) is theirs
             converted = stored.to_float(ours)
             assert all(torch.equal(vars(converted)[name], vars(theirs)[name]) for name in vars(theirs))
+
+
+def test_stores_of_the_same_images_do_not_show_them_together(run: Run) -> None:
+    """Two teachers over one data set is what mixtures are for."""
+    sources = [Source(url) for url in run.couplings.values()]
+    with closing(CouplingStream(sources, 64, seed=0)) as stream:
+        found = [next(stream) for _ in range(40)]
+    rows = Store(sources[0].url).spec.rows
+    together = sum(len(batch.index) - len(torch.unique(batch.index)) for batch in found)
+    by_chance = 40 * 64 * 63 / 2 / rows / 2  # about: pairs from different stores that agree
+    assert together < 2 * by_chance
+
+
+def test_a_closed_stream_says_so(run: Run) -> None:
+    stream = CouplingStream(run.couplings["zarr"], 16, seed=2)
+    next(stream)
+    stream.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(stream)
+    with pytest.raises(ValueError, match="closed"):
+        stream.state = StreamState()
+    stream.close()
+
+
+EXITS = {"end": "", "error": "raise SystemExit(3)", "exception": "1 / 0", "held": "kept = [next(s) for _ in range(4)]"}
+
+
+@pytest.mark.parametrize("name", EXITS)
+def test_a_program_may_end_with_a_stream_open(tmp_path: Path, name: str) -> None:
+    """No thread reads memory that the end of the interpreter takes away."""
+    couplings(str(tmp_path), "webdataset", (3, 32, 32), 4096, draws=2)
+    script = (
+        "import sys\nfrom storage_specs.stream import CouplingStream\n"
+        f"s = CouplingStream(sys.argv[1], 4096, 0)\nfor _ in range(3): next(s)\n{EXITS[name]}"
+    )
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == {"end": 0, "error": 3, "exception": 1, "held": 0}[name], done.stderr

@@ -11,12 +11,13 @@ import webdataset as wds
 from pipeline.encode_job import encode_couplings
 from stages.encode import reencode
 from storage_specs.errors import StoreError
+from storage_specs.files import Root
 from storage_specs.schema import LayoutName
 from storage_specs.store import Store
 from storage_specs.transfer import convert, copy, export_tuples, repair
 from storage_specs.writer import StoreWriter
 from tests.conftest import Run
-from tests.test_store import LAYOUT_NAMES, damage, flip, tree
+from tests.test_store import LAYOUT_NAMES, damage, edit, flip, tree
 
 OTHER: dict[LayoutName, LayoutName] = {"webdataset": "zarr", "zarr": "webdataset"}
 
@@ -88,6 +89,7 @@ def test_a_copy_is_the_same_bytes_and_continues(run: Run, tmp_path: Path, layout
     assert tree(out) == tree(store.url)
     files = list(store.files.values())
     (tmp_path / "dataset.json").unlink()
+    shutil.rmtree(tmp_path / "commits")
     (tmp_path / files[1].path).unlink()
     damage(tmp_path, files[4].path, lambda data: data[:-1])
     damage(tmp_path, files[6].path, flip(70))  # of the right size: found at the end
@@ -100,8 +102,44 @@ def test_a_copy_over_another_store_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="holds store"):
         copy(Store(run.couplings["webdataset"]), str(tmp_path), ignore, None)
     (tmp_path / "dataset.json").unlink()
-    with pytest.raises(StoreError, match="part of another store"):
+    with pytest.raises(StoreError, match="being written"):
         copy(Store(run.couplings["webdataset"]), str(tmp_path), ignore, None)
+
+
+def test_an_interrupted_copy_is_never_called_complete(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any write: no commit record says that a file is there which was not read back, and another store is
+    refused."""
+    store, out = Store(run.couplings["webdataset"]), str(tmp_path / "out")
+    writes: list[str] = []
+    original = Root.write
+
+    def failing(self: Root, path: str, data: bytes) -> None:
+        writes.append(path)
+        if len(writes) > 40:
+            raise OSError(28, "No space left on device")
+        original(self, path, data)
+
+    monkeypatch.setattr(Root, "write", failing)
+    with pytest.raises(OSError, match="No space"):
+        copy(store, out, ignore, None)
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / "commits").exists() and not (tmp_path / "out" / "dataset.json").exists()
+    with pytest.raises(StoreError, match="part of another store"):
+        copy(Store(run.couplings["zarr"]), out, ignore, None)
+    copy(store, out, ignore, None)
+    assert tree(out) == tree(store.url)
+
+
+@pytest.mark.parametrize("name", ["sigma_f.npy", "dataset.json"])
+def test_damaged_documents_are_not_copied(run: Run, tmp_path: Path, name: str) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(run.couplings["webdataset"], source)
+    damage(source, name, flip(300) if name == "sigma_f.npy" else edit(id="0" * 64))
+    with pytest.raises(StoreError, match=rf"{name}.*nothing was copied"):
+        copy(Store(str(source)), f"{tmp_path}/out", ignore, None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_source_is_not_copied(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,434 @@
+"""Stores that other teams damaged or forged: each ends in one StoreError that names the file. None runs code, hangs,
+takes memory by its own word, or gives a batch.
+"""
+
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+
+from storage_specs.batches import Batch
+from storage_specs.errors import StoreError
+from storage_specs.files import sha256
+from storage_specs.layouts import LAYOUTS
+from storage_specs.region import Region
+from storage_specs.schema import LayoutName, Spec, canonical_json, content_id, parse
+from storage_specs.store import FILE_SCHEMA, Store, expected_keys
+from storage_specs.stream import CouplingStream
+from storage_specs.webdataset import WebDatasetLayout, npy_header
+from storage_specs.writer import StoreWriter, npy
+from tests.test_store import LAYOUT_NAMES, block_of, tree
+from tests.test_store import spec as sample_spec
+
+NAMES = ("dataset.json", "manifest.parquet", "sigma_f.npy")
+MIB = 1 << 20
+HOME = tempfile.TemporaryDirectory(prefix="nfm-hostile-")
+Files = dict[str, Any]  # path → bytes; None: no file; int: that many zeros; or Callable[[Path], object]
+# What a stream must do: refuse; refuse unless only a sha256 tells, which it computes of remote files alone; or, where
+# it has no need of what was changed, refuse or give exactly the sound store's batch. `faults` must find everything.
+Reading = Literal["refuse", "by sha256", "indifferent"]
+WIDE: Files = {"shape": [1, 8192, 8192]}
+LONG: Files = {"rows": 48 * MIB, "block_rows": MIB}
+
+
+class Case(NamedTuple):
+    name: str
+    reading: Reading
+    blames: str  # a pattern of the files of which an error names one
+    changes: Files
+    layout: LayoutName = "zarr"
+    side: int = 4  # of the images
+
+
+class Bomb:
+    marker = Path(HOME.name, "marker")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+BOMB = pickle.dumps(Bomb())
+BOMB_NPY = npy_header(np.dtype("O"), (1,)) + pickle.dumps(np.array([Bomb()], dtype=object))
+
+
+@cache
+def sound(layout: LayoutName, side: int = 4) -> Files:
+    """70 rows in blocks of 32, 32 and 6, with 2 draws."""
+    noise = {"law": "philox-as241-v1", "seed": 7, "dtype": "float16", "stored": True}
+    teacher = {"architecture": {"name": "none"}, "sha256": "a" * 64, "training": {"images": 1, "rate": 0.5}}
+    coupling = {"draws": 2, "eta": 0.1, "z_dtype": "float16", "z_scale_sha256": None, "source": "b" * 64}
+    document = sample_spec(layout).model_dump() | {"kind": "couplings", "shape": (1, side, side)}
+    spec = Spec.model_validate(document | {"coupling": coupling | {"noise": noise, "teacher": teacher}})
+    rng, writer = np.random.default_rng(0), StoreWriter(f"{HOME.name}/{layout}{side}", spec)
+    writer.begin()
+    for block in range(spec.blocks):
+        z, drawn = rng.standard_normal((2, 2, spec.rows_of(block), *spec.shape), dtype=np.float32)
+        writer.write_block(block, block_of(spec, block), z, drawn.astype(np.float16), seconds=1.0)
+    writer.finalize()
+    files = tree(writer.root.url)
+    return {path: data for path, data in files.items() if not re.match("commits|README|croissant", path)}
+
+
+def spec_of(document: Any) -> Spec:
+    return parse(Spec, json.dumps(document["spec"]).encode(), "spec")
+
+
+def parquet(content: list[dict[str, Any]] | pa.Table, **options: Any) -> bytes:
+    table = pa.Table.from_pylist(content, FILE_SCHEMA) if isinstance(content, list) else content
+    pq.write_table(table, buffer := io.BytesIO(), compression="zstd", **options)
+    return buffer.getvalue()
+
+
+def rows_of(files: Files) -> list[dict[str, Any]]:
+    return list(pq.read_table(io.BytesIO(files["manifest.parquet"])).to_pylist())
+
+
+def sealed(layout: LayoutName, changes: Files, side: int = 4, /, **spec_changes: Any) -> Files:
+    """The changes, with a manifest (unless they have one) and a dataset.json, of another spec, that agree with them."""
+    whole = sound(layout, side)
+    files, rows_before = whole | changes, {row["path"]: row for row in rows_of(whole)}
+    document = json.loads(files["dataset.json"])
+    coupling = document["spec"]["coupling"]
+    for name, value in spec_changes.items():
+        next(part for part in (document["spec"], coupling, coupling["noise"]) if name in part)[name] = value
+        document["totals"]["label_counts"] = {}
+    spec = spec_of(document)
+    here, rows = LAYOUTS[spec.layout], []
+    for key in expected_keys(spec):
+        path, count = here.path(key.column, key.block, key.draw), spec.rows_of(key.block)
+        row = rows_before.get(path, {"label_counts": [], "squared_error": 0.0, "seconds": 1.0})
+        row |= {"column": key.column, "draw": key.draw, "block": key.block, "rows": count, "path": path}
+        row |= {"first_index": key.block * spec.block_rows, "bytes": here.size(spec, key.column, count)}
+        rows.append(row | {"sha256": sha256(files.get(path, b""))})
+    changes = {"manifest.parquet": parquet(rows)} | changes
+    document |= {"records": here.describe(spec), "id": content_id(spec, [row["sha256"] for row in rows])}
+    document |= {f"{name.split('.')[0]}_sha256": sha256((files | changes)[name]) for name in NAMES[1:]}
+    return changes | {"dataset.json": canonical_json(document)}
+
+
+def patch(old: bytes, offset: int, data: bytes) -> bytes:
+    return old[:offset] + data + old[offset + len(data) :]
+
+
+def put(case: Case, root: Path) -> None:
+    """Write the store of a case; where nothing is changed, as a link to the sound store."""
+    changed = {path.split("/")[0] for path in case.changes}
+    for path, content in (sound(case.layout, case.side) | case.changes).items():
+        top = path.split("/")[0]
+        (root / path if top in changed else root / top).parent.mkdir(parents=True, exist_ok=True)
+        if top not in changed:
+            if not (root / top).exists():
+                (root / top).symlink_to(f"{HOME.name}/{case.layout}{case.side}/{top}")
+        elif isinstance(content, bytes):
+            (root / path).write_bytes(content)
+        elif isinstance(content, int):
+            (root / path).touch()
+            os.truncate(root / path, content)
+        elif content is not None:
+            content(root / path)
+
+
+OTHERS: Files = {"gone": None, "a folder": Path.mkdir, "a loop": lambda to: to.symlink_to(to.name)}
+OTHERS |= {"empty": b"", "a pickle": BOMB}
+
+
+def shards(layout: LayoutName) -> Iterator[Case]:
+    """Shards cut, gone, replaced, exchanged, with one bit changed, or with values that none may have."""
+    rng, files, here = random.Random(layout), sound(layout), LAYOUTS[layout]
+    spec, tar = spec_of(json.loads(files["dataset.json"])), WebDatasetLayout()
+    paths = {(row["column"], row["draw"], row["block"]): row["path"] for row in rows_of(files)}
+    for column in (*here.base_kinds, *spec.planes):
+        path = rng.choice([path for key, path in paths.items() if key[0] == column])
+        data, size = files[path], len(files[path])
+        loud: Reading = "indifferent" if column == "noise" else "refuse"
+        soft: Reading = "indifferent" if column == "noise" else "by sha256"
+        for what, content in {**OTHERS, "a padded pickle": BOMB.ljust(size, b"\0")}.items():
+            yield Case(f"{path} {what}", loud, path, {path: content})
+        for length in (1, size - 1, size + 1, size + 512, *rng.choices(range(size), k=2)):
+            yield Case(f"{path} of length {length}", loud, path, {path: data[:length].ljust(length, b"\0")})
+        fixed = set(range(size - 20, size - 4))  # zarr: the index; webdataset: all headers of the first record
+        if layout == "webdataset":
+            fixed = {offset for member in tar.members(spec, column) for offset in range(member.start, member.offset)}
+        for offset in rng.sample(sorted(fixed), 8) + rng.sample(sorted(set(range(size)) - fixed), 4):
+            flipped = patch(data, offset, bytes([data[offset] ^ 1 << offset % 8]))
+            yield Case(f"{path} byte {offset}", loud if offset in fixed else soft, path, {path: flipped})
+    told: Reading = "refuse" if layout == "webdataset" else "by sha256"  # a tar says its column and rows
+    x, z, z1, noise = (paths[key] for key in (("x", -1, 0), ("z", 0, 0), ("z", 1, 0), ("noise", 0, 0)))
+    pairs: list[tuple[str, str, Reading]] = [(x, paths["x", -1, 1], told), (z, paths["z", 0, 1], told)]
+    pairs += [(z, z1, "by sha256"), (z, noise, told), (noise, paths["noise", 1, 0], "indifferent")]
+    if layout == "zarr":
+        pairs += [("label/c/0", "label/c/1", told), ("index/c/0", "index/c/1", "refuse")]
+    for one, other, reading in pairs:
+        yield Case(f"{one} is {other}", reading, one, {one: files[other], other: files[one]})
+    first, stride = here.placement(spec, "z")
+    swapped = files[z][first + stride :][:32] + files[z][first + 32 : first + stride] + files[z][first:][:32]
+    yield Case("values of two rows exchanged", "by sha256", z, {z: patch(files[z], first, swapped)})
+    forged: list[tuple[Reading, str, int, bytes]] = []
+    for bits in (np.float16(value).tobytes() for value in (math.nan, math.inf, -math.inf)):
+        forged += [("refuse", z, first + stride + 6, bits), ("indifferent", noise, first, bits)]
+    if layout == "webdataset":
+        header, shape, cls = npy_header(np.dtype("<f2"), spec.shape), b"1, 4, 4", tar.members(spec, "x")[1].offset
+        edits = [(b"<f2", b"|O8"), (b"False", b"True "), (b"NUMPY\x01", b"NUMPY\x03"), (b"v\0", b"\xff\xff")]
+        edits += [(shape, b"1<<60,9"), (shape, b"9999999"), (shape, b"-1,4, 4"), (shape, b"4, 4, 1")]
+        forged += [("refuse", z, 512, header.replace(*edit)) for edit in edits]
+        forged += [("refuse", z, 512, BOMB_NPY), ("refuse", z, 0, files[z][stride : 2 * stride] + files[z][:stride])]
+        labels = (b"000003", b"999999", b"-00001", b"00000x", b"1e0000", bytes(6), b"     1", "١٢٣".encode())
+        forged += [("refuse", x, cls, label) for label in labels]
+    else:
+        words = [value.to_bytes(8, "little", signed=True) for value in (3, -1, 1 << 62, -1 << 63)]
+        forged += [("refuse", path, 8, word) for word in words for path in ("label/c/1", "index/c/1")]
+    for reading, path, offset, data in forged:
+        changes = sealed(layout, {path: patch(files[path], offset, data)})
+        yield Case(f"{path} {offset} {sha256(data)[:6]}", reading, path, changes)
+
+
+def zarrs(layout: LayoutName) -> Iterator[Case]:
+    """Metadata of another type, and shards of two chunks whose index gives them other places."""
+    for path, data in sound(layout).items() if layout == "zarr" else ():
+        for old, new in {b"int": b"uint", b"float16": b"float32", b'"bytes"': b'"pickle"', b"{": b"["}.items():
+            if path.endswith("zarr.json") and old in data:
+                yield Case(f"{path} {new!r}", "indifferent", path, {path: data.replace(old, new)})
+    path = "z/c/0/1/0/0/0"
+    size = len(sound("zarr", 128)[path])
+    half, far = (size - 36) // 2, (1 << 64) - 1
+    places = [(0, half, 0, half), (half, half, 0, half), (0, half, half - 1, half), (0, half, size, half), (0,) * 4]
+    places += [(0, half, 1 << 60, half), (0, half, half, 1 << 60), (far,) * 4, (0, half, half, far)]
+    for place in places if layout == "zarr" else ():
+        data = patch(sound("zarr", 128)[path], size - 36, np.array(place, "<u8").tobytes())
+        yield Case(f"chunks {place}", "refuse", path, sealed("zarr", {path: data}, 128), side=128)
+
+
+def sigmas(layout: LayoutName) -> Iterator[Case]:
+    """σ_f that no data has, or that is none, with hashes that agree."""
+    ones, values = np.ones((1, 4, 4), "<f4"), (0, -1, math.nan, math.inf, 1e-45)
+    arrays = {f"{value}": np.where(np.eye(4) > 0, np.float32(value), ones) for value in values}
+    arrays |= {kind: ones.astype(kind) for kind in ("f8", ">f4", "i4")}
+    arrays |= {f"{shape}": np.ones(shape, "<f4") for shape in ((16,), (1, 4, 8), (), (0,))}
+    forged = {what: npy(array) for what, array in arrays.items()} | {"pickle": BOMB, "npy of pickle": BOMB_NPY}
+    forged |= {"cut": npy(ones)[:-4], "long": npy(ones) + b"\0", "fortran": npy(ones).replace(b"False", b"True ")}
+    forged |= {"empty": b"", "huge": npy(ones).replace(b"(1, 4, 4), }", b"(99999999,)}")}
+    for what, data in forged.items():
+        yield Case(f"sigma_f {what}", "refuse", "sigma_f.npy", sealed(layout, {"sigma_f.npy": data}))
+
+
+WRONG: list[Any] = [None, True, -1, 0, 7, 1 << 63, 10**30, 0.5, math.nan, math.inf]
+WRONG += ["", "x", "../x", "9" * 40, [], {}, [[]]]
+# What no byte depends on: any value of its type is read, and must show in the id or in the sums over the files.
+FREE = re.compile("id$|totals|spec.(class_names|preprocessing|coupling.(eta|source|noise.seed|teacher))")
+
+
+def places(value: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield f"{at}{key}", value, key
+        yield from places(value[key], f"{at}{key}.")
+
+
+def documents(layout: LayoutName) -> Iterator[Case]:
+    """The three files beside the shards replaced, and dataset.json with every value that it must not have."""
+    for name, (what, content) in itertools.product(NAMES, OTHERS.items()):
+        yield Case(f"{name} {what}", "refuse", name, {name: content})
+    rng, name, good = random.Random(layout), "dataset.json", sound(layout)["dataset.json"]
+    whole = json.loads(good)
+    for at, holder, key in places(whole):
+        reading: Reading = "indifferent" if FREE.match(at) else "refuse"
+        intact = holder[key]
+        for wrong in rng.sample([wrong for wrong in WRONG if wrong != intact], 1 if at.startswith("records") else 2):
+            holder[key] = wrong
+            yield Case(f"{at} = {wrong!r:.20}", reading, "|".join(NAMES), {name: json.dumps(whole).encode()})
+        holder[key] = intact
+    for version in ("2.0", "0.9", "", "one", "1e0", "-1.0", "1" * 5000, "nan"):
+        data = json.dumps(whole | {"schema_version": version}).encode()
+        yield Case(f"version {version:.9}", "refuse", name, {name: data})
+    texts = [b"[" * 190 + b"]" * 190, b"[" * 9999 + b"]" * 9999, b"Infinity", b"-NaN", b"1e999", b"1" * 9999]
+    for text, old in itertools.product((*texts, b'"\\ud800"', b'"\\u0000"', b'"\xff"'), (b'"none"', b"0.1")):
+        yield Case(f"{old!r} is {text[:9]!r} {len(text)}", "indifferent", name, {name: good.replace(old, text)})
+    texts = [b"[" * 100_000, b'{"a":' * 100_000, b"null", good[:-9], good * 2, good + b"\0", b"\xef\xbb\xbf" + good]
+    for text in (*texts, good.decode().encode("utf-16"), good.replace(b'"eta"', b'"ate"'), b"\xff" * 99):
+        yield Case(f"{name} is {text[:9]!r} {len(text)}", "refuse", name, {name: text})
+
+
+def specs(layout: LayoutName) -> Iterator[Case]:
+    """Another spec, with records, manifest and hashes that agree with it, over files that do not."""
+    changes: list[dict[str, Any]] = [{"shape": shape} for shape in ([1, 2, 8], [2, 4, 4], [1, 1, 1])] + [WIDE]
+    changes += [{"block_rows": rows} for rows in (1, 16, MIB)] + [{"rows": 71}, {"rows": 400}, {"draws": 3}]
+    changes += [{"draws": 40}, {"z_dtype": "float32"}, {"num_classes": 2, "class_names": ["a", "b"]}]
+    changes += [{"dtype": "float32"}, {"layout": "zarr" if layout == "webdataset" else "webdataset"}]
+    for change in changes:
+        reading: Reading = "indifferent" if "dtype" in change else "refuse"
+        yield Case(f"{change}", reading, "(x|z|noise|label|index)/|sigma_f", sealed(layout, {}, **change))
+
+
+def manifests(layout: LayoutName) -> Iterator[Case]:
+    """manifest.parquet with hashes that agree with it."""
+    name, good, intact = "manifest.parquet", rows_of(sound(layout)), sound(layout)["manifest.parquet"]
+    path, table, least = good[0]["path"], pa.Table.from_pylist(good, FILE_SCHEMA), -1 << 31
+    outside = ["../outside", "/etc/passwd", f"{path}\0", path.replace("/", "\\"), f"link{path[1:]}", f"./{path}", "~"]
+    outside += ["", f"x/../{path}", path.replace("/", "//"), f"file:///{path}", "x" * MIB, good[1]["path"]]
+    values: dict[str, Any] = {"path": outside, "column": ["z", "../x"], "draw": [0, least], "rows": [15, -1]}
+    values |= {"block": [1, least], "first_index": [1, least], "bytes": [0, -1, MIB**3 - 1]}
+    values |= {"sha256": ["A" * 64, "../x", "a" * 9999, "b" * 64], "seconds": [-1.0, math.nan, math.inf]}
+    values |= {"squared_error": values["seconds"], "label_counts": [[], [(0, -1)], [(99, 16)], [(0, 1), (0, 16)]]}
+    for field, value in [(name, value) for name, wrong in values.items() for value in (None, *wrong)]:
+        reading: Reading = "indifferent" if field in ("label_counts", "seconds", "squared_error") else "refuse"
+        reading = "by sha256" if value == "b" * 64 else reading
+        changes = sealed(layout, {name: parquet([good[0] | {field: value}, *good[1:]])})
+        yield Case(f"{field} = {value!r:.20}", reading, f"{path}|manifest|dataset", changes)
+    lists = {"none": [], "twice": [*good, good[0]], "one for another": [*good[:-1], good[0]], "one short": good[:-1]}
+    lists |= {"reversed": good[::-1], "exchanged": [good[1], good[0], *good[2:]]}
+    raw = {f"rows {what}": parquet(rows) for what, rows in lists.items()}
+    text = pa.array([b"\xff\xfe"] * len(good)).view(pa.string())
+    kinds = {"draw": pa.int64(), "block": pa.string(), "path": pa.binary(), "bytes": pa.float64()}
+    columns = [(f"{field} as {kind}", field, table[field].cast(kind)) for field, kind in kinds.items()]
+    columns += [(f"{field} no utf-8", field, text) for field in ("column", "path", "sha256")]
+    for what, field, column in columns:
+        raw[what] = parquet(table.set_column(FILE_SCHEMA.get_field_index(field), field, column))
+    raw |= {f"no {field}": parquet(table.drop_columns([field])) for field in FILE_SCHEMA.names}
+    raw |= {"extra column": parquet(table.append_column("extra", table["path"])), "cut": intact[:-1], "magic": b"PAR1"}
+    raw |= {"name no utf-8": intact.replace(b"squared_e", b"squared_\xff"), "headless": intact[4:], "zeros": bytes(99)}
+    raw |= {"footer": intact[:-8] + b"\xff\xff\xff\x7fPAR1", "json": sound(layout)["dataset.json"]}
+    for what, data in raw.items():
+        yield Case(f"{name} {what}", "refuse", name, sealed(layout, {name: data}))
+    yield Case(f"{name} changed", "refuse", name, {name: patch(intact, 40, b"?")})
+
+
+MAKERS = (shards, zarrs, sigmas, documents, specs, manifests)
+CASES = [case._replace(layout=layout) for layout in LAYOUT_NAMES for maker in MAKERS for case in maker(layout)]
+
+
+def batch_of(url: str) -> Batch:
+    """Two epochs with their two draws: every file that a stream reads."""
+    with closing(CouplingStream(url, 140, seed=0)) as stream:
+        return next(stream)
+
+
+def faults_of(url: str) -> None:
+    faults = [fault for _, fault in Store(url).faults()]
+    if faults:
+        raise StoreError("; ".join(faults))
+
+
+@cache
+def sound_batch(layout: LayoutName, side: int) -> dict[str, torch.Tensor]:
+    faults_of(f"{HOME.name}/{layout}{side}")
+    return vars(batch_of(f"{HOME.name}/{layout}{side}"))
+
+
+def check(case: Case, url: str, read: Callable[[str], Batch | None], must: bool) -> None:
+    try:
+        batch = read(url)
+    except StoreError as error:
+        message = str(error)
+    else:
+        wanted = sound_batch(case.layout, case.side) if case.reading == "indifferent" else {}
+        assert not must and all(torch.equal(getattr(batch, name), value) for name, value in wanted.items())
+        return
+    assert re.search(f"{re.escape(url)}.*({case.blames})", message, re.DOTALL), message
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.layout} {case.name}".encode("unicode_escape").decode())
+def test_every_reader_refuses(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NFM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: None)  # of the cache, which takes most of the time
+    files, root = sound(case.layout, case.side) | case.changes, f"{tmp_path}/store"
+    put(case, Path(root))
+    check(case, root, batch_of, must=case.reading == "refuse")
+    check(case, root, faults_of, must=True)
+    if case.reading != "indifferent" and not any(map(callable, files.values())):
+        monkeypatch.setattr(MemoryFileSystem, "store", {})
+        MemoryFileSystem().pipe({f"/hostile/{path}": data for path, data in files.items() if data is not None})
+        check(case, "memory://hostile", batch_of, must=True)
+    assert not Bomb.marker.exists()
+
+
+def test_there_are_many_cases_and_their_pickles_are_live() -> None:
+    assert len(CASES) >= 200
+    np.load(io.BytesIO(BOMB_NPY), allow_pickle=True)
+    Bomb.marker.rmdir()
+
+
+def test_an_address_range_beyond_all_numbers_is_refused() -> None:
+    with pytest.raises(StoreError):
+        Region(1 << 16, (1 << 48) + (1 << 12))
+
+
+def absurd() -> Iterator[Case]:
+    """What takes memory or time without end, if a reader believes it."""
+    table = pa.Table.from_pylist(rows_of(sound("zarr")), FILE_SCHEMA)
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * len(table), pa.int32()), pa.array(["x" * (64 * MIB)]))
+    table = table.set_column(FILE_SCHEMA.get_field_index("path"), "path", text)
+    short = parquet(table, store_schema=False, dictionary_pagesize_limit=1 << 30)
+    yield Case("long text", "refuse", "manifest", sealed("zarr", {"manifest.parquet": short}))
+    for name, spec in {"wide": WIDE, "many": LONG, "wide and many": WIDE | LONG}.items():
+        yield Case(name, "refuse", "/", sealed("zarr", {}, **spec))
+    for name in (*NAMES, "x/c/0/0/0/0", "z/c/1/1/0/0/0", "label/c/1", "index/c/2"):
+        yield Case(f"sparse {name}", "refuse", name, {name: 900 * MIB if name in NAMES[1:] else MIB * MIB})
+        yield Case(f"endless {name}", "refuse", name, {name: lambda to: to.symlink_to("/dev/zero")})
+    for name in ("dataset.json", "x/c/0/0/0/0", "label/c/1"):
+        yield Case(f"pipe {name}", "refuse", name, {name: os.mkfifo})
+
+
+def largest_size() -> int:
+    """What this process had in memory at most, in MiB, since it was asked to forget."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
+
+
+def probe(urls: list[str]) -> None:
+    """Print how each reader of each store ends, and by how many MiB it made the process grow."""
+    resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))  # of which Arrow takes one at once
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    for number, (url, read) in enumerate(itertools.product(urls, (batch_of, faults_of))):
+        os.environ["NFM_CACHE"] = f"{HOME.name}/cache-{number}"
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size
+        before = largest_size()
+        signal.setitimer(signal.ITIMER_REAL, 10, 0.5)  # what hangs may hang again when it is closed
+        try:
+            end = f"no error but {type(read(url))}"
+        except BaseException as error:
+            end = f"{type(error).__name__}: {error}"
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps([url, end[:4000], largest_size() - before]), flush=True)
+    HOME.cleanup()
+    os._exit(0)  # without the threads that hang
+
+
+def test_nothing_is_taken_by_the_word_of_a_store(tmp_path: Path) -> None:
+    cases = {f"{tmp_path}/{number}": case for number, case in enumerate(absurd())}
+    for path, case in cases.items():
+        put(case, Path(path))
+    # The sparse ones once more as of a server: what fsspec reads through another file system is not local to us.
+    cases |= {f"dir:/{path}::file:///.": case for path, case in cases.items() if case.name.startswith("sparse")}
+    urls = sorted(cases, key=lambda url: cases[url].name.startswith("pipe"))  # threads that hang take room
+    command = [sys.executable, "-m", "tests.test_hostile", *urls]
+    run = subprocess.run(command, stdout=subprocess.PIPE, timeout=250, check=True)
+    ends = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(ends) == 2 * len(cases)
+    wrong = []
+    for url, end, grown in ends:
+        if not re.match(f"StoreError.*{re.escape(url)}.*{cases[url].blames}", end) or grown >= 200:
+            wrong.append(f"{url[:4]} {cases[url].name}: {end.replace(url, '')[:120]}, {grown} MiB more")
+    assert not wrong, "\n".join(wrong)
+
+
+if __name__ == "__main__":
+    probe(sys.argv[1:])
