@@ -179,9 +179,7 @@ class Root:
         """Durable and atomic: a reader sees the old file or the new one, also after a crash."""
         full = self.full(path)
         if not self.local:
-            if not self.fs.protocol or (
-                "s3" not in self.fs.protocol and "gs" not in self.fs.protocol
-            ):  # no folders there
+            if not any(name in self.fs.protocol for name in ("s3", "gs")):  # which have no folders, only buckets
                 self._trying(path, lambda: self.fs.makedirs(posixpath.dirname(full), exist_ok=True))
             # One PUT, or a multipart upload that completes or does not.
             self._trying(path, lambda: self.fs.pipe_file(full, data))

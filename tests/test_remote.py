@@ -129,11 +129,10 @@ def test_writing_goes_on_when_the_server_was_killed(s3: ObjectStore, run: Run, c
         error, seconds = (local.by_block(field)[block] for field in ("squared_error", "seconds"))
         writer.write_stored(block, base, z, noise, error, seconds)
 
-    timer = threading.Timer(1.0, s3.kill)
-    timer.start()
-    restarted = threading.Timer(4.0, s3.start)
-    restarted.start()
     start = time.monotonic()
+    threading.Timer(0.3, s3.kill).start()
+    restarted = threading.Timer(3.5, s3.start)
+    restarted.start()
     for block in range(local.spec.blocks):
         write(block)
     assert time.monotonic() - start > 3, "the server was away while blocks were written"

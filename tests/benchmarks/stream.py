@@ -5,7 +5,7 @@ several times; the table has the median of all. Every reader gives the same prod
 stored (x uint8, z float16) or as training takes them (x in [-1, 1] and z / σ_f, float32). Peers run in an environment
 of their own (peers.py).
 
-    python -m tests.benchmarks.stream --root runs/bench-stream --rounds 2 --repeats 3
+    python -m tests.benchmarks.stream --root runs/bench-stream --rounds 1 --repeats 5
 """
 
 import argparse
@@ -156,8 +156,8 @@ def run_case(case: Case, root: Path, rounds: int, repeats: int, seconds: float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/bench-stream"), help="where data is kept (30 GB)")
-    parser.add_argument("--rounds", type=int, default=2, help="in which the rows take turns")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of a row in a round")
+    parser.add_argument("--rounds", type=int, default=1, help="in which the rows take turns")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of a row in a round")
     parser.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     parser.add_argument("--parts", nargs="+", default=["formats", "scaling", "remote", "training"])

@@ -110,7 +110,18 @@ def _judgement(results: dict[str, Any]) -> list[str]:
         lines.append(f"| {what} | {least} |" + "".join(_cell(ratio, least) for ratio in ratios))
     ratios = [rows[zarr]["pairs_per_s"] / rows[tar]["pairs_per_s"] for rows in columns]
     lines.append("| zarr layout / webdataset layout | 0.8 |" + "".join(_cell(ratio, 0.8) for ratio in ratios))
-    return [*lines, "", "In bold what reaches it.", ""]
+    lines += ["", "In bold what reaches it.", ""]
+    remote, training = results["remote"], results["training"]
+    best = max(remote["cold"], remote["cold, windows of 8"])
+    wait = max(row["data_wait"] for row in training.values())
+    others = [
+        ("cold / bare parallel download, thrown away", f"{best / remote['bare, thrown away']:.2f}", "at least 0.8"),
+        ("cold / bare parallel download, to disk", f"{best / remote['bare, to disk']:.2f}", "at least 0.8"),
+        ("warm cache / local", f"{remote['warm cache'] / remote['local']:.2f}", "1"),
+        ("waiting for data in training, at most", f"{100 * wait:.2f} %", "under 1 %"),
+    ]
+    lines += ["| | measured | asked |", "| --- | ---: | ---: |"]
+    return [*lines, *(f"| {what} | {got} | {asked} |" for what, got, asked in others), ""]
 
 
 def _cell(ratio: float, least: float) -> str:
@@ -160,6 +171,7 @@ def _remote(remote: dict[str, Any]) -> list[str]:
             for name in rows
         ),
         "",
+        f"Peak memory of the reading process {remote['peak_rss_mb']:,.0f} MB, pages of mapped files included. "
         f"Warm cache {remote['warm cache']:,.0f} pairs/s, local {remote['local']:,.0f}: ratio "
         f"{remote['warm cache'] / remote['local']:.2f} (all cores, float32).",
         "",
