@@ -4,6 +4,7 @@ import fcntl
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -17,8 +18,11 @@ from storage_specs.files import Root, sha256
 
 CACHE_GB = 200.0  # unless $NFM_CACHE_GB says otherwise
 PART_BYTES = 8 << 20  # of one ranged GET
-THREADS = 8  # ranged GETs at a time, so that memory stays within THREADS · PART_BYTES
+# GETs at a time for parts of large files, for files that are waited for, and for files ahead of need: what is in memory
+# stays within 3 · THREADS · PART_BYTES.
+THREADS = 8
 _SCAN_EVERY = 16  # downloads between two looks at what other processes added
+_ABANDONED_SECONDS = 86_400.0  # after which a part is taken to be of a process that was killed
 
 
 def cache_directory() -> Path:
@@ -95,6 +99,9 @@ class Cache:
             if self._bytes <= self.limit and self._until_scan > 0:
                 return
             self._until_scan = _SCAN_EVERY
+            for part in self.directory.glob("??/*.part"):
+                if part.exists() and time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
+                    part.unlink(missing_ok=True)
             files = sorted(_files(self.directory))
             self._bytes = self._arriving + sum(entry[1] for entry in files)
             for used, held, path in files:
