@@ -1,20 +1,16 @@
 """Reading a store: its spec, and the columns of any block as arrays that map the files."""
 
-import io
 import math
 import os
-import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from storage_specs import codecs
@@ -22,6 +18,7 @@ from storage_specs.cache import Cache
 from storage_specs.errors import StoreError
 from storage_specs.files import Root, mapped, sha256
 from storage_specs.layouts import LAYOUTS, Columns
+from storage_specs.manifest import Key, file_records, most_bytes, parse_manifest
 from storage_specs.noise import standard_normal
 from storage_specs.schema import Dataset, FileRecord, Kind, Spec, content_id, parse_dataset
 from storage_specs.webdataset import npy_header
@@ -32,31 +29,6 @@ MAX_METADATA_BYTES = 1 << 26
 OPEN_FILES = 64  # whose columns a Store keeps at hand
 THREADS = 8  # of verify and repair
 LEAST, MOST = 1e-8, 1e20  # of σ_f and the int8 scale: z / σ_f stays finite
-
-FILE_SCHEMA = pa.schema(
-    [
-        ("column", pa.string()),
-        ("draw", pa.int32()),
-        ("block", pa.int32()),
-        ("first_index", pa.int64()),
-        ("rows", pa.int32()),
-        ("path", pa.string()),
-        ("bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("label_counts", pa.map_(pa.int32(), pa.int64())),
-        ("squared_error", pa.float64()),
-        ("seconds", pa.float64()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Key:
-    """Which file: its column, block, and draw (-1 where the column has none)."""
-
-    column: str
-    block: int
-    draw: int = -1
 
 
 class Store:
@@ -92,65 +64,17 @@ class Store:
 
     @cached_property
     def manifest(self) -> pa.Table:
-        """manifest.parquet, one row a file: FILE_SCHEMA."""
+        """manifest.parquet, one row a file."""
         name = f"{self.url}/manifest.parquet"
-        wanted, spec = expected_files(self.spec), self.spec
-        most = (1 << 16) + wanted * (1024 + 16 * min(spec.num_classes, spec.block_rows))
-        data = self.root.read("manifest.parquet", most)
+        data = self.root.read("manifest.parquet", most_bytes(self.spec))
         if sha256(data) != self.dataset.manifest_sha256:
             raise StoreError(f"{name}: its sha256 is not the one in dataset.json; the file is damaged")
-        try:
-            parquet = pq.ParquetFile(io.BytesIO(data))
-            if parquet.metadata.num_rows != wanted:
-                raise StoreError(f"{name}: got {parquet.metadata.num_rows} files, expected the {wanted} of the spec")
-            groups = range(parquet.metadata.num_row_groups)
-            if sum(parquet.metadata.row_group(group).total_byte_size for group in groups) > most:
-                raise StoreError(f"{name}: got more than {most} bytes of values, too many for {wanted} files")
-            if not parquet.schema_arrow.equals(FILE_SCHEMA):
-                raise StoreError(f"{name}: its columns are not those of a manifest; the file is of another version")
-            table = parquet.read()
-            table.validate(full=True)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise StoreError(f"{name}: not a Parquet file: {error}") from error
-        if table.num_rows != wanted or table.nbytes > most:
-            raise StoreError(
-                f"{name}: got {table.nbytes} bytes of values in {table.num_rows} rows, expected {wanted} rows"
-            )
-        for field in ("label_counts", "seconds", *(("squared_error",) if spec.coupling else ())):
-            if table[field].null_count:
-                raise StoreError(f"{name}: got no {field} in some row, expected it in each")
-            numbers = None if field == "label_counts" else table[field].to_numpy()
-            if numbers is not None and not (np.isfinite(numbers) & (numbers >= 0)).all():
-                raise StoreError(f"{name}: got {field} that is negative or not finite")
-        return table
+        return parse_manifest(data, self.spec, name)
 
     @cached_property
     def files(self) -> dict[Key, FileRecord]:
         """The manifest: exactly the files that the spec calls for, in its order."""
-        name, spec = f"{self.url}/manifest.parquet", self.spec
-        fields = ("column", "draw", "block", "first_index", "rows", "path", "bytes")
-        found = zip(*(self.manifest[field].to_pylist() for field in fields), strict=True)
-        digests = self.manifest["sha256"].to_pylist()
-        sizes: dict[tuple[str, int], int] = {}
-        files: dict[Key, FileRecord] = {}
-        for number, (key, got, digest) in enumerate(zip(expected_keys(spec), found, digests, strict=True)):
-            rows = spec.rows_of(key.block)
-            if (key.column, rows) not in sizes:
-                sizes[key.column, rows] = self.layout.size(spec, key.column, rows)
-            path, size = self.layout.path(key.column, key.block, key.draw), sizes[key.column, rows]
-            expected = (key.column, key.draw, key.block, key.block * spec.block_rows, rows, path, size)
-            if got != expected:
-                field = next(field for field, a, b in zip(fields, got, expected, strict=True) if a != b)
-                raise StoreError(
-                    f"{name}: row {number} has {field} {str(got[fields.index(field)])[:100]!r}, expected "
-                    f"{expected[fields.index(field)]!r} of {path}; its files are not those of the spec, each once"
-                )
-            if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-                raise StoreError(f"{name}: the sha256 of {path} is none")
-            files[key] = FileRecord(
-                column=key.column, draw=key.draw, block=key.block, path=path, bytes=size, sha256=digest
-            )
-        return files
+        return file_records(self.manifest, self.spec, f"{self.url}/manifest.parquet")
 
     def by_block(self, field: str) -> list[Any]:
         """What the manifest says of each block: `label_counts`, `squared_error` or `seconds`."""
@@ -369,17 +293,3 @@ def check_labels(labels: NDArray[np.int64], num_classes: int, name: str) -> None
     bad = labels[(labels < 0) | (labels >= num_classes)]
     if len(bad):
         raise StoreError(f"{name}: got label {bad[0]}, expected 0 to {num_classes - 1}")
-
-
-def expected_files(spec: Spec) -> int:
-    """How many files a complete store has; known before anything of that size is made."""
-    return spec.blocks * (len(LAYOUTS[spec.layout].base_kinds) + len(spec.planes) * spec.draws)
-
-
-def expected_keys(spec: Spec) -> list[Key]:
-    """The files of a complete store, in manifest order."""
-    base = LAYOUTS[spec.layout].base_kinds
-    keys = [Key(kind, block) for kind in base for block in range(spec.blocks)]
-    for kind in spec.planes:
-        keys += [Key(kind, block, draw) for draw in range(spec.draws) for block in range(spec.blocks)]
-    return keys

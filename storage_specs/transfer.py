@@ -10,8 +10,9 @@ import numpy as np
 from storage_specs.card import tuples_card
 from storage_specs.errors import StoreError
 from storage_specs.files import Root, sha256
+from storage_specs.manifest import Key
 from storage_specs.schema import Dataset, LayoutName, canonical_json
-from storage_specs.store import MAX_METADATA_BYTES, THREADS, Key, Store
+from storage_specs.store import MAX_METADATA_BYTES, THREADS, Store
 from storage_specs.writer import SCALE_FILE, SPEC_FILE, StoreWriter, block_files, npy
 
 Progress = Callable[[int], None]  # told how many bytes or rows were just done

@@ -19,6 +19,7 @@ from storage_specs.card import card, croissant
 from storage_specs.errors import StoreError
 from storage_specs.files import Root, sha256
 from storage_specs.layouts import LAYOUTS, Columns
+from storage_specs.manifest import FILE_SCHEMA, Key, expected_keys
 from storage_specs.schema import (
     SCHEMA_VERSION,
     Commit,
@@ -31,17 +32,7 @@ from storage_specs.schema import (
     difference,
     parse,
 )
-from storage_specs.store import (
-    FILE_SCHEMA,
-    LEAST,
-    MAX_METADATA_BYTES,
-    MOST,
-    Key,
-    check_labels,
-    expected_keys,
-    parse_array,
-    z_rms_error,
-)
+from storage_specs.store import LEAST, MAX_METADATA_BYTES, MOST, check_labels, parse_array, z_rms_error
 
 SPEC_FILE = "commits/spec.json"
 SCALE_FILE = "z_scale.npy"

@@ -32,9 +32,10 @@ from storage_specs.batches import Batch
 from storage_specs.errors import StoreError
 from storage_specs.files import sha256
 from storage_specs.layouts import LAYOUTS
+from storage_specs.manifest import FILE_SCHEMA, expected_keys
 from storage_specs.region import Region
 from storage_specs.schema import LayoutName, Spec, canonical_json, content_id, parse
-from storage_specs.store import FILE_SCHEMA, Store, expected_keys
+from storage_specs.store import Store
 from storage_specs.stream import CouplingStream
 from storage_specs.webdataset import WebDatasetLayout, npy_header
 from storage_specs.writer import StoreWriter, npy

@@ -27,8 +27,9 @@ from storage_specs.cache import PART_BYTES, Cache
 from storage_specs.errors import StoreError
 from storage_specs.files import Root, configure, sha256
 from storage_specs.layouts import LAYOUTS
+from storage_specs.manifest import Key
 from storage_specs.schema import LayoutName
-from storage_specs.store import Key, Store
+from storage_specs.store import Store
 from storage_specs.stream import CouplingStream
 from storage_specs.transfer import copy
 from storage_specs.writer import StoreWriter

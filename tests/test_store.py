@@ -13,8 +13,9 @@ import pytest
 from storage_specs.errors import StoreError
 from storage_specs.files import Root, checked_relative, sha256
 from storage_specs.layouts import LAYOUTS
+from storage_specs.manifest import Key
 from storage_specs.schema import LayoutName, Spec
-from storage_specs.store import Key, Store
+from storage_specs.store import Store
 from storage_specs.stream import CouplingStream
 from storage_specs.writer import StoreWriter
 from tests.conftest import Run

@@ -9,8 +9,9 @@ import numpy as np
 
 from storage_specs.files import sha256
 from storage_specs.layouts import LAYOUTS
+from storage_specs.manifest import Key
 from storage_specs.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec, canonical_json
-from storage_specs.store import Key, Store
+from storage_specs.store import Store
 from storage_specs.writer import StoreWriter, block_files
 
 BLOCK_ROWS = 1024
