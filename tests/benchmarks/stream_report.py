@@ -28,7 +28,7 @@ def write(results: dict[str, Any]) -> None:
         "make bench-stream",
         "```",
         "",
-        f"One run on {machine['cores']} cores of {machine['cpu']}, Linux {machine['kernel']}; medians of "
+        f"On {machine['cores']} cores of {machine['cpu']}, Linux {machine['kernel']}; medians of "
         f"{machine['rounds']} × {machine['repeats']} measurements: the rows of a table take turns, each in a "
         "process of "
         "its own on one core, with everything in the page cache. "
@@ -41,6 +41,9 @@ def write(results: dict[str, Any]) -> None:
         "which is "
         "what a trainer brings to its GPU and converts there, and *float32*, which is what `CouplingStream` gives by "
         "default.",
+        "",
+        "Formats, scaling, object storage and training are parts that may be measured at different times (`--parts`); "
+        "every ratio is within one part.",
         "",
     ]
     for case in CASES:
