@@ -321,6 +321,16 @@ def bits_per_dim(nll_nats: float, levels: int = 256) -> float:
     return (nll_nats + 0.5 * math.log(2 * math.pi)) / math.log(2) + math.log2((levels - 1) / 2)
 
 
+def forward_flops(config: TarFlowConfig) -> int:
+    """Floating point operations of `TarFlow.forward` for one image, 2 a multiply-add: every linear layer, and QKᵀ and
+    AV dense (T² entries a head, as `torch.utils.flop_counter` has them; the causal half would do). Elementwise work
+    is not counted."""
+    tokens, width = config.tokens, config.width
+    layer = (4 + 2 * config.expansion) * width**2 + 2 * tokens * width  # qkv, proj and MLP; QKᵀ and AV
+    ends = (3 if config.nvp else 2) * config.token_dim * width  # proj_in and proj_out
+    return 2 * tokens * (sum(config.depths) * layer + len(config.depths) * ends)
+
+
 def published_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published `ml-tarflow` state dict in the form that `TarFlow.load_state_dict` takes: its causal-mask buffers
     are accepted and dropped, since attention here is causal without them."""

@@ -10,11 +10,11 @@ import click
 
 from pipeline.config import Config, ConfigError, load_config, preset_names
 from pipeline.store_cli import store
-from stages.section import StageError
+from stages.section import ResumableError, StageError
 from storage_specs.errors import StoreError
 
 USER_ERRORS = (ConfigError, StageError, StoreError, OSError)
-EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USER, EXIT_RESUMABLE, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
 def configured(command: Callable[..., None]) -> Callable[..., None]:
@@ -53,6 +53,10 @@ SHORTCUTS = {
     "draws": "encode.draws",
     "z_dtype": "encode.z_dtype",
     "noise": "encode.noise",
+    "precision": "encode.precision",
+    "max_bad": "encode.max_bad",
+    "workers": "encode.workers",
+    "cpus_per_worker": "encode.cpus_per_worker",
     "coupling": "student.coupling",
 }
 
@@ -113,16 +117,34 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
     help="Short for --set encode.z_dtype=…; nfm store info shows what it costs.",
 )
 @click.option("--noise", type=click.Choice(["stored", "derived"]), help="Short for --set encode.noise=…")
-@click.option("--draws", type=click.IntRange(min=1), help="Noise draws an image; short for --set encode.draws=…")
-def encode(config: Config, samples: str, teacher: str, out: str) -> None:
-    """Sample store + teacher → coupling store, on all GPUs of a Ray cluster (RAY_ADDRESS) or of this machine."""
-    from pipeline.encode_job import encode_couplings
+@click.option(
+    "--draws",
+    type=click.IntRange(min=1),
+    help="Noise draws an image; more than a store has are added to it. Short for --set encode.draws=…",
+)
+@click.option(
+    "--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="Of the teacher; --set encode.precision=…"
+)
+@click.option(
+    "--max-bad", type=click.IntRange(min=0), help="Go on past this many pairs whose z is not finite, to name them all."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="At most so many, also where the cluster has more room.")
+@click.option("--cpus-per-worker", type=click.IntRange(min=1), help="CPU cores of each worker.")
+@click.option("--json-progress", "as_json", is_flag=True, help="Progress and summary as JSON lines on stdout.")
+@click.option("--estimate", is_flag=True, help="Time a few batches on one worker, print what the job will cost, stop.")
+def encode(config: Config, samples: str, teacher: str, out: str, as_json: bool, estimate: bool) -> None:
+    """Sample store + teacher → coupling store, on all GPUs of a Ray cluster (RAY_ADDRESS) or of this machine.
 
-    dataset = encode_couplings(config.encode, samples, teacher, out, config.storage)
-    click.echo(
-        f"{out}: {dataset.spec.rows} images × {dataset.spec.draws} draws in {dataset.totals.files} files, "
-        f"{dataset.totals.bytes / 1e6:.1f} MB"
-    )
+    Exit code 75: told to end (SIGTERM), or the cluster is lost; the same command continues.
+    """
+    from pipeline import encode_job
+    from pipeline.encode_report import print_summary
+
+    if estimate:
+        click.echo(encode_job.estimate(config.encode, samples, teacher, out, config.storage))
+        return
+    summary = encode_job.encode_couplings(config.encode, samples, teacher, out, config.storage, as_json)
+    print_summary(summary, out, config.student.train.images, as_json)
 
 
 @nfm.command()
@@ -219,7 +241,8 @@ nfm.add_command(store)
 
 
 def main() -> None:
-    """Exit codes: 0 done; 2 something the user can mend, said in one line; 1 a run that failed; 130 interrupted."""
+    """Exit codes: 0 done; 2 something the user can mend, said in one line; 1 a run that failed; 75 (EX_TEMPFAIL) told
+    to end or out of machines, and 130 interrupted: the same command continues."""
     try:
         nfm.main(standalone_mode=False)
     except click.ClickException as error:
@@ -231,6 +254,9 @@ def main() -> None:
     except USER_ERRORS as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER)
+    except ResumableError as error:
+        click.echo(f"{error}; the same command continues", err=True)
+        sys.exit(EXIT_RESUMABLE)
     except FloatingPointError as error:
         click.echo(f"failed: {error}", err=True)
         sys.exit(EXIT_FAILED)

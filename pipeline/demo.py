@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from pipeline.config import Config
-from pipeline.encode_job import encode_couplings, ray_session
+from pipeline.encode_job import encode_couplings
+from pipeline.pool import ray_session
 from pipeline.report import sampler_names, student_names, write_report
 from stages.checkpoint import load_network, weights_sha256
 from stages.evaluate import evaluate, save_evaluation

@@ -1,78 +1,110 @@
-"""The encode job: the blocks of a sample store, spread over the workers of a Ray cluster.
+"""The encode job: the units of a coupling store, spread over the workers of a Ray cluster.
 
-A worker is an actor that holds the teacher, reads and writes its own blocks, and returns only how many images it did:
-no image crosses Ray's object store. The driver holds no state but what is in the output: kill it, and the same command
-encodes only the blocks that have no commit record.
+A worker is an actor that holds the teacher, reads and writes its own units, and returns only a few numbers: no image
+crosses Ray's object store. The driver holds no state but what is in the output: kill it, and the same command encodes
+only the units that have no commit record. Before it calls a store complete, all of it was read back.
 """
 
-import logging
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
+import click
+
+from models.tarflow import forward_flops
 from pipeline.config import StorageConfig
-from stages.encode import BlockEncoder, EncodeConfig, begin
-from stages.progress import Progress
-from stages.section import StageError
-from storage_specs.schema import Dataset
+from pipeline.encode_report import EncodeProgress, Summary, teacher_config
+from pipeline.pool import Pool, ray_session
+from stages.encode import EncodeConfig, Encoded, Speed, UnitEncoder, output_spec
+from stages.section import ResumableError
+from storage_specs.errors import StoreError
+from storage_specs.layouts import LAYOUTS
+from storage_specs.lease import Lease
+from storage_specs.manifest import expected_keys
 from storage_specs.store import Store
+from storage_specs.units import Unit, committed, missing
+from storage_specs.writer import StoreWriter
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
-os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster started here: encoding is what the machine is for
-import ray
-from ray.exceptions import RayError, RayTaskError
+GRACE_SECONDS = 20.0  # for what is in hand at a notice of preemption, of the 30 that a cluster gives at least
+CHECKS = 3  # of the whole store, before its storage is held to lose what is written
+BAD_LISTED = 20
+TRIAL_SECONDS = 5.0  # of the teacher on one worker, for an estimate
+CLUSTERS = (1, 8, 64)  # workers that an estimate speaks of
 
-IN_FLIGHT = 2  # blocks given to a worker at a time, so that it never waits for the driver
-RETRIES = 3  # of one block, each on a restarted worker, wherever Ray finds room for it
-LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; only commit rows pass through it
+
+class PreemptedError(ResumableError):
+    """This process was told to end (SIGTERM)."""
 
 
 class Worker:
-    """The actor: a BlockEncoder, made on the first block so that what is wrong with it reaches the driver as an
-    error.
-    """
+    """The actor. Its encoder is made in `ready`, so that what is wrong with it reaches the driver as an error."""
 
     def __init__(self, threads: int, storage: StorageConfig, **arguments: Any) -> None:
         import torch
 
         storage.apply()
         torch.set_num_threads(threads)
-        self.arguments = arguments
-        self.encoder: BlockEncoder | None = None
+        self.arguments = arguments | {"threads": threads}
+        self.encoder: UnitEncoder
 
-    def encode(self, block: int) -> int:
-        if self.encoder is None:
-            self.encoder = BlockEncoder(**self.arguments)
-        return self.encoder.encode(block).rows
+    def ready(self) -> None:
+        self.encoder = UnitEncoder(**self.arguments)
+
+    def encode(self, unit: Unit) -> Encoded:
+        return self.encoder.encode(unit)
+
+    def faults(self, unit: Unit) -> list[str]:
+        return self.encoder.faults(unit)
+
+    def speed(self, seconds: float) -> Speed:
+        return self.encoder.speed(seconds)
 
 
 def encode_couplings(
-    config: EncodeConfig, samples: str, teacher: str, out: str, storage: StorageConfig | None = None
-) -> Dataset:
-    """Encode `samples` (a sample store) with `teacher` into `out`, continuing what is there; returns the finished
-    store.
+    config: EncodeConfig,
+    samples: str,
+    teacher: str,
+    out: str,
+    storage: StorageConfig | None = None,
+    as_json: bool = False,
+) -> Summary:
+    """Encode `samples` (a sample store) with `teacher` into `out`, continuing what is there, or adding draws to it.
+
+    Raises StoreError where `out` holds another store or another driver works on it, FloatingPointError where z is not
+    finite, PreemptedError after SIGTERM, and ClusterLostError.
     """
-    source = Store(samples, kind="samples")
-    writer = begin(config, source, teacher, out)
-    spec = writer.spec
-    if writer.complete():
-        return Store(out).dataset
-    done = writer.committed()
-    todo = [block for block in range(spec.blocks) if block not in done]
-    arguments = {
-        "samples": _absolute(samples),
-        "teacher": _absolute(teacher),
-        "out": _absolute(out),
-        "spec": spec.model_dump(mode="json"),
-        "batch_size": config.batch_size,
-        "storage": storage or StorageConfig(),
-    }
-    if todo:
-        progress = Progress(f"encode {spec.layout}", spec.rows, "img", done=sum(spec.rows_of(b) for b in done))
-        with progress:
-            _run(config, todo, arguments, progress)
-    return writer.finalize()
+    spec, z_scale = output_spec(config, Store(samples, kind="samples"), teacher, out)
+    writer = StoreWriter(out, spec)
+    with _preemption() as notice, Lease(writer.root) as lease:
+        writer.begin(z_scale)
+        if writer.complete():
+            return Summary(Store(out).dataset, units_before=len(committed(writer.root)))
+        arguments = {
+            "samples": _absolute(samples),
+            "teacher": _absolute(teacher),
+            "out": _absolute(out),
+            "spec": spec.model_dump(mode="json"),
+            "storage": storage or StorageConfig(),
+        }
+        with ray_session(), _pool(config, arguments) as pool:
+            job = _Job(config, writer, lease, pool, notice, as_json)
+            return job.run()
+
+
+def _pool(config: EncodeConfig, arguments: dict[str, Any]) -> Pool:
+    import ray
+
+    actor = ray.remote(Worker)
+
+    def make(resources: dict[str, float]) -> Any:
+        options = actor.options(max_restarts=0, max_task_retries=0, max_concurrency=4, **resources)
+        return options.remote(threads=config.cpus_per_worker, **arguments)
+
+    return Pool(make, config.workers, config.cpus_per_worker)
 
 
 def _absolute(url: str) -> str:
@@ -80,70 +112,162 @@ def _absolute(url: str) -> str:
     return url if "://" in url else os.path.abspath(url)
 
 
-def _run(config: EncodeConfig, todo: list[int], arguments: dict[str, Any], progress: Progress) -> None:
-    with ray_session(), ExitStack() as cleanup:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        most = gpus or max(1, cpus // config.cpus_per_worker)
-        count = min(config.workers or most, most, len(todo))
-        resources = {"num_gpus": 1} if gpus else {"num_cpus": config.cpus_per_worker}
-        actor = ray.remote(Worker)
-        workers: list[Any] = [
-            actor.options(max_restarts=-1, max_task_retries=RETRIES, **resources).remote(
-                threads=config.cpus_per_worker, **arguments
-            )
-            for _ in range(count)
-        ]
-        for worker in workers:
-            cleanup.callback(ray.kill, worker)
-        _dispatch(workers, todo, progress)
+class _Notice:
+    """Of preemption: when SIGTERM came, if it did. While `patient`, the job sees to it itself."""
+
+    came: float | None = None
+    patient = False
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Ray while it is needed: the cluster that RAY_ADDRESS names, or one started here. Inside another session, that."""
-    if ray.is_initialized():
-        yield
+def _preemption() -> Iterator[_Notice]:
+    """SIGTERM raises PreemptedError, or is noted for the job to finish what is in hand."""
+    notice = _Notice()
+
+    def handle(_signal: int, _frame: Any) -> None:
+        notice.came = notice.came or time.monotonic()
+        if not notice.patient:
+            raise PreemptedError("told to end (SIGTERM)")
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield notice
         return
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
-        except (ValueError, ConnectionError) as error:
-            raise StageError(
-                f"got RAY_ADDRESS={os.environ['RAY_ADDRESS']}, where no Ray cluster answers: {error}"
-            ) from error
-    else:
-        ray.init(include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
+    before = signal.signal(signal.SIGTERM, handle)
     try:
-        yield
+        yield notice
     finally:
-        ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
 
 
-def _dispatch(workers: list[Any], todo: list[int], progress: Progress) -> None:
-    """Keep every worker busy until all blocks are committed."""
-    queue = list(reversed(todo))
-    running: dict[Any, tuple[Any, int]] = {}
+class _Job:
+    """One run over what is missing: encode, read back, and again what was found damaged."""
 
-    def give(worker: Any) -> None:
-        if queue:
-            block = queue.pop()
-            running[worker.encode.remote(block)] = worker, block
+    def __init__(
+        self, config: EncodeConfig, writer: StoreWriter, lease: Lease, pool: Pool, notice: _Notice, as_json: bool
+    ) -> None:
+        self.config, self.writer, self.lease, self.pool, self.notice = config, writer, lease, pool, notice
+        self.as_json, self.spec = as_json, writer.spec
+        self.bad: list[tuple[int, int]] = []
+        self.noted: list[str] = []
+        done = committed(writer.root)
+        self.todo = missing(self.spec, done)
+        self.progress = EncodeProgress(len(self.todo), self._images(self.todo), as_json)
+        self.summary = Summary(units_before=len(done))
+        self.left = set(lease.left)
 
-    for _ in range(IN_FLIGHT):
-        for worker in workers:
-            give(worker)
-    while running:
-        ready, _ = ray.wait(list(running), num_returns=1)
-        worker, block = running.pop(ready[0])
+    def _images(self, units: list[Unit]) -> int:
+        return sum(self.spec.rows_of(unit.block) for unit in units)
+
+    def run(self) -> Summary:
+        start = time.monotonic()
         try:
-            progress.advance(ray.get(ready[0]))
-        except RayTaskError as error:
-            raise error.cause from None  # the encoder's own error, not a dead worker
-        except RayError as error:
-            raise StageError(
-                f"workers died {RETRIES + 1} times on block {block} ({type(error).__name__}); does every node have nfm "
-                "installed? Where memory ran out, lower encode.batch_size"
-            ) from error
-        give(worker)
+            for _ in range(CHECKS):
+                self._encode()
+                if not self._damaged():
+                    break
+            else:
+                raise StoreError(
+                    f"{self.writer.root.url}: files were damaged after their commit {CHECKS} times over; the storage "
+                    "is not to be trusted"
+                )
+        finally:
+            self.progress.close()
+        self.summary.dataset = self.writer.finalize()
+        self.summary.seconds = time.monotonic() - start
+        self.summary.worker_deaths = self.pool.deaths
+        return self.summary
+
+    def _tick(self) -> bool:
+        """Whether to go on giving out work."""
+        self.lease.check()
+        in_hand = sorted(unit.name for unit in self.pool.in_hand)
+        if in_hand != self.noted and self.progress.phase == "encode":
+            self.noted = in_hand
+            self.lease.note(in_hand)
+        self.progress.show(self.pool.workers, self.pool.retries)
+        if self.notice.came is None:
+            return True
+        if time.monotonic() - self.notice.came > GRACE_SECONDS:
+            raise PreemptedError(f"told to end (SIGTERM); gave up {len(in_hand)} units in hand")
+        return False
+
+    def _over(self, method: str, units: list[Unit]) -> Iterator[tuple[Unit, Any]]:
+        """The pool's results, and PreemptedError at their end where it was told to end."""
+        self.notice.patient = True
+        yield from self.pool.run(method, units, self._tick)
+        self.notice.patient = False
+        if self.notice.came is not None:
+            raise PreemptedError("told to end (SIGTERM); what was in hand is finished")
+
+    def _encode(self) -> None:
+        self.progress.phase = "encode"
+        for unit, encoded in self._over("encode", self.todo):
+            self.bad += encoded.bad
+            if len(self.bad) > self.config.max_bad:
+                raise FloatingPointError(_bad(self.bad, "the job stops here (--max-bad lets it go on through others)"))
+            if not encoded.bad:
+                self.summary.add(encoded, lost=self.pool.attempts[unit] > 0, left=unit.name in self.left)
+                self.progress.advance(encoded.images)
+        self.progress.show(self.pool.workers, self.pool.retries, force=True)
+        if self.bad:
+            raise FloatingPointError(_bad(self.bad, "all others are encoded, and their shards are not complete"))
+
+    def _damaged(self) -> bool:
+        """Read everything back; whether something is to be encoded again."""
+        self.progress.phase = "check"
+        damaged = False
+        for unit, faults in self._over("faults", sorted(committed(self.writer.root))):
+            if faults:
+                click.echo(f"{faults[0]}; it is encoded again", err=True)
+                self.writer.revoke(unit)
+                damaged = True
+        self.todo = self.writer.missing() if damaged else []
+        self.summary.damaged += len(self.todo)
+        self.progress.again(len(self.todo), self._images(self.todo))
+        return damaged
+
+
+def _bad(bad: list[tuple[int, int]], then: str) -> str:
+    """The pairs that are not finite, named."""
+    named = ", ".join(f"image {image} draw {draw}" for image, draw in sorted(bad)[:BAD_LISTED])
+    more = f" and {len(bad) - BAD_LISTED} more" if len(bad) > BAD_LISTED else ""
+    return (
+        f"z of {len(bad)} pairs is not finite in the dtype of the store: {named}{more}; nothing of them was written, "
+        f"{then}. Expected a teacher that is finite on its data: another z_dtype, precision fp32, or other samples"
+    )
+
+
+def estimate(config: EncodeConfig, samples: str, teacher: str, out: str, storage: StorageConfig | None = None) -> str:
+    """What the job will cost, from a few batches on one worker: hours at 1, 8 and 64 of them, bytes and objects."""
+    spec, _ = output_spec(config, Store(samples, kind="samples"), teacher, out)
+    todo = StoreWriter(out, spec).missing()
+    arguments = {
+        "samples": _absolute(samples),
+        "teacher": _absolute(teacher),
+        "out": _absolute(out),
+        "spec": spec.model_dump(mode="json"),
+        "storage": storage or StorageConfig(),
+    }
+    with ray_session(), _pool(config.model_copy(update={"workers": 1}), arguments) as pool:
+        ((_, speed),) = pool.run("speed", [TRIAL_SECONDS], lambda: True)
+    draws = sum(spec.rows_of(unit.block) * len(unit.draws) for unit in todo)
+    flops, layout = forward_flops(teacher_config(spec)), LAYOUTS[spec.layout]
+    sizes: dict[str, int] = {}
+    for key in expected_keys(spec):
+        sizes[key.column] = sizes.get(key.column, 0) + layout.size(spec, key.column, spec.rows_of(key.block))
+    files, records = len(expected_keys(spec)), 2 * len(todo)
+    columns = ", ".join(f"{column} {size / 1e9:.3g}" for column, size in sizes.items())
+    rows = [f"{'workers':>10}{'hours':>12}{'worker hours':>16}"]
+    for workers in CLUSTERS:
+        hours = draws / speed.draws_per_second / 3600
+        rows.append(f"{workers:>10}{hours / min(workers, max(len(todo), 1)):>12.3g}{hours:>16.3g}")
+    return "\n".join(
+        [
+            f"{draws} draws to encode in {len(todo)} shards of {spec.blocks}, {draws * flops:.3g} FLOP; one worker on "
+            f"{speed.device} does {speed.draws_per_second:.4g} draws/s, {speed.draws_per_second * flops:.3g} FLOP/s in "
+            f"{config.precision}",
+            *rows,
+            f"the store will have {files} files of {sum(sizes.values()) / 1e9:.4g} GB ({columns}), and "
+            f"{records} small objects beside them",
+        ]
+    )

@@ -1,30 +1,43 @@
-"""encode: sample store + teacher → coupling store. This file encodes one block; pipeline/encode_job.py spreads the
-blocks over the machines of a Ray cluster."""
+"""encode: sample store + teacher → coupling store. This file encodes one unit; pipeline/encode_job.py spreads the units
+over the machines of a Ray cluster."""
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from threading import Lock
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 from tqdm import tqdm
 
-from models.tarflow import TarFlow
+from models.tarflow import TarFlow, TarFlowConfig
 from stages.checkpoint import load_network, weights_sha256
 from stages.section import Section, StageError
 from storage_specs.codecs import ZDtype, decode, encode, int8_scale
 from storage_specs.errors import StoreError
-from storage_specs.files import sha256
+from storage_specs.files import npy, sha256
 from storage_specs.noise import NOISE_LAW, standard_normal
 from storage_specs.pixels import to_float
-from storage_specs.schema import Commit, CouplingSpec, LayoutName, NoiseDtype, NoiseSpec, Spec, TeacherSpec
+from storage_specs.schema import CouplingSpec, LayoutName, NoiseDtype, NoiseSpec, Precision, Spec, TeacherSpec
 from storage_specs.store import Store
-from storage_specs.writer import StoreWriter, begun, npy
+from storage_specs.units import NonFiniteError, Unit
+from storage_specs.writer import StoreWriter, begun
 
 Positive = Annotated[int, Field(ge=1)]
 # Of z encoded again: float32 on another machine moves it by 1e-5 σ_f, which can turn the rounding of a codec over.
 REENCODE_TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2, "int8": 8e-2}
+PRECISION_TOLERANCE = {"fp32": 0.0, "tf32": 2e-2, "bf16": 0.2}  # what coarser products add to it
 CALIBRATION_ROWS = 256  # images whose z sets the scale of int8
+# Tokens that pass through the teacher at once. z must not depend on how a job was cut up, so this is no setting: it
+# fills a GPU, and keeps a CPU's activations in its cache.
+BATCH_TOKENS = {"cuda": 16_384, "cpu": 1024}
+WRITES_PENDING = 2  # draws that wait for the disk before the teacher waits for them
 
 
 class EncodeConfig(Section):
@@ -38,9 +51,29 @@ class EncodeConfig(Section):
     noise: Literal["stored", "derived"] = "stored"
     noise_dtype: NoiseDtype = "float16"
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
-    batch_size: Positive = 256
+    precision: Precision = "fp32"
+    max_bad: Annotated[int, Field(ge=0)] = 0  # pairs with a z that is not finite, before the job stops
     workers: Positive | None = None  # None: one for each GPU of the cluster, else one for each cpus_per_worker
     cpus_per_worker: Positive = 1
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a worker tells of a unit. `bad` are the (image, draw) pairs whose z is not finite; with any, nothing of the
+    unit is committed."""
+
+    images: int
+    draws: int  # forward passes of the teacher, one an image and draw; none where the unit was committed already
+    seconds: float
+    bad: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one worker does: teacher forwards a second, on which device."""
+
+    draws_per_second: float
+    device: str
 
 
 def load_teacher(url: str) -> tuple[TarFlow, dict[str, Any]]:
@@ -49,33 +82,38 @@ def load_teacher(url: str) -> tuple[TarFlow, dict[str, Any]]:
     return network, document
 
 
-def begin(config: EncodeConfig, samples: Store, teacher: str, out: str) -> StoreWriter:
-    """Claim `out` for the couplings of `samples` and the teacher at a URL, or continue there. Raises StageError where
-    teacher and samples do not fit each other, StoreError where `out` holds another store."""
+def batch_rows(config: TarFlowConfig, device: str) -> int:
+    """Images that pass through a teacher at once on a "cpu" or "cuda" device."""
+    return max(1, BATCH_TOKENS[device] // config.tokens)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def output_spec(
+    config: EncodeConfig, samples: Store, teacher: str, out: str
+) -> tuple[Spec, NDArray[np.float32] | None]:
+    """The spec of the couplings of `samples` and the teacher at a URL, and the scale of int8 z where it has one that is
+    not in `out` yet. Writes nothing. Raises StageError where teacher and samples do not fit each other."""
     network, document = load_teacher(teacher)
-    spec, scale = coupling_spec(config, samples, network, document, teacher), None
-    if config.z_dtype == "int8":
-        there = begun(out)
-        if there is not None and there.coupling is not None and there.coupling.z_scale_sha256:
-            digest = there.coupling.z_scale_sha256  # what was begun keeps its scale, whatever this machine rounds to
-        else:
-            assert spec.coupling is not None
-            scale = calibrate(samples, network, spec.coupling.eta, spec.coupling.noise)
-            digest = sha256(npy(scale))
-        spec = Spec.model_validate(_with_scale(spec, digest), strict=False)
-    writer = StoreWriter(out, spec)
-    writer.begin(scale)
-    return writer
-
-
-def _with_scale(spec: Spec, digest: str) -> dict[str, Any]:
-    document = spec.model_dump(mode="json")
-    document["coupling"] |= {"z_dtype": "int8", "z_scale_sha256": digest}
-    return document
+    spec = coupling_spec(config, samples, network, document, teacher)
+    if config.z_dtype != "int8":
+        return spec, None
+    there, scale = begun(out), None
+    if there is not None and there.coupling is not None and there.coupling.z_scale_sha256:
+        digest = there.coupling.z_scale_sha256  # what was begun keeps its scale, whatever this machine rounds to
+    else:
+        assert spec.coupling is not None
+        scale = calibrate(samples, network, spec.coupling.eta, spec.coupling.noise)
+        digest = sha256(npy(scale))
+    described = spec.model_dump(mode="json")
+    described["coupling"] |= {"z_dtype": "int8", "z_scale_sha256": digest}
+    return Spec.model_validate(described, strict=False), scale
 
 
 @torch.no_grad()
-def calibrate(samples: Store, teacher: TarFlow, eta: float, noise: NoiseSpec) -> np.ndarray[Any, np.dtype[np.float32]]:
+def calibrate(samples: Store, teacher: TarFlow, eta: float, noise: NoiseSpec) -> NDArray[np.float32]:
     """The int8 scale of each dimension of z, float32 (C, H, W), from the first images with their first draw."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     index = samples.spec.indices(0)[:CALIBRATION_ROWS]
@@ -99,6 +137,7 @@ def coupling_spec(config: EncodeConfig, samples: Store, teacher: TarFlow, docume
     coupling = CouplingSpec(
         draws=config.draws,
         eta=trained["eta"],
+        precision=config.precision,
         z_dtype="float16" if config.z_dtype == "int8" else config.z_dtype,
         z_scale_sha256=None,
         noise=NoiseSpec(law=NOISE_LAW, seed=config.seed, dtype=config.noise_dtype, stored=config.noise == "stored"),
@@ -116,43 +155,113 @@ def coupling_spec(config: EncodeConfig, samples: Store, teacher: TarFlow, docume
     return source.model_copy(update={"kind": "couplings", "layout": config.layout, "coupling": coupling})
 
 
-class BlockEncoder:
-    """Holds a teacher and encodes blocks, one call each, into a store that was begun with `spec`."""
+class UnitEncoder:
+    """Holds a teacher and encodes units into a store that was begun with `spec`.
 
-    def __init__(self, samples: str, teacher: str, out: str, spec: dict[str, Any], batch_size: int) -> None:
+    `encode` may be called from several threads at once, and should be from two: the teacher serves one unit at a time,
+    and meanwhile the next is read, its noise drawn, and the last is written.
+    """
+
+    def __init__(self, samples: str, teacher: str, out: str, spec: dict[str, Any], threads: int = 1) -> None:
         self.samples = Store(samples, kind="samples")
         self.writer = StoreWriter(out, Spec.model_validate(spec, strict=False))
-        self.batch_size = batch_size
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 throughout: bf16 moves z by more than fp16 storage does
-        torch.backends.cudnn.allow_tf32 = False
-        network, _ = load_teacher(teacher)
         coupling = self.writer.spec.coupling
-        assert coupling is not None and weights_sha256(network.state_dict()) == coupling.teacher.sha256
-        self.teacher, self.coupling = network.to(self.device), coupling
+        assert coupling is not None
+        self.coupling = coupling
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if coupling.precision == "tf32" and self.device.type == "cpu":
+            raise StageError("got encode.precision tf32, which only GPUs have, and a worker without one; use fp32")
+        torch.backends.cuda.matmul.allow_tf32 = coupling.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = coupling.precision == "tf32"
+        network, _ = load_teacher(teacher)
+        if weights_sha256(network.state_dict()) != coupling.teacher.sha256:
+            raise StageError(f"{teacher}: got another teacher on this node than on the driver's; give all of them one")
+        self.rows = min(batch_rows(network.config, self.device.type), self.writer.spec.block_rows)
+        self.teacher = network.to(self.device)
+        if self.device.type == "cuda":
+            self.teacher.compile()
+        self.turn = Lock()
+        self.ahead = ThreadPoolExecutor(threads, "nfm-noise")
+        self.behind = ThreadPoolExecutor(WRITES_PENDING, "nfm-write")
+
+    def encode(self, unit: Unit) -> Encoded:
+        """All draws of one unit: z = f(x + η·ε′, c), with ε′ rounded to its stored dtype before the teacher sees it."""
+        images = self.writer.spec.rows_of(unit.block)
+        if self.writer.root.exists(unit.commit_file):
+            return Encoded(images, 0, 0.0)
+        base = {name: self.samples.column(name, unit.block) for name in ("x", "label")}
+        x, y = to_float(base["x"]), torch.from_numpy(base["label"]).to(self.device)
+        writing = self.writer.unit(unit)
+        based = self.behind.submit(writing.base, base)
+        next_noise = self.ahead.submit(self._noise, unit.block, unit.first, x)
+        written: list[Future[list[tuple[int, int]]]] = []
+        with self.turn:
+            start = time.monotonic()
+            for draw in unit.draws:
+                noise, noisy = next_noise.result()
+                if draw + 1 < unit.stop:
+                    next_noise = self.ahead.submit(self._noise, unit.block, draw + 1, x)
+                z = self.forward(noisy, y)
+                if len(written) >= WRITES_PENDING:
+                    written[-WRITES_PENDING].result()
+                kept = noise if self.coupling.noise.stored else None
+                written.append(self.behind.submit(_write, writing.draw, draw, z, kept))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.monotonic() - start
+        based.result()
+        bad = tuple(pair for future in written for pair in future.result())
+        if not bad:
+            writing.commit(seconds, device_name(self.device))
+        return Encoded(images, images * len(unit.draws), seconds, bad)
+
+    def _noise(self, block: int, draw: int, x: Tensor) -> tuple[NDArray[Any], Tensor]:
+        """ε′ (rows, C, H, W) as it is stored, and x + η·ε′ in float32: on the CPU, so that they have the same bits
+        wherever the teacher is."""
+        spec, noise = self.writer.spec, self.coupling.noise
+        drawn = torch.from_numpy(standard_normal(noise.seed, spec.indices(block), draw, spec.shape))
+        stored = drawn.to(getattr(torch, noise.dtype))
+        noisy = x + self.coupling.eta * stored.float()
+        return stored.numpy(), noisy.pin_memory() if self.device.type == "cuda" else noisy
 
     @torch.no_grad()
-    def encode(self, block: int) -> Commit:
-        """All draws of one block: z = f(x + η·ε′, c), with ε′ rounded to its stored dtype before the teacher sees
-        it.
-        """
-        start = time.monotonic()
-        spec, coupling = self.writer.spec, self.coupling
-        index = spec.indices(block)
-        base = {"x": self.samples.column("x", block), "label": self.samples.column("label", block)}
-        x = to_float(base["x"])
-        y = torch.from_numpy(base["label"])
-        noise = np.empty((spec.draws, len(index), *spec.shape), dtype=coupling.noise.dtype)
-        z = np.empty((spec.draws, len(index), *spec.shape), dtype=np.float32)
-        for draw in range(spec.draws):
-            noise[draw] = standard_normal(coupling.noise.seed, index, draw, spec.shape)
-            noisy = x + coupling.eta * torch.from_numpy(noise[draw]).float()
-            for rows in torch.arange(len(index)).split(self.batch_size):
-                part = slice(int(rows[0]), int(rows[-1]) + 1)
-                encoded = self.teacher(noisy[part].to(self.device), y[part].to(self.device))
-                z[draw, part] = encoded.z.cpu().numpy()
-        kept = noise if coupling.noise.stored else None
-        return self.writer.write_block(block, base, z, kept, seconds=time.monotonic() - start)
+    def forward(self, noisy: Tensor, y: Tensor) -> Tensor:
+        """z (rows, C, H, W) float32 on the device. Every batch has one shape, the last padded, so that every row of a
+        block passes through the same kernels."""
+        bf16 = self.coupling.precision == "bf16"
+        z = []
+        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+            for part, labels in zip(noisy.split(self.rows), y.split(self.rows), strict=True):
+                empty = self.rows - len(part)
+                padded = F.pad(part.to(self.device, non_blocking=True), (0, 0, 0, 0, 0, 0, 0, empty))
+                z.append(self.teacher(padded, F.pad(labels, (0, empty))).z[: len(part)])
+        return torch.cat(z).float()
+
+    def faults(self, unit: Unit) -> list[str]:
+        """What is wrong with a committed unit, found by reading it back."""
+        return self.writer.faults(unit)
+
+    def speed(self, seconds: float) -> Speed:
+        """Times the teacher on images of the first block for about as long as this, after two passes to warm up."""
+        x = to_float(self.samples.column("x", 0)[: self.rows])
+        y = torch.from_numpy(self.samples.column("label", 0)[: self.rows]).to(self.device)
+        times: list[float] = []
+        for _ in range(2):
+            self.forward(x, y).cpu()
+        while sum(times) < seconds or len(times) < 3:
+            start = time.monotonic()
+            self.forward(x, y).cpu()
+            times.append(time.monotonic() - start)
+        return Speed(len(x) / float(np.median(times)), device_name(self.device))
+
+
+def _write(put: Any, draw: int, z: Tensor, noise: NDArray[Any] | None) -> list[tuple[int, int]]:
+    """Write one draw; the (image, draw) pairs that are not finite."""
+    try:
+        put(draw, z.cpu().numpy(), noise)
+    except NonFiniteError as error:
+        return [(image, draw) for image in error.images]
+    return []
 
 
 @torch.no_grad()
@@ -178,7 +287,7 @@ def reencode(store: Store, teacher: str, count: int, seed: int) -> float:
         stored = decode(store.column("z", block, draw)[row], coupling.z_dtype, store.z_scale)
         rounded = decode(encode(again, coupling.z_dtype, store.z_scale), coupling.z_dtype, store.z_scale)
         difference = float((np.abs(stored - rounded) / store.sigma_f).max())
-        allowed = REENCODE_TOLERANCE[coupling.z_dtype]
+        allowed = REENCODE_TOLERANCE[coupling.z_dtype] + PRECISION_TOLERANCE[coupling.precision]
         if not difference <= allowed:
             raise StoreError(
                 f"{store.url}: z of image {image}, draw {draw}, is {difference:.2e} σ_f away from what {teacher} "

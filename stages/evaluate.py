@@ -295,5 +295,5 @@ class Evaluation:
             "images": spec.rows,
             "draws": spec.draws,
             "shards": self.pairs.dataset.totals.files,
-            "seconds": sum(self.pairs.by_block("seconds")),
+            "seconds": self.pairs.cost.total if self.pairs.cost else 0.0,
         }

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
-from sklearn.datasets import load_digits
 
 from stages.progress import Progress
 from stages.section import Section, StageError
@@ -78,6 +77,8 @@ def digits(config: DataConfig) -> Images:
         raise StageError(
             f"got digits at {config.channels}×{config.image_size}×{config.image_size}; they are 1×8×8 images"
         )
+    from sklearn.datasets import load_digits  # takes seconds to import, and only this needs it
+
     bundle = load_digits()
     x = np.rint(bundle.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = bundle.target.astype(np.int64)
@@ -187,12 +188,13 @@ def _write(config: DataConfig, url: str, split: str, images: Images, quarantined
     writer.begin()
     if writer.complete():
         return
-    done = writer.committed()
-    with Progress(f"prepare {split}", spec.rows, "img", done=sum(spec.rows_of(b) for b in done)) as progress:
-        for block in sorted(set(range(spec.blocks)) - done):
-            rows = spec.indices(block)
+    todo = writer.missing()
+    done = spec.rows - sum(spec.rows_of(unit.block) for unit in todo)
+    with Progress(f"prepare {split}", spec.rows, "img", done=done) as progress:
+        for unit in todo:
+            rows = spec.indices(unit.block)
             x = np.stack(list(_decoded(images, rows.tolist())))
-            writer.write_block(block, {"x": x, "label": images.labels[rows]}, None, None, seconds=0.0)
+            writer.write_block(unit.block, {"x": x, "label": images.labels[rows]}, None, None)
             progress.advance(len(rows))
     writer.finalize()
 

@@ -9,5 +9,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class ResumableError(Exception):
+    """A run that was ended from outside, with nothing wrong: the same command continues it."""
+
+
 class StageError(ValueError):
     """A stage cannot run on what the user gave it. The message says what was got, what was expected and what to do."""

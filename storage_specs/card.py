@@ -93,7 +93,7 @@ def croissant(dataset: Dataset) -> dict[str, Any]:
     kinds = (*LAYOUTS[spec.layout].base_kinds, *spec.planes)
     types = {"string": "sc:Text", "int32": "sc:Integer", "int64": "sc:Integer", "double": "sc:Float"}
     columns = {"column": "string", "draw": "int32", "block": "int32", "first_index": "int64", "rows": "int32"}
-    columns |= {"path": "string", "bytes": "int64", "sha256": "string", "squared_error": "double", "seconds": "double"}
+    columns |= {"path": "string", "bytes": "int64", "sha256": "string", "squared_error": "double"}
     return {
         "@context": {
             "@language": "en",

@@ -19,6 +19,7 @@ MEANING: Final[dict[ZDtype, str]] = {
     "bfloat16": "upper 16 bits of float32 z: (value.astype('<u4') << 16).view('<f4')",
     "int8": "z / z_scale.npy, rounded: value * z_scale",
 }
+LARGEST: Final = 2.0**100  # of stored numbers, so that they stay finite when divided by σ_f
 INT8_RANGE: Final = 5.0  # beyond it, 6e-7 of a normal distribution is clipped
 
 
@@ -57,8 +58,7 @@ def decode(stored: NDArray[Any], dtype: ZDtype, scale: NDArray[np.float32] | Non
 
 
 def all_finite(stored: NDArray[Any]) -> bool:
-    """Whether every stored number is finite, and below 2¹⁰⁰, so that it stays so when divided by σ_f; told from the
-    exponent bits."""
+    """Whether every stored number is finite, and below LARGEST = 2¹⁰⁰; told from the exponent bits."""
     exponents = {
         "<f4": ("<u4", 0x7F800000, 227 << 23),
         "<f2": ("<u2", 0x7C00, 0x7C00),

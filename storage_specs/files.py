@@ -2,10 +2,12 @@
 
 import errno
 import hashlib
+import io
 import mmap
 import os
 import posixpath
 import random
+import re
 import stat
 import sys
 import time
@@ -27,6 +29,7 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 300.0  # how long a server may be away before a run gives up
 _LONGEST_PAUSE = 10.0
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 # Errors of the libraries under fsspec that are no OSError; a library that was not imported cannot have raised one.
 _TRANSIENT = (
@@ -200,6 +203,13 @@ class Root:
         finally:
             os.close(directory)
 
+    def sweep(self) -> None:
+        """Delete the temporary files of writers that were killed. Object stores show none."""
+        if self.local:
+            for path in Path(self.path).rglob("*.tmp"):
+                if _TEMPORARY.search(path.name):
+                    path.unlink(missing_ok=True)
+
     def delete(self, path: str) -> None:
         self._trying(path, lambda: self.fs.rm_file(self.full(path)))
 
@@ -224,6 +234,13 @@ def mapped(path: str | Path) -> NDArray[np.uint8]:
         if size == 0:  # which cannot be mapped
             return np.empty(0, dtype=np.uint8)
         return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), np.uint8)
+
+
+def npy(array: NDArray[Any]) -> bytes:
+    """An array as an npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def configure(options: dict[str, dict[str, Any]]) -> None:

@@ -1,10 +1,10 @@
 """manifest.parquet: one row a file, exactly the files that the spec calls for, in one order."""
 
 import io
+import math
 import re
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,7 +24,6 @@ FILE_SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("label_counts", pa.map_(pa.int32(), pa.int64())),
         ("squared_error", pa.float64()),
-        ("seconds", pa.float64()),
     ]
 )
 
@@ -61,12 +60,8 @@ def parse_manifest(data: bytes, spec: Spec, name: str) -> pa.Table:
         raise StoreError(f"{name}: not a Parquet file: {error}") from error
     if table.num_rows != wanted or table.nbytes > most:
         raise StoreError(f"{name}: got {table.nbytes} bytes of values in {table.num_rows} rows, expected {wanted} rows")
-    for field in ("label_counts", "seconds", *(("squared_error",) if spec.coupling else ())):
-        if table[field].null_count:
-            raise StoreError(f"{name}: got no {field} in some row, expected it in each")
-        numbers = None if field == "label_counts" else table[field].to_numpy()
-        if numbers is not None and not (np.isfinite(numbers) & (numbers >= 0)).all():
-            raise StoreError(f"{name}: got {field} that is negative or not finite")
+    if table["label_counts"].null_count:
+        raise StoreError(f"{name}: got no label_counts in some row, expected them in each")
     return table
 
 
@@ -75,10 +70,10 @@ def file_records(table: pa.Table, spec: Spec, name: str) -> dict[Key, FileRecord
     layout = LAYOUTS[spec.layout]
     fields = ("column", "draw", "block", "first_index", "rows", "path", "bytes")
     found = zip(*(table[field].to_pylist() for field in fields), strict=True)
-    digests = table["sha256"].to_pylist()
+    digests, errors = table["sha256"].to_pylist(), table["squared_error"].to_pylist()
     sizes: dict[tuple[str, int], int] = {}
     files: dict[Key, FileRecord] = {}
-    for number, (key, got, digest) in enumerate(zip(expected_keys(spec), found, digests, strict=True)):
+    for number, (key, got, digest, error) in enumerate(zip(expected_keys(spec), found, digests, errors, strict=True)):
         rows = spec.rows_of(key.block)
         if (key.column, rows) not in sizes:
             sizes[key.column, rows] = layout.size(spec, key.column, rows)
@@ -92,7 +87,17 @@ def file_records(table: pa.Table, spec: Spec, name: str) -> dict[Key, FileRecord
             )
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise StoreError(f"{name}: the sha256 of {path} is none")
-        files[key] = FileRecord(column=key.column, draw=key.draw, block=key.block, path=path, bytes=size, sha256=digest)
+        if (error is None) != (key.column != "z") or not 0 <= (error or 0) < math.inf:
+            raise StoreError(f"{name}: got squared_error {error} of {path}, expected a number of each file of z alone")
+        files[key] = FileRecord(
+            column=key.column,
+            draw=key.draw,
+            block=key.block,
+            path=path,
+            bytes=size,
+            sha256=digest,
+            squared_error=error,
+        )
     return files
 
 

@@ -3,7 +3,7 @@
 Law `philox-as241-v1`: 32-bit words w of Philox 4x64 with key (seed, 0) and counter (0, 0, draw, index), low word first,
 become u = (w + ½) / 2³² and then Φ⁻¹(u) by Wichura's algorithm AS 241 in float64, rounded to float32. Only + - * / and
 square root touch a value, each correctly rounded by IEEE 754, so the bits are the same on every machine, NumPy version
-and batch size; NumPy's own normal sampler promises that for none of them.
+and batch size; NumPy's own normal sampler promises that for none of them. The order of these operations is the law too.
 """
 
 from typing import Final
@@ -53,47 +53,82 @@ _TAIL_Q = (
     5.47593808499534494600e-4,
     1.05075007164441684324e-9,
 )
+_LOG = tuple(1 / (2 * k + 1) for k in range(12))  # artanh(s) / s, in s²
 _LN2 = 0.6931471805599453
+_SQRT_HALF = 0x3FE6A09E667F3BCD  # bits of the float64 0.7071067811865476
+_CHUNK = 1 << 16  # values at a time: scratch of 2 MiB stays in a cache, and the GIL is not asked for too often
 
 
-def _polynomial(coefficients: tuple[float, ...], r: NDArray[np.float64]) -> NDArray[np.float64]:
-    total = np.full_like(r, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        total = total * r + coefficient
-    return total
+def _polynomial(coefficients: tuple[float, ...], r: NDArray[np.float64], out: NDArray[np.float64]) -> None:
+    np.multiply(r, coefficients[-1], out=out)
+    for coefficient in coefficients[-2:0:-1]:
+        out += coefficient
+        out *= r
+    out += coefficients[0]
 
 
-def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Natural logarithm from exactly rounded operations alone; libm's differs between machines."""
-    mantissa, exponent = np.frexp(x)
-    small = mantissa < 0.7071067811865476
-    mantissa, exponent = np.where(small, 2 * mantissa, mantissa), exponent - small
-    s = (mantissa - 1) / (mantissa + 1)  # |s| <= 0.172
-    series = _polynomial(tuple(1 / (2 * k + 1) for k in range(12)), s * s)
-    result: NDArray[np.float64] = 2 * s * series + exponent * _LN2
-    return result
+def _log(x: NDArray[np.float64], out: NDArray[np.float64], s: NDArray[np.float64], t: NDArray[np.float64]) -> None:
+    """Natural logarithm from exactly rounded operations alone; libm's differs between machines. x, s and t are lost."""
+    bits, power, exponent = x.view(np.int64), s.view(np.int64), t.view(np.int64)
+    np.subtract(bits, _SQRT_HALF, out=exponent)
+    exponent >>= 52
+    np.left_shift(exponent, 52, out=power)
+    bits -= power  # what is left of x is its mantissa, in [√½, √2)
+    np.subtract(x, 1, out=s)
+    x += 1
+    s /= x  # |s| <= 0.172
+    np.multiply(s, s, out=x)
+    _polynomial(_LOG, x, out)
+    s *= 2
+    out *= s
+    np.multiply(exponent, _LN2, out=s)
+    out += s
 
 
-def inverse_normal_cdf(u: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Φ⁻¹(u) for u in [2⁻³³, 1 - 2⁻³³] (AS 241, PPND16; its far-tail branch is out of this range)."""
-    q = u - 0.5
-    r = 0.180625 - q * q
-    out = q * _polynomial(_CENTRE_P, r) / _polynomial(_CENTRE_Q, r)
-    tail = np.abs(q) > 0.425
+def _transform(words: NDArray[np.uint32], work: NDArray[np.float64]) -> None:
+    """`normal_from_words` of one chunk, with four rows of scratch."""
+    q, r, value, divisor = work[:, : len(words)]
+    np.copyto(q, words)
+    q -= 2.0**31 - 0.5
+    q *= 2.0**-32  # u - ½, exactly
+    np.multiply(q, q, out=r)
+    np.subtract(0.180625, r, out=r)
+    _polynomial(_CENTRE_P, r, value)
+    _polynomial(_CENTRE_Q, r, divisor)
+    value *= q
+    value /= divisor
+    out = words.view(np.float32)
+    out[:] = value
+    tail = np.flatnonzero(np.abs(q, out=r) > 0.425)
     q = q[tail]
-    r = np.sqrt(-_log(np.where(q < 0, u[tail], 1 - u[tail]))) - 1.6
-    out[tail] = np.copysign(_polynomial(_TAIL_P, r) / _polynomial(_TAIL_Q, r), q)
-    return out
+    p, r, value, divisor = work[:, : len(tail)]
+    np.subtract(0.5, np.abs(q, out=p), out=p)  # the smaller of u and 1 - u, exactly
+    _log(p, value, r, divisor)
+    np.sqrt(np.negative(value, out=value), out=r)
+    r -= 1.6
+    _polynomial(_TAIL_P, r, value)
+    _polynomial(_TAIL_Q, r, divisor)
+    value /= divisor
+    out[tail] = np.copysign(value, q, out=value)
+
+
+def normal_from_words(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Φ⁻¹((w + ½) / 2³²) of every word (AS 241, PPND16; its far-tail branch is out of their range), in their place."""
+    work = np.empty((4, min(_CHUNK, len(words))))
+    for start in range(0, len(words), _CHUNK):
+        _transform(words[start : start + _CHUNK], work)
+    return words.view(np.float32)
 
 
 def standard_normal(seed: int, index: NDArray[np.int64], draw: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """ε′ for images `index` (B,) and one draw: float32 (B, *shape)."""
     count = int(np.prod(shape))
     words = np.empty((len(index), -(-count // 2)), dtype="<u8")
+    key, counter = np.array([seed, 0], dtype=np.uint64), np.array([0, 0, draw, 0], dtype=np.uint64)
+    philox = np.random.Philox(key=key, counter=counter)
+    state = philox.state
     for row, image in zip(words, index.tolist(), strict=True):
-        philox = np.random.Philox(
-            key=np.array([seed, 0], dtype=np.uint64), counter=np.array([0, 0, draw, image], dtype=np.uint64)
-        )
+        state["state"]["counter"][3] = image
+        philox.state = state  # a tenth of the time of a new Philox
         row[:] = philox.random_raw(len(row))
-    u = (words.view("<u4")[:, :count] + 0.5) / 2.0**32
-    return inverse_normal_cdf(u).astype(np.float32).reshape(len(index), *shape)
+    return normal_from_words(words.view("<u4")[:, :count].ravel()).reshape(len(index), *shape)

@@ -21,6 +21,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["samples", "couplings"]
 LayoutName = Literal["webdataset", "zarr"]
 NoiseDtype = Literal["float32", "float16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 
 
@@ -54,6 +55,7 @@ class CouplingSpec(Model):
 
     draws: Annotated[int, Field(ge=1, le=1 << 16)]
     eta: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    precision: Precision  # of the teacher's matrix products (docs/encode.md)
     z_dtype: ZDtype
     z_scale_sha256: Sha256 | None  # of z_scale.npy, which int8 has
     noise: NoiseSpec
@@ -140,8 +142,14 @@ class Spec(Model):
         return canonical_json(self.model_dump(mode="json"))
 
     @property
-    def id(self) -> str:
-        return hashlib.sha256(self.canonical()).hexdigest()
+    def lineage(self) -> str:
+        """Identity of everything that fixes the bytes of a unit: the spec but for the number of draws, which may
+        grow.
+        """
+        document = self.model_dump(mode="json")
+        if self.coupling:
+            del document["coupling"]["draws"]
+        return hashlib.sha256(canonical_json(document)).hexdigest()
 
 
 def content_id(spec: Spec, file_sha256: list[str]) -> str:
@@ -150,7 +158,8 @@ def content_id(spec: Spec, file_sha256: list[str]) -> str:
 
 
 class FileRecord(Model):
-    """One file of the store: which column it holds, of which draw (-1: none) and block, and its exact bytes."""
+    """One file of the store: which column it holds, of which draw (-1: none) and block, and its exact bytes. Files of z
+    have their `squared_error`: Σ (z as stored - z as the teacher gave it)²."""
 
     column: str
     draw: int
@@ -158,19 +167,32 @@ class FileRecord(Model):
     path: str
     bytes: Annotated[int, Field(ge=0)]
     sha256: Sha256
+    squared_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 class Commit(Model):
-    """A block whose files are all durable; the unit of resume."""
+    """A block with draws `first` … `stop` - 1 whose files are all durable; the unit of resume. Beside its files of the
+    store it lists "sum_z2": float64 (draws, C, H, W), Σ z² over the rows of the block."""
 
-    spec: Sha256
+    lineage: Sha256
     block: int
+    first: int
+    stop: int
     rows: int
     files: list[FileRecord]
     label_counts: dict[str, int]
-    sum_z2: FileRecord | None  # float64 (C, H, W): Σ z² over the rows and draws of the block
-    squared_error: float | None  # Σ (z as stored - z as the teacher gave it)² over the block
-    seconds: float
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # that a worker spent in the teacher
+    device: str
+
+
+class Cost(Model):
+    """`cost.json`: what the couplings took to make, by name of the device. Told, not proved: no hash covers it."""
+
+    seconds: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
 
 
 class Totals(Model):
@@ -203,6 +225,11 @@ def canonical_json(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
+def sealed_json(value: dict[str, Any]) -> bytes:
+    """A document with the sha256 of itself, for files that no other file vouches for."""
+    return canonical_json(value | {"sha256": hashlib.sha256(canonical_json(value)).hexdigest()})
+
+
 T = TypeVar("T", bound=Model)
 
 
@@ -214,6 +241,19 @@ def parse(model: type[T], data: bytes, name: str) -> T:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "document"
         raise StoreError(f"{name}: {where}: {first['msg']}; the file is damaged or of another version") from error
+
+
+def open_sealed(model: type[T], data: bytes, name: str) -> T:
+    """What `sealed_json` wrote, or a StoreError that names the file."""
+    try:
+        value = json.loads(data)
+        digest = value.pop("sha256")
+        whole = digest == hashlib.sha256(canonical_json(value)).hexdigest()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise StoreError(f"{name}: it is not what was written there; the file is damaged")
+    return parse(model, canonical_json(value), name)
 
 
 def parse_dataset(data: bytes, name: str) -> Dataset:

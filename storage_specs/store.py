@@ -1,6 +1,5 @@
 """Reading a store: its spec, and the columns of any block as arrays that map the files."""
 
-import math
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
@@ -20,7 +19,8 @@ from storage_specs.files import Root, mapped, sha256
 from storage_specs.layouts import LAYOUTS, Columns
 from storage_specs.manifest import Key, file_records, most_bytes, parse_manifest
 from storage_specs.noise import standard_normal
-from storage_specs.schema import Dataset, FileRecord, Kind, Spec, content_id, parse_dataset
+from storage_specs.schema import Cost, Dataset, FileRecord, Kind, Spec, content_id, parse, parse_dataset
+from storage_specs.units import check_labels, z_rms_error
 from storage_specs.webdataset import npy_header
 
 T = TypeVar("T")
@@ -76,13 +76,17 @@ class Store:
         """The manifest: exactly the files that the spec calls for, in its order."""
         return file_records(self.manifest, self.spec, f"{self.url}/manifest.parquet")
 
-    def by_block(self, field: str) -> list[Any]:
-        """What the manifest says of each block: `label_counts`, `squared_error` or `seconds`."""
-        return list(self.manifest[field][: self.spec.blocks].to_pylist())  # the files of x come first
-
     @cached_property
     def _label_counts(self) -> list[list[tuple[int, int]]]:
-        return self.by_block("label_counts")
+        """By block."""
+        return list(self.manifest["label_counts"][: self.spec.blocks].to_pylist())  # the files of x come first
+
+    @cached_property
+    def cost(self) -> Cost | None:
+        """What the couplings took to make, where the store says it."""
+        if not self.root.exists("cost.json"):
+            return None
+        return parse(Cost, self.root.read("cost.json", MAX_METADATA_BYTES), f"{self.url}/cost.json")
 
     def array(self, name: str, digest: str | None) -> NDArray[np.float32]:
         """A float32 (C, H, W) file beside dataset.json, positive and finite everywhere."""
@@ -249,7 +253,7 @@ class Store:
                 _ = self.sigma_f, self.z_scale
         except StoreError as error:
             faults.append(str(error))
-        if totals.z_rms_error != z_rms_error(self.spec, self.by_block("squared_error")):
+        if totals.z_rms_error != z_rms_error(self.spec, self.files.values()):
             faults.append(f"{self.url}/dataset.json: its z_rms_error is not that of the manifest")
         for path, expected in self.layout.metadata(self.spec).items():
             try:
@@ -274,22 +278,9 @@ def parse_array(data: bytes, spec: Spec, name: str) -> NDArray[np.float32]:
     return values
 
 
-def z_rms_error(spec: Spec, squared_errors: list[float | None]) -> float | None:
-    """Root mean square of z as stored less z as the teacher gave it, from the sums of the blocks."""
-    if spec.coupling is None:
-        return None
-    return math.sqrt(math.fsum(error or 0.0 for error in squared_errors) / (spec.rows * spec.draws * spec.dim))
-
-
 def gather(out: NDArray[Any], rows: NDArray[np.int64], block_rows: int, column: Any) -> None:
     """out[i] = the row `rows[i]` of the store, reading each block once."""
     blocks = rows // block_rows
     for block in np.unique(blocks).tolist():
         here = np.flatnonzero(blocks == block)
         out[here] = column(block)[rows[here] - block * block_rows]
-
-
-def check_labels(labels: NDArray[np.int64], num_classes: int, name: str) -> None:
-    bad = labels[(labels < 0) | (labels >= num_classes)]
-    if len(bad):
-        raise StoreError(f"{name}: got label {bad[0]}, expected 0 to {num_classes - 1}")

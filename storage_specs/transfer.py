@@ -9,11 +9,12 @@ import numpy as np
 
 from storage_specs.card import tuples_card
 from storage_specs.errors import StoreError
-from storage_specs.files import Root, sha256
+from storage_specs.files import Root, npy, sha256
 from storage_specs.manifest import Key
 from storage_specs.schema import Dataset, LayoutName, canonical_json
 from storage_specs.store import MAX_METADATA_BYTES, THREADS, Store
-from storage_specs.writer import SCALE_FILE, SPEC_FILE, StoreWriter, block_files, npy
+from storage_specs.units import committed
+from storage_specs.writer import SCALE_FILE, SPEC_FILE, StoreWriter
 
 Progress = Callable[[int], None]  # told how many bytes or rows were just done
 MAX_DOCUMENT_BYTES = 1 << 30
@@ -31,17 +32,19 @@ def convert(store: Store, out: str, layout: LayoutName, progress: Progress, opti
     writer.begin(store.z_scale if spec.coupling else None)
     if writer.complete():
         return Store(out, options=options).dataset
-    seconds, errors = store.by_block("seconds"), store.by_block("squared_error")
-    done = writer.committed()
-    for block in range(spec.blocks):
-        if block not in done:
-            base = {name: store.column(name, block) for name in ("x", "label")}
-            planes = {
-                name: np.stack([store.column(name, block, draw) for draw in range(spec.draws)]) for name in spec.planes
-            }
-            writer.write_stored(block, base, planes.get("z"), planes.get("noise"), errors[block], seconds[block])
-        progress(spec.rows_of(block))
-    return writer.finalize()
+    todo = writer.missing()
+    progress(spec.rows - sum(spec.rows_of(unit.block) for unit in todo))
+    for unit in todo:
+        writing = writer.unit(unit)
+        writing.base({name: store.column(name, unit.block) for name in ("x", "label")})
+        for draw in unit.draws:
+            planes = {name: store.column(name, unit.block, draw) for name in spec.planes}
+            error = store.files[Key("z", unit.block, draw)].squared_error
+            assert error is not None
+            writing.stored(draw, np.ascontiguousarray(planes["z"]), planes.get("noise"), error)
+        writing.commit()
+        progress(spec.rows_of(unit.block))
+    return writer.finalize(store.cost)
 
 
 def export_tuples(store: Store, out: str, progress: Progress, options: dict[str, Any] | None) -> int:
@@ -120,9 +123,7 @@ def copy(store: Store, out: str, progress: Progress, options: dict[str, Any] | N
                 f"{out}/{store.files[still[0]].path}: got other bytes than were written; the storage is not to be "
                 "trusted"
             )
-        known = set(store.root.names("commits"))
-        records = [SPEC_FILE, *(name for block in range(store.spec.blocks) for name in block_files(block))]
-        commits = [name for name in records if name.rpartition("/")[2] in known]
+        commits = _commit_files(store)
         list(
             pool.map(put_document, [*store.layout.metadata(store.spec), "manifest.parquet", *_extras(store), *commits])
         )
@@ -142,12 +143,23 @@ def _bad_copies(store: Store, target: Root, keys: list[Key], progress: Progress,
     return [key for key, good in zip(keys, pool.map(sound, keys), strict=True) if not good]
 
 
+def _commit_files(store: Store) -> list[str]:
+    """What the writer keeps beside the store; a copy of a copy may have none."""
+    if not store.root.exists(SPEC_FILE):
+        return []
+    done = [unit for unit in sorted(committed(store.root)) if unit.block < store.spec.blocks]
+    sums = [unit.sum_z2_file for unit in done if unit.draws]
+    return [SPEC_FILE, *sums, *(unit.commit_file for unit in done)]
+
+
 def _extras(store: Store) -> list[str]:
     names = ["README.md", "croissant.json"]
     if store.spec.coupling:
         names.append("sigma_f.npy")
         if store.spec.coupling.z_scale_sha256:
             names.append(SCALE_FILE)
+        if store.cost:
+            names.append("cost.json")
     return names
 
 
@@ -178,16 +190,14 @@ def repair(store: Store, progress: Progress) -> tuple[list[str], list[int]]:
         found = [(None, str(error))]
     blocks = sorted({key.block for key, _ in found if key is not None})
     if found:
-        records = set(store.root.names("commits"))
-        lost = SPEC_FILE.rpartition("/")[2] not in records
+        lost = not store.root.exists(SPEC_FILE)
         if lost or any(SCALE_FILE in fault for _, fault in found):
             what = (
                 "has no commit records to repair it by" if lost else f"needs {SCALE_FILE}, which no record gives back"
             )
             raise StoreError(f"{found[0][1]}. {store.url} {what}; copy it again from its source")
-        for block in blocks:
-            for name in block_files(block):
-                if name.rpartition("/")[2] in records:
-                    store.root.delete(name)
+        for unit in committed(store.root):
+            if any(unit.holds(key) for key, _ in found if key is not None):
+                store.root.delete(unit.commit_file)
         store.root.delete("dataset.json")  # last: without it, and with all records, the store could be called complete
     return [fault for _, fault in found], blocks

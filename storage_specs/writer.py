@@ -1,11 +1,12 @@
-"""Writing a store block by block, so that any crash leaves a state from which the same command goes on.
+"""Writing a store unit by unit, so that any crash leaves a state from which the same command goes on.
 
-Order of events: spec.json, then for each block its files and then its commit record, at last manifest, σ_f, card and
+Order of events: spec.json, then for each unit its files and then its commit record, at last manifest, σ_f, card and
 dataset.json. Nothing is trusted without the record that comes after it.
 """
 
 import io
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -14,15 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage_specs import codecs
+from storage_specs import units
 from storage_specs.card import card, croissant
 from storage_specs.errors import StoreError
-from storage_specs.files import Root, sha256
+from storage_specs.files import Root, npy, sha256
 from storage_specs.layouts import LAYOUTS, Columns
 from storage_specs.manifest import FILE_SCHEMA, Key, expected_keys
 from storage_specs.schema import (
     SCHEMA_VERSION,
     Commit,
+    Cost,
     Dataset,
     FileRecord,
     Spec,
@@ -31,20 +33,13 @@ from storage_specs.schema import (
     content_id,
     difference,
     parse,
+    parse_dataset,
 )
-from storage_specs.store import LEAST, MAX_METADATA_BYTES, MOST, check_labels, parse_array, z_rms_error
+from storage_specs.store import LEAST, MAX_METADATA_BYTES, MOST, THREADS, parse_array
+from storage_specs.units import Unit, UnitWriter, z_rms_error
 
 SPEC_FILE = "commits/spec.json"
 SCALE_FILE = "z_scale.npy"
-
-
-def _commit_name(block: int) -> str:
-    return f"commits/{block:06d}.json"
-
-
-def block_files(block: int) -> tuple[str, str]:
-    """What the writer keeps of a block beside its files: the commit record, and Σ z²."""
-    return _commit_name(block), f"commits/{block:06d}.sum_z2.npy"
 
 
 def begun(url: str, options: dict[str, Any] | None = None) -> Spec | None:
@@ -56,7 +51,7 @@ def begun(url: str, options: dict[str, Any] | None = None) -> Spec | None:
 
 
 class StoreWriter:
-    """The one way to write a store. Any number of writers may commit different blocks of it at the same time."""
+    """The one way to write a store. Any number of writers may commit different units of it at the same time."""
 
     def __init__(self, url: str, spec: Spec, options: dict[str, Any] | None = None) -> None:
         self.root, self.options = Root(url, options), options
@@ -64,18 +59,23 @@ class StoreWriter:
         self.layout = LAYOUTS[spec.layout]
 
     def begin(self, z_scale: NDArray[np.float32] | None = None) -> None:
-        """Claim the URL for this spec. Raises StoreError if it holds a store of another spec, naming what differs.
+        """Claim the URL for this spec, or continue there, or add draws to what is there. Raises StoreError if it holds
+        a store of another spec, naming what differs.
 
         `z_scale`, float32 (C, H, W), is the scale whose sha256 the spec of an int8 store gives.
         """
         there = begun(self.root.url, self.options)
         if there is not None:
-            if there != self.spec:
+            grows = there.lineage == self.spec.lineage and there.draws < self.spec.draws
+            if there != self.spec and not grows:
                 fields = difference(self.spec.model_dump(mode="json"), there.model_dump(mode="json"))
+                added = " (draws can be added, not taken away)" if there.lineage == self.spec.lineage else ""
                 raise StoreError(
-                    f"{self.root.url}: holds another store: {'; '.join(fields)}. Write to another URL, or delete "
-                    "it first"
+                    f"{self.root.url}: holds another store: {'; '.join(fields)}{added}. Write to another URL, or "
+                    "delete it first"
                 )
+            if grows:
+                self.root.write(SPEC_FILE, self.spec.canonical())
         elif self.root.exists("dataset.json"):
             raise StoreError(f"{self.root.url}: holds a dataset.json that no writer of ours left; write to another URL")
         else:
@@ -94,180 +94,126 @@ class StoreWriter:
         return parse_array(data, self.spec, name)
 
     def complete(self) -> bool:
-        return self.root.exists("dataset.json")
+        """Whether dataset.json is there and of this spec, and not of one with fewer draws."""
+        return self._published() == self.spec
 
-    def committed(self) -> set[int]:
-        """Blocks that need no more work."""
-        stems = [name.removesuffix(".json") for name in self.root.names("commits") if name.endswith(".json")]
-        return {int(stem) for stem in stems if stem.isdigit()}
+    def _published(self) -> Spec | None:
+        if not self.root.exists("dataset.json"):
+            return None
+        data = self.root.read("dataset.json", MAX_METADATA_BYTES)
+        return parse_dataset(data, f"{self.root.url}/dataset.json").spec
+
+    def missing(self) -> list[Unit]:
+        """The units that need work yet. What it costs grows with them, but for one listing of the commit records."""
+        return units.missing(self.spec, units.committed(self.root))
+
+    def unit(self, unit: Unit) -> UnitWriter:
+        return UnitWriter(self.root, self.spec, unit, self.z_scale)
 
     def write_block(
-        self,
-        block: int,
-        base: Columns,
-        z: NDArray[np.float32] | None,
-        noise: NDArray[Any] | None,
-        seconds: float,
+        self, block: int, base: Columns, z: NDArray[np.float32] | None, noise: NDArray[Any] | None
     ) -> Commit:
-        """Write the files of a block and then its commit record. `base` has x (rows, C, H, W) and label (rows,);
-        z (K, rows, C, H, W) is the teacher's, float32, and noise, of the same shape, what it saw, in the dtype of the
-        spec. A sample store has neither, and a store that derives its noise takes none."""
-        stored, error = None, None
+        """One block with all its draws from values at hand: x (rows, C, H, W) and label (rows,) in `base`, z and noise
+        (K, rows, C, H, W). A sample store has neither z nor noise, and a store that derives its noise takes none."""
+        writing = self.unit(Unit(block, 0, self.spec.draws))
+        writing.base(base)
         if z is not None:
-            coupling = self.spec.coupling
-            assert coupling is not None and z.dtype == np.float32
-            stored = codecs.encode(z, coupling.z_dtype, self.z_scale)
-            if not (np.isfinite(z).all() and codecs.all_finite(stored)):
-                bad = np.argwhere(~np.isfinite(codecs.decode(stored, coupling.z_dtype, self.z_scale) + z))[0]
-                raise FloatingPointError(
-                    f"block {block}: z of image {self.spec.indices(block)[bad[1]]}, draw {bad[0]}, is not finite as "
-                    f"{coupling.z_dtype}; nothing of the block was written"
-                )
-            decoded = codecs.decode(stored, coupling.z_dtype, self.z_scale)
-            error = float(np.square(decoded.astype(np.float64) - z).sum())
-        return self.write_stored(block, base, stored, noise, error, seconds)
+            for draw, values in enumerate(z):
+                writing.draw(draw, values, None if noise is None else noise[draw])
+        return writing.commit()
 
-    def write_stored(
-        self,
-        block: int,
-        base: Columns,
-        z: NDArray[Any] | None,
-        noise: NDArray[Any] | None,
-        squared_error: float | None,
-        seconds: float,
-    ) -> Commit:
-        """`write_block` for z as it is stored, of which `squared_error` is known."""
-        spec = self.spec
-        check_labels(base["label"], spec.num_classes, f"{self.root.url} block {block}")
-        planes = {name: plane for name, plane in (("z", z), ("noise", noise)) if plane is not None}
-        assert tuple(planes) == spec.planes
-        for name, plane in planes.items():
-            assert plane.shape == (spec.draws, spec.rows_of(block), *spec.shape)
-            assert plane.dtype == spec.dtype(name) and codecs.all_finite(plane)
-        files = [self._put(Key(kind, block), base) for kind in self.layout.base_kinds]
-        for name, plane in planes.items():
-            files += [self._put(Key(name, block, draw), {name: values}) for draw, values in enumerate(plane)]
-        counts = Counter(base["label"].tolist())
-        commit = Commit(
-            spec=spec.id,
-            block=block,
-            rows=spec.rows_of(block),
-            files=files,
-            label_counts={str(label): counts[label] for label in sorted(counts)},
-            sum_z2=None if z is None else self._put_sum_z2(block, z),
-            squared_error=squared_error,
-            seconds=seconds,
-        )
-        self.root.write(_commit_name(block), canonical_json(commit.model_dump(mode="json")))
-        return commit
+    def faults(self, unit: Unit) -> list[str]:
+        """What is wrong with a committed unit, found by reading back all of its files."""
+        return units.faults(self.root, self.spec, unit)
 
-    def _put(self, key: Key, columns: Columns) -> FileRecord:
-        data = self.layout.encode(self.spec, key.column, key.block, columns)
-        path = self.layout.path(key.column, key.block, key.draw)
-        assert len(data) == self.layout.size(self.spec, key.column, self.spec.rows_of(key.block))
-        self.root.write(path, data)
-        return FileRecord(
-            column=key.column, draw=key.draw, block=key.block, path=path, bytes=len(data), sha256=sha256(data)
-        )
+    def revoke(self, unit: Unit) -> None:
+        """Take back the commit record of a unit: it is missing again."""
+        self.root.delete(unit.commit_file)
 
-    def _put_sum_z2(self, block: int, z: NDArray[Any]) -> FileRecord:
-        """Σ z² of the *stored* values in float64, so that σ_f needs no second pass and anyone can check it."""
-        assert self.spec.coupling is not None
-        decoded = codecs.decode(z, self.spec.coupling.z_dtype, self.z_scale)
-        data = npy(np.square(decoded.astype(np.float64)).sum(axis=(0, 1)))
-        path = block_files(block)[1]
-        self.root.write(path, data)
-        return FileRecord(column="sum_z2", draw=-1, block=block, path=path, bytes=len(data), sha256=sha256(data))
-
-    def read_commit(self, block: int) -> Commit:
-        name = _commit_name(block)
-        commit = parse(Commit, self.root.read(name, MAX_METADATA_BYTES), f"{self.root.url}/{name}")
-        if commit.spec != self.spec.id or commit.block != block:
-            raise StoreError(
-                f"{self.root.url}/{name}: it was written for another store; delete {self.root.url} and encode again"
-            )
-        return commit
-
-    def finalize(self) -> Dataset:
-        """Add up the commits in block order and write what makes the store complete; dataset.json comes last."""
-        missing = set(range(self.spec.blocks)) - self.committed()
-        assert not missing, f"finalize before blocks {sorted(missing)} were committed"
-        commits = [self.read_commit(block) for block in range(self.spec.blocks)]
-        records = {
-            Key(file.column, file.block, file.draw): (file, commit) for commit in commits for file in commit.files
-        }
+    def finalize(self, cost: Cost | None = None) -> Dataset:
+        """Add up the commits in the order of blocks and draws and write what makes the store complete; dataset.json
+        comes last. `cost` is that of the store that this one is a copy of, and else the sum of its units'."""
+        found = sorted(units.committed(self.root))
+        assert not units.missing(self.spec, found), "finalize before every unit was committed"
+        with ThreadPoolExecutor(THREADS, "nfm-finalize") as pool:
+            commits = list(pool.map(lambda unit: units.read_commit(self.root, self.spec, unit), found))
+            sigma_f = self._sigma_f(commits, pool) if self.spec.coupling else None
+        if self._published() not in (None, self.spec):
+            self.root.delete("dataset.json")  # of fewer draws: the files beside it change now
+        counts: dict[int, dict[str, int]] = {commit.block: commit.label_counts for commit in commits}
+        records = {Key(file.column, file.block, file.draw): file for commit in commits for file in commit.files}
         ordered = [records[key] for key in expected_keys(self.spec)]
+        self.root.sweep()
         for path, data in self.layout.metadata(self.spec).items():
             self.root.write(path, data)
-        sigma_f_sha256 = self._write_sigma_f(commits) if self.spec.coupling else None
-        manifest = self._manifest(ordered)
+        if sigma_f is not None:
+            self.root.write("sigma_f.npy", sigma_f)
+            self._write_cost(cost, commits)
+        manifest = self._manifest(ordered, counts)
         self.root.write("manifest.parquet", manifest)
-        counts: Counter[int] = Counter()
-        for commit in commits:
-            counts.update({int(label): count for label, count in commit.label_counts.items()})
+        totals: Counter[int] = Counter()
+        for labels in counts.values():
+            totals.update({int(label): count for label, count in labels.items()})
         dataset = Dataset(
             schema_version=SCHEMA_VERSION,
-            id=content_id(self.spec, [file.sha256 for file, _ in ordered]),
+            id=content_id(self.spec, [file.sha256 for file in ordered]),
             spec=self.spec,
             totals=Totals(
                 files=len(ordered),
-                bytes=sum(file.bytes for file, _ in ordered),
-                label_counts={str(label): counts[label] for label in sorted(counts)},
-                z_rms_error=z_rms_error(self.spec, [commit.squared_error for commit in commits]),
+                bytes=sum(file.bytes for file in ordered),
+                label_counts={str(label): totals[label] for label in sorted(totals)},
+                z_rms_error=z_rms_error(self.spec, ordered),
             ),
             records=self.layout.describe(self.spec),
             manifest_sha256=sha256(manifest),
-            sigma_f_sha256=sigma_f_sha256,
+            sigma_f_sha256=None if sigma_f is None else sha256(sigma_f),
         )
         self.root.write("README.md", card(dataset).encode())
         self.root.write("croissant.json", canonical_json(croissant(dataset)))
         self.root.write("dataset.json", canonical_json(dataset.model_dump(mode="json")))
         return dataset
 
-    def _write_sigma_f(self, commits: list[Commit]) -> str:
+    def _sigma_f(self, commits: list[Commit], pool: ThreadPoolExecutor) -> bytes:
+        """sigma_f.npy. The sums are added block by block and draw by draw, whatever units they came in."""
         total = np.zeros(self.spec.shape, dtype=np.float64)
-        for commit in commits:
-            record = commit.sum_z2
-            assert record is not None
-            data = self.root.read(record.path, record.bytes)
-            if sha256(data) != record.sha256:
-                raise StoreError(
-                    f"{self.root.url}/{record.path}: its sha256 is not the committed one; delete its commit and "
-                    "encode again"
-                )
-            total += np.load(io.BytesIO(data), allow_pickle=False)
+        by_block: dict[int, dict[int, NDArray[np.float64]]] = {}
+        sums = pool.map(lambda commit: units.read_sums(self.root, self.spec, commit), commits)
+        for commit, here in zip(commits, sums, strict=True):
+            by_block.setdefault(commit.block, {}).update(here)
+            if len(by_block[commit.block]) == self.spec.draws:
+                for _, values in sorted(by_block.pop(commit.block).items()):
+                    total += values
+        assert not by_block
         sigma_f = np.sqrt(total / (self.spec.rows * self.spec.draws)).astype(np.float32)
         if not ((sigma_f > LEAST) & (sigma_f < MOST)).all():
             raise FloatingPointError(
                 f"σ_f is not between {LEAST} and {MOST} in some dimension: the teacher's z is constant or wild there"
             )
-        data = npy(sigma_f)
-        self.root.write("sigma_f.npy", data)
-        return sha256(data)
+        return npy(sigma_f)
 
-    def _manifest(self, ordered: list[tuple[FileRecord, Commit]]) -> bytes:
+    def _write_cost(self, cost: Cost | None, commits: list[Commit]) -> None:
+        seconds: dict[str, float] = {}
+        for commit in commits:
+            seconds[commit.device] = seconds.get(commit.device, 0.0) + commit.seconds
+        told = cost or Cost(seconds=seconds)
+        self.root.write("cost.json", canonical_json(told.model_dump(mode="json")))
+
+    def _manifest(self, ordered: list[FileRecord], counts: dict[int, dict[str, int]]) -> bytes:
         rows = [
             {
                 "column": file.column,
                 "draw": file.draw,
                 "block": file.block,
                 "first_index": file.block * self.spec.block_rows,
-                "rows": commit.rows,
+                "rows": self.spec.rows_of(file.block),
                 "path": file.path,
                 "bytes": file.bytes,
                 "sha256": file.sha256,
-                "label_counts": [(int(label), count) for label, count in commit.label_counts.items()],
-                "squared_error": commit.squared_error,
-                "seconds": commit.seconds,
+                "label_counts": [(int(label), count) for label, count in counts[file.block].items()],
+                "squared_error": file.squared_error,
             }
-            for file, commit in ordered
+            for file in ordered
         ]
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=FILE_SCHEMA), buffer, compression="zstd")
         return buffer.getvalue()
-
-
-def npy(array: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()

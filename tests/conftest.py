@@ -1,6 +1,7 @@
 """Small real data, shared by the tests: digits as sample stores, a teacher trained for seconds, its couplings."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 from pipeline.config import Config, load_config
-from stages.encode import BlockEncoder, begin
+from stages.encode import UnitEncoder, output_spec
 from stages.prepare import prepare
 from stages.train_teacher import train_teacher
 from storage_specs.schema import LayoutName
 from storage_specs.store import Store
+from storage_specs.writer import StoreWriter
 from tests.object_store import ObjectStore
 
 SMALL = (
@@ -29,7 +31,6 @@ SMALL = (
     "teacher.train.checkpoint_images=320",
     "teacher.train.log_images=128",
     "encode.draws=3",
-    "encode.batch_size=20",
     "student.size=SiT-1x16h2/2",
     "student.train.images=640",
     "student.train.checkpoint_images=320",
@@ -66,13 +67,25 @@ def config() -> Config:
 
 
 def encode_here(config: Config, samples: str, teacher: str, out: str, layout: LayoutName) -> None:
-    """The encode stage without Ray, block after block: what the job on a cluster must equal."""
+    """The encode stage without Ray, unit after unit: what the job on a cluster must equal."""
     encode = config.encode.model_copy(update={"layout": layout})
-    writer = begin(encode, Store(samples), teacher, out)
-    encoder = BlockEncoder(samples, teacher, out, writer.spec.model_dump(mode="json"), encode.batch_size)
-    for block in range(writer.spec.blocks):
-        encoder.encode(block)
+    spec, z_scale = output_spec(encode, Store(samples), teacher, out)
+    writer = StoreWriter(out, spec)
+    writer.begin(z_scale)
+    encoder = UnitEncoder(samples, teacher, out, spec.model_dump(mode="json"))
+    for unit in writer.missing():
+        encoder.encode(unit)
     writer.finalize()
+
+
+def content(url: str) -> dict[str, bytes]:
+    """The bytes of a local store by path: all of it but the times it took, and the commit records that have them."""
+    files = {str(path.relative_to(url)): path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
+    return without_times(files)
+
+
+def without_times(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if not re.fullmatch(r"commits/\d+.*|cost\.json", name)}
 
 
 @pytest.fixture(scope="session")

@@ -117,6 +117,7 @@ def test_the_costs_in_the_docs_are_those_of_the_layout() -> None:
         coupling = CouplingSpec(
             draws=8,
             eta=0.1,
+            precision="fp32",
             z_dtype=row[0],
             z_scale_sha256="0" * 64 if row[0] == "int8" else None,
             noise=NoiseSpec.model_validate(noise | {"stored": row[1] == "stored"}),

@@ -137,7 +137,14 @@ def couplings(url: str, layout: LayoutName, shape: tuple[int, int, int], rows: i
     noise = NoiseSpec(law="philox-as241-v1", seed=0, dtype="float16", stored=False)
     teacher = TeacherSpec(architecture={}, sha256="0" * 64, training={})
     coupling = CouplingSpec(
-        draws=draws, eta=0.1, z_dtype="float16", z_scale_sha256=None, noise=noise, teacher=teacher, source="0" * 64
+        draws=draws,
+        eta=0.1,
+        precision="fp32",
+        z_dtype="float16",
+        z_scale_sha256=None,
+        noise=noise,
+        teacher=teacher,
+        source="0" * 64,
     )
     spec = Spec(
         kind="couplings",
@@ -156,7 +163,7 @@ def couplings(url: str, layout: LayoutName, shape: tuple[int, int, int], rows: i
         here = spec.rows_of(block)
         x = rng.integers(0, 256, (here, *shape), dtype=np.uint8)
         z = rng.standard_normal((draws, here, *shape), dtype=np.float32)
-        writer.write_block(block, {"x": x, "label": rng.integers(0, 3, here)}, z, None, 0.0)
+        writer.write_block(block, {"x": x, "label": rng.integers(0, 3, here)}, z, None)
     writer.finalize()
 
 

@@ -5,12 +5,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.tarflow import (
     Guide,
     TarFlow,
     TarFlowConfig,
     bits_per_dim,
+    forward_flops,
     nll,
     parse_notation,
     published_state_dict,
@@ -186,3 +189,15 @@ def test_parameters_of_the_papers_teacher() -> None:
             flow = TarFlow(TarFlowConfig(3, 64, num_classes=1000, **parse_notation(notation)))
         count = sum(parameter.numel() for parameter in flow.parameters()) / 1e6
         assert count == pytest.approx(millions, rel=0.03)
+
+
+@pytest.mark.parametrize(("nvp", "num_classes", "expansion"), [(True, 5, 4), (False, 0, 3)])
+def test_forward_flops_are_those_that_torch_counts(nvp: bool, num_classes: int, expansion: int) -> None:
+    flow = TarFlow(
+        TarFlowConfig(3, 8, 2, 24, (1, 3), num_classes=num_classes, head_dim=8, expansion=expansion, nvp=nvp)
+    )
+    y = torch.tensor([0, -1]) if num_classes else None
+    # torch's counter has no formula for the fused attention of the CPU; the unfused is matrix products, which it counts
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        flow(torch.zeros(2, 3, 8, 8), y)
+    assert counter.get_total_flops() == 2 * forward_flops(flow.config)

@@ -1,6 +1,5 @@
 """The data of the benchmarks: random arrays, and our stores of them."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,10 @@ import numpy as np
 
 from storage_specs.files import sha256
 from storage_specs.layouts import LAYOUTS
-from storage_specs.manifest import Key
-from storage_specs.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec, canonical_json
+from storage_specs.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec, sealed_json
 from storage_specs.store import Store
-from storage_specs.writer import StoreWriter, block_files
+from storage_specs.units import Unit, read_commit
+from storage_specs.writer import StoreWriter
 
 BLOCK_ROWS = 1024
 
@@ -49,7 +48,14 @@ def spec_of(layout: LayoutName, rows: int, shape: tuple[int, int, int], draws: i
     noise = NoiseSpec(law="philox-as241-v1", seed=0, dtype="float16", stored=False)
     teacher = TeacherSpec(architecture={"name": "none"}, sha256="0" * 64, training={})
     coupling = CouplingSpec(
-        draws=draws, eta=0.1, z_dtype="float16", z_scale_sha256=None, noise=noise, teacher=teacher, source="0" * 64
+        draws=draws,
+        eta=0.1,
+        precision="fp32",
+        z_dtype="float16",
+        z_scale_sha256=None,
+        noise=noise,
+        teacher=teacher,
+        source="0" * 64,
     )
     return Spec(
         kind="couplings",
@@ -73,10 +79,13 @@ def write_store(url: str, arrays: Path, layout: LayoutName) -> None:
     writer.begin()
     if writer.complete():
         return
-    for block in sorted(set(range(writer.spec.blocks)) - writer.committed()):
-        rows = slice(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
-        base = {"x": np.ascontiguousarray(x[rows]), "label": label[rows]}
-        writer.write_stored(block, base, np.ascontiguousarray(z[:, rows]), None, 0.0, 0.0)
+    for unit in writer.missing():
+        rows = slice(unit.block * BLOCK_ROWS, (unit.block + 1) * BLOCK_ROWS)
+        writing = writer.unit(unit)
+        writing.base({"x": np.ascontiguousarray(x[rows]), "label": label[rows]})
+        for draw in unit.draws:
+            writing.stored(draw, np.ascontiguousarray(z[draw, rows]), None, 0.0)
+        writing.commit()
     writer.finalize()
 
 
@@ -90,22 +99,24 @@ def write_repeated(url: str, source: Store, blocks: int) -> None:
     if writer.complete():
         return
     whole = source.spec.rows // BLOCK_ROWS
-    for block in sorted(set(range(blocks)) - writer.committed()):
-        record = json.loads(source.root.read(block_files(block % whole)[0], 1 << 20))
-        for file in record["files"]:
-            key = Key(file["column"], block, file["draw"])
-            original, path = file["path"], layout.path(key.column, key.block, key.draw)
-            file |= {"block": block, "path": path}
-            if key.column == "index":
-                data = layout.encode(spec, "index", block, {})
+    for unit in writer.missing():
+        twin = Unit(unit.block % whole, unit.first, unit.stop)
+        commit = read_commit(source.root, source.spec, twin)
+        files = []
+        for file in commit.files:
+            path = unit.sum_z2_file
+            if file.column != "sum_z2":
+                path = layout.path(file.column, unit.block, file.draw)
+            changes = {"block": unit.block, "path": path}
+            if file.column == "index":
+                data = layout.encode(spec, "index", unit.block, {})
                 writer.root.write(path, data)
-                file["sha256"] = sha256(data)
+                changes["sha256"] = sha256(data)
             else:
-                link(Path(source.url) / original, Path(url) / path)
-        sum_z2 = record["sum_z2"]
-        link(Path(source.url) / sum_z2["path"], Path(url) / block_files(block)[1])
-        record |= {"spec": spec.id, "block": block, "sum_z2": sum_z2 | {"block": block, "path": block_files(block)[1]}}
-        writer.root.write(block_files(block)[0], canonical_json(record))
+                link(Path(source.url) / file.path, Path(url) / path)
+            files.append(file.model_copy(update=changes))
+        commit = commit.model_copy(update={"lineage": spec.lineage, "block": unit.block, "files": files})
+        writer.root.write(unit.commit_file, sealed_json(commit.model_dump(mode="json")))
     writer.finalize()
 
 

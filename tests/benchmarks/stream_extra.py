@@ -217,8 +217,8 @@ def write_store_of_samples(samples: str, out: str) -> None:
     )
     writer, rng = StoreWriter(out, spec), np.random.default_rng(0)
     writer.begin()
-    for block in sorted(set(range(spec.blocks)) - writer.committed()):
+    for block in sorted({unit.block for unit in writer.missing()}):
         base = {name: source.column(name, block) for name in ("x", "label")}
         z = rng.standard_normal((spec.draws, spec.rows_of(block), *spec.shape), dtype=np.float32)
-        writer.write_block(block, base, z, None, 0.0)
+        writer.write_block(block, base, z, None)
     writer.finalize()

@@ -1,0 +1,154 @@
+"""The right to drive one output: a second driver is refused while the first one lives.
+
+A lease is a small file that its holder renews. Whoever finds one waits until it changes (then its holder lives) or has
+not changed for LEASE_SECONDS (then it is dead); no clocks are compared. A holder on this machine whose process is gone
+is known to be dead at once. Object stores have no lock that all of them share, so two drivers that start in the same
+instant may both go on until the next renewal; their bytes are the same, which makes that harmless.
+"""
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from storage_specs.errors import StoreError
+from storage_specs.files import Root
+from storage_specs.schema import Model, canonical_json, parse
+
+LEASE_FILE = "commits/driver.json"
+RENEW_SECONDS = 5.0
+LEASE_SECONDS = 30.0
+MAX_BYTES = 1 << 24
+
+
+class Holder(Model):
+    """Who drives, and what it has in hand."""
+
+    token: str
+    host: str
+    pid: int
+    born: str  # start of the process in clock ticks, so that a later process with its number is not taken for it
+    beat: int
+    in_hand: list[str]  # units given to workers and not committed when this was written
+
+    @property
+    def name(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    def dead(self) -> bool:
+        """Known to be gone. On another machine nothing is known."""
+        return self.host == _machine() and _born(self.pid) != self.born
+
+
+class Lease:
+    """Held inside a `with` block. `left` is what a holder that died before had in hand.
+
+    Raises StoreError on entry while another driver lives, and from `check` once another one took over.
+    """
+
+    def __init__(self, root: Root) -> None:
+        self.root = root
+        self.token, self.beat, self.in_hand = uuid.uuid4().hex, 0, list[str]()
+        self.left: list[str] = []
+        self._lost = ""
+        self._stop, self._changed = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="nfm-lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        there = self._read()
+        if there is not None:
+            self._wait_for_death(there)
+            self.left = there.in_hand
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._changed.set()
+        self._thread.join()
+        if not self._lost:
+            self.root.delete(LEASE_FILE)
+
+    def note(self, in_hand: Iterable[str]) -> None:
+        """Tell the next driver what to count as begun, should this one die."""
+        self.in_hand = sorted(in_hand)
+        self._changed.set()
+
+    def check(self) -> None:
+        if self._lost:
+            raise StoreError(self._lost)
+
+    def _wait_for_death(self, there: Holder) -> None:
+        since = time.monotonic()
+        while not there.dead() and time.monotonic() - since < LEASE_SECONDS:
+            time.sleep(RENEW_SECONDS / 5)
+            now = self._read()
+            if now is None:
+                return
+            if now != there:
+                raise StoreError(
+                    f"{self.root.url}: {now.name} is encoding into it; wait until it ends, or stop it: the same "
+                    "command then continues"
+                )
+
+    def _read(self) -> Holder | None:
+        if not self.root.exists(LEASE_FILE):
+            return None
+        try:
+            return parse(Holder, self.root.read(LEASE_FILE, MAX_BYTES), f"{self.root.url}/{LEASE_FILE}")
+        except StoreError:
+            if self.root.exists(LEASE_FILE):
+                raise
+            return None  # deleted between the two looks
+
+    def _write(self) -> None:
+        holder = Holder(
+            token=self.token,
+            host=_machine(),
+            pid=os.getpid(),
+            born=_born(os.getpid()),
+            beat=self.beat,
+            in_hand=self.in_hand,
+        )
+        self.root.write(LEASE_FILE, canonical_json(holder.model_dump(mode="json")))
+        self.beat += 1
+
+    def _renew(self) -> None:
+        """Every RENEW_SECONDS, and soon after a change."""
+        while not self._stop.is_set():
+            self._changed.wait(RENEW_SECONDS)
+            self._changed.clear()
+            if self._stop.is_set():
+                return
+            try:
+                there = self._read()
+                if there is not None and there.token != self.token:
+                    self._lost = f"{self.root.url}: {there.name} took over encoding into it; this one stops"
+                    return
+                self._write()
+            except (StoreError, OSError) as error:
+                self._lost = f"{self.root.url}: its lease could not be renewed: {error}"
+                return
+            self._stop.wait(0.2)  # changes come in bursts
+
+
+def _machine() -> str:
+    """This machine since its start: names repeat, boots do not."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}".strip()
+
+
+def _born(pid: int) -> str:
+    """When a process started, in clock ticks since boot; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except FileNotFoundError:
+        return ""
