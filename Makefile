@@ -10,6 +10,7 @@ OUT ?=
 DRAWS ?=
 LAYOUT ?= webdataset
 COUPLING ?= nfm
+ROUNDS ?= 60
 ARGS ?=
 # torch comes first and by exact version, from pip's find-links folder where one is configured (a CPU build may lie there),
 # from the package index otherwise. Bytecode is compiled once here, so that each of many processes starts seconds sooner.
@@ -21,7 +22,7 @@ need = $(or $($(1)),$(error $(1)=… is missing: see make help))
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install demo test bench-stream lint format prepare train-teacher encode-couplings train-student clean
+.PHONY: help install demo test bench-stream bench-encode soak lint format prepare train-teacher encode-couplings train-student clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -56,6 +57,12 @@ format: $(READY)  ## apply ruff's fixes and format
 
 bench-stream: $(READY)  ## time our stores beside other formats, RAM and S3; writes docs/benchmarks/streaming.md (an hour, 30 GB)
 	$(BIN)/python -m tests.benchmarks.stream $(ARGS)
+
+bench-encode: $(READY)  ## time the encode job beside its bare teacher, resuming and faults; writes docs/benchmarks/encode.md (half an hour)
+	$(BIN)/python -m tests.benchmarks.encode $(ARGS)
+
+soak: $(READY)  ## kill, fill and damage while couplings are encoded, and compare the bytes: ROUNDS=600
+	$(BIN)/python -m tests.faults --rounds $(ROUNDS) $(ARGS)
 
 prepare: $(READY)  ## images → sample stores: DATA=folder OUT=url
 	$(BIN)/nfm prepare --preset "$(PRESET)" $(if $(DATA),--data "$(DATA)") --out "$(call need,OUT)" $(ARGS)

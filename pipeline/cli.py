@@ -1,6 +1,7 @@
 """`nfm`: one command a stage, and the demo that runs them all."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -256,6 +257,9 @@ def main() -> None:
         sys.exit(EXIT_USER)
     except ResumableError as error:
         click.echo(f"{error}; the same command continues", err=True)
+        if error.at_once:
+            sys.stdout.flush()
+            os._exit(EXIT_RESUMABLE)
         sys.exit(EXIT_RESUMABLE)
     except FloatingPointError as error:
         click.echo(f"failed: {error}", err=True)

@@ -154,12 +154,12 @@ class _Job:
         self.progress = EncodeProgress(len(self.todo), self._images(self.todo), as_json)
         self.summary = Summary(units_before=len(done))
         self.left = set(lease.left)
+        self.start = time.monotonic()
 
     def _images(self, units: list[Unit]) -> int:
         return sum(self.spec.rows_of(unit.block) for unit in units)
 
     def run(self) -> Summary:
-        start = time.monotonic()
         try:
             for _ in range(CHECKS):
                 self._encode()
@@ -173,22 +173,24 @@ class _Job:
         finally:
             self.progress.close()
         self.summary.dataset = self.writer.finalize()
-        self.summary.seconds = time.monotonic() - start
+        self.summary.seconds = time.monotonic() - self.start
         self.summary.worker_deaths = self.pool.deaths
         return self.summary
 
     def _tick(self) -> bool:
         """Whether to go on giving out work."""
         self.lease.check()
-        in_hand = sorted(unit.name for unit in self.pool.in_hand)
-        if in_hand != self.noted and self.progress.phase == "encode":
-            self.noted = in_hand
-            self.lease.note(in_hand)
+        begun = sorted(unit.name for unit in self.pool.begun)
+        if begun != self.noted and self.progress.phase == "encode":
+            self.noted = begun
+            self.lease.note(begun)
         self.progress.show(self.pool.workers, self.pool.retries)
+        if self.pool.workers and not self.summary.start_seconds:
+            self.summary.start_seconds = time.monotonic() - self.start
         if self.notice.came is None:
             return True
         if time.monotonic() - self.notice.came > GRACE_SECONDS:
-            raise PreemptedError(f"told to end (SIGTERM); gave up {len(in_hand)} units in hand")
+            raise PreemptedError(f"told to end (SIGTERM); gave up {len(begun)} shards in hand")
         return False
 
     def _over(self, method: str, units: list[Unit]) -> Iterator[tuple[Unit, Any]]:
@@ -206,7 +208,7 @@ class _Job:
             if len(self.bad) > self.config.max_bad:
                 raise FloatingPointError(_bad(self.bad, "the job stops here (--max-bad lets it go on through others)"))
             if not encoded.bad:
-                self.summary.add(encoded, lost=self.pool.attempts[unit] > 0, left=unit.name in self.left)
+                self.summary.add(encoded, lost=self.pool.lost[unit] > 0, left=unit.name in self.left)
                 self.progress.advance(encoded.images)
         self.progress.show(self.pool.workers, self.pool.retries, force=True)
         if self.bad:

@@ -107,7 +107,8 @@ class Summary:
     units_before: int = 0
     units: int = 0
     draws: int = 0
-    seconds: float = 0.0  # of this run, from the first request for workers
+    start_seconds: float = 0.0  # from the first request for workers until one was ready
+    seconds: float = 0.0  # of all this run, from the same moment
     worker_seconds: float = 0.0  # that the workers' teachers were at work
     worker_deaths: int = 0
     lost: int = 0

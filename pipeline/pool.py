@@ -7,7 +7,9 @@ hand when it died goes to another. Tasks must be harmless to repeat.
 import errno
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +22,7 @@ from storage_specs.errors import StoreError
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
 os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster started here: encoding is what the machine is for
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of one task, because another one ended the job
 import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
@@ -38,6 +41,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 class ClusterLostError(ResumableError):
     """The Ray cluster went away; the same command continues on another."""
 
+    at_once = True
+
 
 @contextmanager
 def ray_session() -> Iterator[None]:
@@ -45,6 +50,7 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
         try:
@@ -56,6 +62,8 @@ def ray_session() -> Iterator[None]:
             ) from error
     else:
         ray.init(include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # which Ray took for itself
     lost = False
     try:
         yield
@@ -85,7 +93,7 @@ class Pool:
         self.retries = 0  # tasks that went to another actor
         self.deaths = 0  # of actors, all of them
         self._failed_starts, self._last_reason = 0, ""
-        self.attempts: Counter[Any] = Counter()
+        self.lost: Counter[Any] = Counter()  # how often each unfinished task lost its actor
         self._looked, self._answered = float("-inf"), time.monotonic()
         self._room = 0
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
@@ -107,6 +115,11 @@ class Pool:
     @property
     def in_hand(self) -> list[Any]:
         return [task for seat in self.seats if seat.ready for task in seat.hand.values()]
+
+    @property
+    def begun(self) -> set[Any]:
+        """Tasks in hand, and those that were in the hand of an actor that died."""
+        return {*self.in_hand, *self.lost}
 
     def run(self, method: str, tasks: Iterable[T], tick: Callable[[], bool]) -> Iterator[tuple[T, Any]]:
         """Each task with the result of `method(task)`, as they come. `tick` is called at least once every
@@ -143,6 +156,7 @@ class Pool:
                 task = seat.hand.pop(reference)
                 if seat.ready:
                     yield task, result
+                    self.lost.pop(task, None)
                 else:
                     seat.ready, self._failed_starts = True, 0
 
@@ -186,10 +200,10 @@ class Pool:
                 )
         self.retries += len(tasks)
         for task in tasks:
-            self.attempts[task] += 1
-            if self.attempts[task] > RETRIES:
+            self.lost[task] += 1
+            if self.lost[task] > RETRIES:
                 raise StageError(
-                    f"workers died {self.attempts[task]} times on {task}, at last with {self._last_reason}; where "
+                    f"workers died {self.lost[task]} times on {task}, at last with {self._last_reason}; where "
                     "memory ran out, give each worker more"
                 )
         return tasks

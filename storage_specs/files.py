@@ -203,11 +203,12 @@ class Root:
         finally:
             os.close(directory)
 
-    def sweep(self) -> None:
-        """Delete the temporary files of writers that were killed. Object stores show none."""
+    def sweep(self, keep: str) -> None:
+        """Delete the temporary files of writers that were killed, but for those of the file `keep`, which lives. Object
+        stores show none."""
         if self.local:
             for path in Path(self.path).rglob("*.tmp"):
-                if _TEMPORARY.search(path.name):
+                if _TEMPORARY.search(path.name) and not str(path).startswith(self.full(keep)):
                     path.unlink(missing_ok=True)
 
     def delete(self, path: str) -> None:

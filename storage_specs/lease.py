@@ -34,15 +34,16 @@ class Holder(Model):
     pid: int
     born: str  # start of the process in clock ticks, so that a later process with its number is not taken for it
     beat: int
-    in_hand: list[str]  # units given to workers and not committed when this was written
+    in_hand: list[str]  # units begun and not committed when this was written
+    ended: bool  # gave the lease back, with units in hand
 
     @property
     def name(self) -> str:
         return f"process {self.pid} on {self.host}"
 
     def dead(self) -> bool:
-        """Known to be gone. On another machine nothing is known."""
-        return self.host == _machine() and _born(self.pid) != self.born
+        """Known to be gone. On another machine nothing is known, unless it said so itself."""
+        return self.ended or (self.host == _machine() and _born(self.pid) != self.born)
 
 
 class Lease:
@@ -55,7 +56,7 @@ class Lease:
         self.root = root
         self.token, self.beat, self.in_hand = uuid.uuid4().hex, 0, list[str]()
         self.left: list[str] = []
-        self._lost = ""
+        self._lost, self._taken = "", False  # why this one must stop, and whether for another driver
         self._stop, self._changed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._renew, name="nfm-lease", daemon=True)
 
@@ -74,8 +75,16 @@ class Lease:
         self._stop.set()
         self._changed.set()
         self._thread.join()
-        if not self._lost:
-            self.root.delete(LEASE_FILE)
+        if self._taken:
+            return
+        try:
+            if kind is not None and self.in_hand:
+                self._write(ended=True)
+                return
+        except OSError as full:
+            if error is None:
+                raise full  # else what ended the block is what matters
+        self.root.delete(LEASE_FILE)
 
     def note(self, in_hand: Iterable[str]) -> None:
         """Tell the next driver what to count as begun, should this one die."""
@@ -109,7 +118,7 @@ class Lease:
                 raise
             return None  # deleted between the two looks
 
-    def _write(self) -> None:
+    def _write(self, ended: bool = False) -> None:
         holder = Holder(
             token=self.token,
             host=_machine(),
@@ -117,6 +126,7 @@ class Lease:
             born=_born(os.getpid()),
             beat=self.beat,
             in_hand=self.in_hand,
+            ended=ended,
         )
         self.root.write(LEASE_FILE, canonical_json(holder.model_dump(mode="json")))
         self.beat += 1
@@ -131,6 +141,7 @@ class Lease:
             try:
                 there = self._read()
                 if there is not None and there.token != self.token:
+                    self._taken = True
                     self._lost = f"{self.root.url}: {there.name} took over encoding into it; this one stops"
                     return
                 self._write()

@@ -20,6 +20,7 @@ from storage_specs.card import card, croissant
 from storage_specs.errors import StoreError
 from storage_specs.files import Root, npy, sha256
 from storage_specs.layouts import LAYOUTS, Columns
+from storage_specs.lease import LEASE_FILE
 from storage_specs.manifest import FILE_SCHEMA, Key, expected_keys
 from storage_specs.schema import (
     SCHEMA_VERSION,
@@ -143,7 +144,7 @@ class StoreWriter:
         counts: dict[int, dict[str, int]] = {commit.block: commit.label_counts for commit in commits}
         records = {Key(file.column, file.block, file.draw): file for commit in commits for file in commit.files}
         ordered = [records[key] for key in expected_keys(self.spec)]
-        self.root.sweep()
+        self.root.sweep(keep=LEASE_FILE)
         for path, data in self.layout.metadata(self.spec).items():
             self.root.write(path, data)
         if sigma_f is not None:

@@ -1,26 +1,34 @@
 """The encode job on a real Ray: the bytes are those of one process, whatever happens to the workers."""
 
+import json
 import os
-import signal
-import threading
-import time
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import pipeline.encode_job as job
+from models.tarflow import forward_flops
+from pipeline.cli import main
+from pipeline.encode_report import Summary
+from stages.encode import load_teacher, output_spec
 from stages.section import StageError
 from storage_specs.errors import StoreError
 from storage_specs.schema import LayoutName
 from storage_specs.store import Store
+from storage_specs.writer import StoreWriter
 from tests.conftest import Run, content
+from tests.test_encode import wild_teacher
+from tests.test_lease import HOLD
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def encode(run: Run, out: str, layout: LayoutName = "webdataset", draws: int = 3, workers: int = 2) -> None:
+def encode(run: Run, out: str, layout: LayoutName = "webdataset", draws: int = 3, workers: int = 2) -> Summary:
     config = run.config.encode.model_copy(update={"layout": layout, "draws": draws, "workers": workers})
-    job.encode_couplings(config, f"{run.samples}/train", run.teacher, out)
+    return job.encode_couplings(config, f"{run.samples}/train", run.teacher, out)
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "zarr"])
@@ -43,37 +51,85 @@ def test_only_missing_blocks_are_encoded(run: Run, tmp_path: Path) -> None:
     encode(run, str(tmp_path))  # complete: nothing to do
 
 
-def test_a_killed_worker_costs_only_its_own_blocks(run: Run, tmp_path: Path) -> None:
-    """SIGKILL one actor's process as soon as the first block is committed."""
-    killed: list[int] = []
-
-    def kill_one() -> None:
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline and not list((tmp_path / "commits").glob("0*.json")):
-            time.sleep(0.002)
-        for stat in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                if stat.read_bytes().startswith(b"ray::Worker"):
-                    killed.append(int(stat.parent.name))
-                    os.kill(killed[-1], signal.SIGKILL)
-                    return
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    encode(run, str(tmp_path))
-    killer.join()
-    assert killed
-    assert content(str(tmp_path)) == content(run.couplings["webdataset"])
+def test_more_draws_extend_a_store_to_the_bytes_of_one_made_with_them(run: Run, tmp_path: Path) -> None:
+    grown, whole = tmp_path / "grown", tmp_path / "whole"
+    encode(run, str(grown), draws=3)
+    before = {path: path.stat().st_mtime_ns for path in grown.rglob("*.tar")}
+    student = Store(str(grown))
+    assert len(student.files) == 42
+    summary = encode(run, str(grown), draws=5)
+    assert summary.draws == 2 * 179 and summary.units_before == 6
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was there is not touched"
+    assert student.z(0, 2).shape == (32, 1, 8, 8), "a reader that had it open reads on"
+    encode(run, str(whole), draws=5)
+    kept = {name: data for name, data in content(str(grown)).items() if not name.startswith(("sum_z2/", "commits/"))}
+    assert kept.items() <= content(str(whole)).items()
+    assert list(Store(str(grown)).faults()) == []
+    with pytest.raises(StoreError, match=r"coupling.draws is 5 there and 4 here \(draws can be added"):
+        encode(run, str(grown), draws=4)
 
 
-def test_another_teacher_or_spec_at_the_output_is_refused(run: Run, tmp_path: Path) -> None:
-    encode(run, str(tmp_path))
-    before = content(str(tmp_path))
-    with pytest.raises(StoreError, match="coupling.draws is 3 there and 2 here"):
-        encode(run, str(tmp_path), draws=2)
-    assert content(str(tmp_path)) == before
+def test_a_store_stays_readable_until_its_new_draws_are_complete(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.couplings["zarr"], tmp_path, dirs_exist_ok=True)
+    before = Store(str(tmp_path)).dataset
+    config = run.config.encode.model_copy(update={"layout": "zarr", "draws": 4})
+    spec, _ = output_spec(config, Store(f"{run.samples}/train"), run.teacher, str(tmp_path))
+    StoreWriter(str(tmp_path), spec).begin()  # and then the power went
+    assert Store(str(tmp_path)).dataset == before and list(Store(str(tmp_path)).faults()) == []
+    encode(run, str(tmp_path), "zarr", draws=4)
+    assert Store(str(tmp_path)).spec.draws == 4
+
+
+def test_a_second_driver_is_refused_and_harms_nothing(run: Run, tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        with pytest.raises(StoreError, match="is encoding into it; wait until it ends, or stop it"):
+            encode(run, str(tmp_path))
+        assert os.listdir(tmp_path) == ["commits"] and not (tmp_path / "commits/spec.json").exists()
+        holder.kill()
+    assert encode(run, str(tmp_path)).units == 6
+
+
+def test_bad_pairs_are_named_and_counted(run: Run, tmp_path: Path) -> None:
+    teacher, out = wild_teacher(run, tmp_path, 3), str(tmp_path / "out")
+    labels = Store(f"{run.samples}/train").labels()
+    bad = 3 * int((labels == 3).sum())
+    config = run.config.encode.model_copy(update={"workers": 1})
+    with pytest.raises(FloatingPointError, match=r"is not finite .*: image \d+ draw 0.*the job stops here"):
+        job.encode_couplings(config, f"{run.samples}/train", teacher, out)
+    tolerant = config.model_copy(update={"max_bad": bad})
+    with pytest.raises(FloatingPointError, match=f"z of {bad} pairs is not finite.*all others are encoded"):
+        job.encode_couplings(tolerant, f"{run.samples}/train", teacher, out)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_the_estimate_has_the_bytes_and_objects_of_the_store(run: Run, tmp_path: Path) -> None:
+    for layout in ("webdataset", "zarr"):
+        config = run.config.encode.model_copy(update={"layout": layout})
+        text = job.estimate(config, f"{run.samples}/train", run.teacher, str(tmp_path / "out"))
+        totals = Store(run.couplings[layout]).dataset.totals
+        assert f"{totals.files} files of {totals.bytes / 1e9:.4g} GB" in text
+        assert "537 draws to encode in 6 shards of 6" in text
+        assert [line.split()[0] for line in text.splitlines()[1:5]] == ["workers", "1", "8", "64"]
+    assert not (tmp_path / "out").exists(), "an estimate writes nothing"
+    text = job.estimate(run.config.encode, f"{run.samples}/train", run.teacher, run.couplings["webdataset"])
+    assert text.startswith("0 draws to encode")
+
+
+def test_progress_and_summary_for_machines(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--samples", f"{run.samples}/train", "--teacher", run.teacher, "--out", str(tmp_path), "--draws", "3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["nfm", "encode", *arguments, "--json-progress", "--workers", "1"])
+        main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["event"] for line in lines[:-1]] == ["progress"] * (len(lines) - 1)
+    last, summary = lines[-2], lines[-1]
+    assert (last["shards"], last["images"], last["workers"], last["retries"]) == (6, 179, 1, 0)
+    assert summary["event"] == "summary" and summary["id"] == Store(str(tmp_path)).dataset.id
+    assert (summary["units"], summary["draws"], summary["encoded_again"]) == (6, 537, 0)
+    flops = forward_flops(load_teacher(run.teacher)[0].config)
+    assert summary["teacher_flop"] == 537 * flops
+    assert summary["student_saves_flop"] == summary["student_images"] * flops
 
 
 def test_a_teacher_of_other_images_is_refused(run: Run, tmp_path: Path, images: Path) -> None:

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.tarflow import Encoded, TarFlow, TarFlowConfig, forward_flops, parse_notation
+from stages.encode import BATCH_TOKENS, batch_rows
 
-CPU_TOKENS, CUDA_TOKENS = 1024, 16384  # of one batch
 AGREEMENT = 1e-4  # largest |Δz| between the two formulations in float32, in units of rms(z)
 PRECISIONS = ("float32", "TF32", "bfloat16")
 # Dense matrix peaks in TFLOP/s by the name of the device: NVIDIA's data sheets of H100 (SXM), H200 (SXM) and A100
@@ -169,11 +169,6 @@ def random_teacher(config: TarFlowConfig, device: torch.device) -> TarFlow:
     return flow.requires_grad_(False).to(device)
 
 
-def batch_rows(config: TarFlowConfig, tokens: int) -> int:
-    """Images of a batch of at most `tokens` tokens; at least one."""
-    return max(1, tokens // config.tokens)
-
-
 def inputs(config: TarFlowConfig, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images in [-1, 1] with noise of η = 0.1, (rows, C, H, W), and their labels (rows,)."""
     generator = torch.Generator().manual_seed(1)
@@ -217,15 +212,16 @@ def seconds_per_call(call: Callable[[], Output], count: int, device: torch.devic
 def take_turns(
     calls: dict[str, Callable[[], Output]], rounds: int, seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds a call, one measurement of about `seconds` in each round; all calls take their turn in every round."""
+    """Seconds a call, one measurement of about `seconds` in each round, in which all take their turn: forwards in one,
+    backwards in the next."""
     counts = {}
     for name, call in calls.items():
         seconds_per_call(call, 1, device)
         counts[name] = max(1, round(seconds / seconds_per_call(call, 1, device)))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds_per_call(call, counts[name], device))
+    for turn in range(rounds):
+        for name in list(calls)[:: -1 if turn % 2 else 1]:
+            times[name].append(seconds_per_call(calls[name], counts[name], device))
     return times
 
 
@@ -236,7 +232,7 @@ def measure_cpu(cases: dict[str, TarFlowConfig], rounds: int, seconds: float) ->
     for threads in sorted({1, len(os.sched_getaffinity(0))}):
         torch.set_num_threads(threads)
         for name, config in cases.items():
-            flow, rows = random_teacher(config, device), batch_rows(config, CPU_TOKENS)
+            flow, rows = random_teacher(config, device), batch_rows(config, "cpu")
             x, y = inputs(config, rows, device)
             calls: dict[str, Callable[[], Output]] = {
                 "ours": partial(flow, x, y),
@@ -272,11 +268,10 @@ def measure_gpu(cases: dict[str, TarFlowConfig], rounds: int, seconds: float) ->
     device, results = torch.device("cuda"), []
     peaks = PEAKS.get(torch.cuda.get_device_name(), {})
     for name, config in cases.items():
-        flow, rows = random_teacher(config, device), batch_rows(config, CUDA_TOKENS)
+        flow, rows = random_teacher(config, device), batch_rows(config, "cuda")
         networks, (x, y) = {"ours": flow, "published": Published(flow).to(device)}, inputs(config, rows, device)
         few = slice(min(rows, 4))
         exact = flow.patchify(copy.deepcopy(flow).double()(x[few].double(), y[few]).z)  # (few, T, P)
-
         for mode in PRECISIONS:
             torch.compiler.reset()  # each precision compiles anew; none may run into the limit on recompiling
             calls: dict[str, Callable[[], Output]] = {}
@@ -376,7 +371,8 @@ def table(results: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     if "cpu" in results:
         lines += [
-            f"Forward pass on CPU, float32, batches of {CPU_TOKENS:,} tokens. The formulations take turns; the ratio "
+            f"Forward pass on CPU, float32, batches of {BATCH_TOKENS['cpu']:,} tokens. The formulations take "
+            "turns; the ratio "
             "is the median of the rounds'. FLOP/s count attention as dense, of which ours skips the masked half.",
             "",
             "| teacher | batch | threads | ours, images/s | published, images/s | ours / published | range "
@@ -411,7 +407,8 @@ def table(results: dict[str, Any]) -> list[str]:
         lines.append("")
     if "gpu" in results:
         lines += [
-            f"Forward pass on {results['device']}, batches of {CUDA_TOKENS:,} tokens, and the error of z against "
+            f"Forward pass on {results['device']}, batches of {BATCH_TOKENS['cuda']:,} tokens, and the error of z "
+            "against "
             "float64 in units of rms(z). Peaks are those of dense matrix products in the vendor's data sheet.",
             "",
             "| teacher | batch | precision | network | images/s | range | TFLOP/s | of peak | first call, s "

@@ -1,0 +1,174 @@
+"""One worker's part of encoding: what fixes its bytes, and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stages.encode as encode
+from stages.checkpoint import Checkpoint, load, save, weights_sha256
+from stages.encode import EncodeConfig, UnitEncoder, output_spec
+from stages.section import StageError
+from storage_specs.errors import StoreError
+from storage_specs.schema import Spec
+from storage_specs.store import Store
+from storage_specs.units import Unit
+from storage_specs.writer import StoreWriter
+from tests.conftest import Run, content
+
+FP32_TOLERANCE = 1e-5  # of z between batch shapes, devices and machines, in units of rms(z); docs/encode.md
+
+
+def begin(run: Run, out: str, **changes: Any) -> tuple[StoreWriter, dict[str, Any]]:
+    config = EncodeConfig.model_validate(run.config.encode.model_dump() | changes)
+    spec, scale = output_spec(config, Store(f"{run.samples}/train"), run.teacher, out)
+    writer = StoreWriter(out, spec)
+    writer.begin(scale)
+    return writer, spec.model_dump(mode="json")
+
+
+def encoder(run: Run, out: str, **changes: Any) -> UnitEncoder:
+    return UnitEncoder(f"{run.samples}/train", run.teacher, out, begin(run, out, **changes)[1])
+
+
+def test_z_agrees_between_batch_shapes_within_the_stated_tolerance(run: Run, tmp_path: Path) -> None:
+    one = encoder(run, str(tmp_path))
+    x = torch.randn(32, *one.writer.spec.shape, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(32) % 10
+    whole = one.forward(x, y)
+    for rows in (1, 5, 7, 31):
+        one.rows = rows
+        difference = (one.forward(x, y) - whole).abs().max() / whole.square().mean().sqrt()
+        assert difference <= FP32_TOLERANCE, rows
+
+
+def test_a_row_has_the_same_bits_whatever_shares_its_batch(run: Run, tmp_path: Path) -> None:
+    """The batch has one shape, so a short block passes through the kernels of a whole one."""
+    one = encoder(run, str(tmp_path))
+    x = torch.randn(one.rows, *one.writer.spec.shape, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(one.rows) % 10
+    whole = one.forward(x, y)
+    for rows in (1, 3, one.rows - 1):
+        assert torch.equal(one.forward(x[:rows], y[:rows]), whole[:rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bytes_do_not_depend_on_order_or_threads(run: Run, tmp_path: Path, threads: int) -> None:
+    writer, spec = begin(run, str(tmp_path))
+    torch.set_num_threads(threads)
+    try:
+        one = UnitEncoder(f"{run.samples}/train", run.teacher, str(tmp_path), spec, threads)
+        for unit in reversed(writer.missing()):
+            one.encode(unit)
+    finally:
+        torch.set_num_threads(1)
+    writer.finalize()
+    assert content(str(tmp_path)) == content(run.couplings["webdataset"])
+
+
+def test_the_teacher_sees_the_stored_noise(run: Run, tmp_path: Path) -> None:
+    """Slow and obvious: each image by itself from what the store says of it."""
+    store, network = Store(run.couplings["webdataset"]), encode.load_teacher(run.teacher)[0]
+    coupling = store.spec.coupling
+    assert coupling is not None
+    for image, draw in ((0, 0), (40, 2), (178, 1)):
+        block, row = divmod(image, store.spec.block_rows)
+        noise = torch.from_numpy(np.array(store.column("noise", block, draw)[row])).float()
+        x = torch.from_numpy(store.column("x", block)[row] / 127.5 - 1).float()
+        z = network((x + coupling.eta * noise)[None], torch.tensor([store.column("label", block)[row]])).z[0]
+        np.testing.assert_allclose(store.z(block, draw)[row], z.numpy(), atol=2e-3)
+
+
+def test_a_committed_unit_is_not_encoded_again(run: Run, tmp_path: Path) -> None:
+    one, unit = encoder(run, str(tmp_path)), Unit(2, 0, 3)
+    assert one.encode(unit).draws == 3 * 32
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert one.encode(unit).draws == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def wild_teacher(run: Run, folder: Path, label: int) -> str:
+    """The teacher of `run`, but for one class, of which it makes infinities."""
+    checkpoint, url = load(run.teacher), f"{folder}/wild/model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+    tensors["model.blocks.0.class_embed"][label] = torch.inf
+    save(url, Checkpoint(tensors, checkpoint.document))
+    return url
+
+
+def test_what_is_not_finite_is_named_and_nothing_of_it_committed(run: Run, tmp_path: Path) -> None:
+    teacher, out = wild_teacher(run, tmp_path, 3), f"{tmp_path}/out"
+    spec, _ = output_spec(run.config.encode, Store(f"{run.samples}/train"), teacher, out)
+    writer = StoreWriter(out, spec)
+    writer.begin()
+    one = UnitEncoder(f"{run.samples}/train", teacher, out, spec.model_dump(mode="json"))
+    labels = Store(f"{run.samples}/train").column("label", 1)
+    encoded = one.encode(Unit(1, 0, 3))
+    expected = {(32 + row, draw) for row in np.flatnonzero(labels == 3).tolist() for draw in range(3)}
+    assert set(encoded.bad) == expected and len(expected) > 0
+    assert Unit(1, 0, 3) in writer.missing()
+    assert not list(Path(out).glob("z/**/*.tar")), "each draw has such an image"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "coupling.noise.seed is 0 there and 1 here"),
+        ({"draws": 2}, r"coupling.draws is 3 there and 2 here \(draws can be added, not taken away\)"),
+        ({"precision": "bf16"}, 'coupling.precision is "fp32" there and "bf16" here'),
+        ({"z_dtype": "float32"}, 'coupling.z_dtype is "float16" there and "float32" here'),
+        ({"layout": "zarr"}, 'layout is "webdataset" there and "zarr" here'),
+        ({"noise": "derived"}, "coupling.noise.stored is true there and false here"),
+    ],
+)
+def test_other_settings_at_an_output_are_refused_with_both_values(
+    run: Run, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    begin(run, str(tmp_path))
+    with pytest.raises(StoreError, match=said):
+        begin(run, str(tmp_path), **changes)
+
+
+@pytest.mark.parametrize("what", ["teacher", "eta", "source", "preprocessing"])
+def test_another_origin_is_refused_with_both_values(run: Run, tmp_path: Path, what: str) -> None:
+    writer, document = begin(run, str(tmp_path))
+    coupling = document["coupling"]
+    if what == "teacher":
+        other = encode.load_teacher(wild_teacher(run, tmp_path, 0))[0]
+        coupling["teacher"]["sha256"] = weights_sha256(other.state_dict())
+    elif what == "preprocessing":
+        document["preprocessing"]["resize"] = "another"
+    else:
+        coupling[what] = {"eta": 0.25, "source": "0" * 64}[what]
+    with pytest.raises(StoreError, match=f"{what}.* there and .* here"):
+        StoreWriter(str(tmp_path), Spec.model_validate(document, strict=False)).begin()
+    assert writer.missing() == [Unit(block, 0, 3) for block in range(6)]
+
+
+def test_another_teacher_file_on_a_node_is_refused(run: Run, tmp_path: Path) -> None:
+    _, spec = begin(run, f"{tmp_path}/out")
+    with pytest.raises(StageError, match="another teacher on this node than on the driver's"):
+        UnitEncoder(f"{run.samples}/train", wild_teacher(run, tmp_path, 0), f"{tmp_path}/out", spec)
+
+
+def test_tf32_needs_a_gpu(run: Run, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(StageError, match="tf32, which only GPUs have"):
+        encoder(run, str(tmp_path), precision="tf32")
+
+
+def test_bf16_is_another_z_in_the_same_dtype(run: Run, tmp_path: Path) -> None:
+    fine, coarse = encoder(run, f"{tmp_path}/a"), encoder(run, f"{tmp_path}/b", precision="bf16")
+    x = torch.randn(32, *fine.writer.spec.shape, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(32) % 10
+    exact, z = fine.forward(x, y), coarse.forward(x, y)
+    assert z.dtype == torch.float32
+    assert 0 < (z - exact).abs().max() < 0.05
+
+
+def test_the_speed_is_of_the_teacher(run: Run, tmp_path: Path) -> None:
+    speed = encoder(run, str(tmp_path)).speed(seconds=0.05)
+    assert speed.device == "CPU" and speed.draws_per_second > 10

@@ -1,0 +1,64 @@
+"""Sixty faults in real processes, and the job submitted as a user does: see tests/faults.py and docs/encode.md."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run, content
+
+ROOT = Path(__file__).parent.parent
+RAY = Path(sys.executable).with_name("ray")
+
+
+@pytest.mark.timeout(900)
+def test_after_every_fault_the_bytes_are_those_of_a_clean_run() -> None:
+    done = subprocess.run([sys.executable, "-m", "tests.faults"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, "its output above names the fault"
+    rounds = re.search(r"^\| all \| (\d+) ", done.stdout, re.MULTILINE)
+    assert rounds and int(rounds[1]) >= 60 - 8  # kills that came after the end of a job are not counted
+
+
+@pytest.fixture
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray head with its job server, started as on a cluster, and the environment in which to speak to it."""
+    with socket.socket() as first, socket.socket() as second:
+        ports = []
+        for probe in (first, second):
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex, "NFM_FAULTS_MARK": mark}
+    environment.pop("RAY_ADDRESS", None)
+    folder = tmp_path_factory.mktemp("h")
+    limits = ["--num-cpus=2", "--object-store-memory=80000000", f"--temp-dir=/tmp/nfm-{mark[:8]}"]
+    command = [RAY, "start", "--head", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", *limits]
+    started = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
+    from tests.faults import alive, kill
+
+    while pids := alive(mark):
+        kill(pids)
+
+
+def test_the_job_can_be_submitted_to_a_ray_head(head: dict[str, str], run: Run, tmp_path: Path) -> None:
+    """As docs/encode.md says: the working directory travels, the nodes have the dependencies."""
+    arguments = ["--samples", f"{run.samples}/train", "--teacher", run.teacher, "--out", str(tmp_path / "out")]
+    submit = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", "pipeline", "encode", *arguments]
+    environment = head | {"PATH": f"{RAY.parent}:{head['PATH']}"}
+    done = subprocess.run(
+        [*submit, "--draws", "3", "--json-progress"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(next(line for line in done.stdout.splitlines() if '"event": "summary"' in line))
+    assert (summary["units"], summary["draws"]) == (6, 537)
+    assert content(str(tmp_path / "out")) == content(run.couplings["webdataset"])
