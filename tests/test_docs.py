@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from pipeline.cli import main
 from storage_specs.card import bytes_per_row
@@ -100,6 +101,16 @@ def test_make_lines_resolve_to_commands(
     for command in commands:
         monkeypatch.setattr(sys, "argv", ["nfm", *shlex.split(command)[1:], "--dry-run"])
         main()
+
+
+def test_the_kubernetes_job_runs_a_command_that_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
+    ((_, text),) = blocks("yaml")
+    job = yaml.safe_load(text)
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    workers = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert [group["template"]["spec"]["terminationGracePeriodSeconds"] for group in workers] == [60]
+    monkeypatch.setattr(sys, "argv", [*shlex.split(job["spec"]["entrypoint"]), "--dry-run"])
+    main()
 
 
 def test_every_target_named_in_the_docs_exists() -> None:

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from tests.conftest import Run, content
 
 ROOT = Path(__file__).parent.parent
-RAY = Path(sys.executable).with_name("ray")
+RAY = str(Path(sys.executable).with_name("ray"))
 
 
 @pytest.mark.timeout(900)
@@ -54,10 +55,13 @@ def test_the_job_can_be_submitted_to_a_ray_head(head: dict[str, str], run: Run, 
     """As docs/encode.md says: the working directory travels, the nodes have the dependencies."""
     arguments = ["--samples", f"{run.samples}/train", "--teacher", run.teacher, "--out", str(tmp_path / "out")]
     submit = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", "pipeline", "encode", *arguments]
-    environment = head | {"PATH": f"{RAY.parent}:{head['PATH']}"}
-    done = subprocess.run(
-        [*submit, "--draws", "3", "--json-progress"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    environment = head | {"PATH": f"{Path(RAY).parent}:{head['PATH']}"}
+    for _ in range(30):
+        command = [*submit, "--draws", "3", "--json-progress"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if "No available agent" not in done.stderr:  # the head answers some seconds before it takes jobs
+            break
+        time.sleep(1)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(next(line for line in done.stdout.splitlines() if '"event": "summary"' in line))
     assert (summary["units"], summary["draws"]) == (6, 537)
