@@ -12,7 +12,7 @@ import click
 from pipeline.config import Config, ConfigError, load_config, preset_names
 from pipeline.store_cli import store
 from stages.section import ResumableError, StageError
-from storage_specs.errors import StoreError
+from storage_specs.errors import OutageError, StoreError
 
 USER_ERRORS = (ConfigError, StageError, StoreError, OSError)
 EXIT_FAILED, EXIT_USER, EXIT_RESUMABLE, EXIT_INTERRUPTED = 1, 2, 75, 130
@@ -56,6 +56,7 @@ SHORTCUTS = {
     "noise": "encode.noise",
     "precision": "encode.precision",
     "max_bad": "encode.max_bad",
+    "device": "encode.device",
     "workers": "encode.workers",
     "cpus_per_worker": "encode.cpus_per_worker",
     "coupling": "student.coupling",
@@ -129,6 +130,7 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
 @click.option(
     "--max-bad", type=click.IntRange(min=0), help="Go on past this many pairs whose z is not finite, to name them all."
 )
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Of the workers; by default what the cluster has.")
 @click.option("--workers", type=click.IntRange(min=1), help="At most so many, also where the cluster has more room.")
 @click.option("--cpus-per-worker", type=click.IntRange(min=1), help="CPU cores of each worker.")
 @click.option("--json-progress", "as_json", is_flag=True, help="Progress and summary as JSON lines on stdout.")
@@ -252,6 +254,9 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; the same command continues", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    except OutageError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_RESUMABLE)
     except USER_ERRORS as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER)

@@ -20,11 +20,12 @@ from pipeline.config import StorageConfig
 from pipeline.encode_report import EncodeProgress, Summary, teacher_config
 from pipeline.pool import Pool, ray_session
 from stages.encode import EncodeConfig, Encoded, Speed, UnitEncoder, output_spec
-from stages.section import ResumableError
+from stages.section import ResumableError, StageError
 from storage_specs.errors import StoreError
 from storage_specs.layouts import LAYOUTS
 from storage_specs.lease import Lease
 from storage_specs.manifest import expected_keys
+from storage_specs.schema import Spec
 from storage_specs.store import Store
 from storage_specs.units import Unit, committed, missing
 from storage_specs.writer import StoreWriter
@@ -77,39 +78,49 @@ def encode_couplings(
     Raises StoreError where `out` holds another store or another driver works on it, FloatingPointError where z is not
     finite, PreemptedError after SIGTERM, and ClusterLostError.
     """
-    spec, z_scale = output_spec(config, Store(samples, kind="samples"), teacher, out)
-    writer = StoreWriter(out, spec)
-    with _preemption() as notice, Lease(writer.root) as lease:
-        writer.begin(z_scale)
+    with _preemption() as notice:
+        spec, z_scale = output_spec(config, Store(samples, kind="samples"), teacher, out)
+        writer = StoreWriter(out, spec)
         if writer.complete():
             return Summary(Store(out).dataset, units_before=len(committed(writer.root)))
-        arguments = {
-            "samples": _absolute(samples),
-            "teacher": _absolute(teacher),
-            "out": _absolute(out),
-            "spec": spec.model_dump(mode="json"),
-            "storage": storage or StorageConfig(),
-        }
-        with ray_session(), _pool(config, arguments) as pool:
-            job = _Job(config, writer, lease, pool, notice, as_json)
-            return job.run()
+        with Lease(_absolute(out)) as lease:
+            writer.begin(z_scale)
+            with ray_session(), _pool(config, samples, teacher, out, spec, storage) as pool:
+                return _Job(config, writer, lease, pool, notice, as_json).run()
 
 
-def _pool(config: EncodeConfig, arguments: dict[str, Any]) -> Pool:
+def _pool(
+    config: EncodeConfig, samples: str, teacher: str, out: str, spec: Spec, storage: StorageConfig | None
+) -> Pool:
     import ray
 
+    arguments = {
+        "samples": _absolute(samples),
+        "teacher": _absolute(teacher),
+        "out": _absolute(out),
+        "spec": spec.model_dump(mode="json"),
+        "storage": storage or StorageConfig(),
+        "threads": config.cpus_per_worker,
+    }
     actor = ray.remote(Worker)
 
-    def make(resources: dict[str, float]) -> Any:
+    def make(resources: dict[str, float], device: str) -> Any:
         options = actor.options(max_restarts=0, max_task_retries=0, max_concurrency=4, **resources)
-        return options.remote(threads=config.cpus_per_worker, **arguments)
+        return options.remote(device=device, **arguments)
 
-    return Pool(make, config.workers, config.cpus_per_worker)
+    return Pool(make, config.workers, config.cpus_per_worker, config.device)
 
 
 def _absolute(url: str) -> str:
-    """Workers have their own working directories."""
-    return url if "://" in url else os.path.abspath(url)
+    """Workers have their own working directories. Raises StageError in a submitted job, whose own is a passing copy."""
+    if "://" in url or os.path.isabs(url):
+        return url
+    if "/runtime_resources/working_dir_files/" in os.getcwd():
+        raise StageError(
+            f"got {url!r}, which is inside the copy of the working directory that Ray made for this job; expected an "
+            "absolute path or a URL"
+        )
+    return os.path.abspath(url)
 
 
 class _Notice:
@@ -153,7 +164,7 @@ class _Job:
         self.todo = missing(self.spec, done)
         self.progress = EncodeProgress(len(self.todo), self._images(self.todo), as_json)
         self.summary = Summary(units_before=len(done))
-        self.left = set(lease.left)
+        self.left = set(lease.left) & {unit.name for unit in self.todo}
         self.start = time.monotonic()
 
     def _images(self, units: list[Unit]) -> int:
@@ -180,7 +191,7 @@ class _Job:
     def _tick(self) -> bool:
         """Whether to go on giving out work."""
         self.lease.check()
-        begun = sorted(unit.name for unit in self.pool.begun)
+        begun = sorted({unit.name for unit in self.pool.begun} | self.left)
         if begun != self.noted and self.progress.phase == "encode":
             self.noted = begun
             self.lease.note(begun)
@@ -208,7 +219,13 @@ class _Job:
             if len(self.bad) > self.config.max_bad:
                 raise FloatingPointError(_bad(self.bad, "the job stops here (--max-bad lets it go on through others)"))
             if not encoded.bad:
+                if not self.writer.root.exists(unit.commit_file):
+                    raise StageError(
+                        f"a worker wrote {unit.commit_file} where this driver does not see it; expected "
+                        f"{self.writer.root.url} to be on storage that all nodes share"
+                    )
                 self.summary.add(encoded, lost=self.pool.lost[unit] > 0, left=unit.name in self.left)
+                self.left.discard(unit.name)
                 self.progress.advance(encoded.images)
         self.progress.show(self.pool.workers, self.pool.retries, force=True)
         if self.bad:
@@ -218,7 +235,7 @@ class _Job:
         """Read everything back; whether something is to be encoded again."""
         self.progress.phase = "check"
         damaged = False
-        for unit, faults in self._over("faults", sorted(committed(self.writer.root))):
+        for unit, faults in self._over("faults", self.writer.unchecked()):
             if faults:
                 click.echo(f"{faults[0]}; it is encoded again", err=True)
                 self.writer.revoke(unit)
@@ -243,14 +260,8 @@ def estimate(config: EncodeConfig, samples: str, teacher: str, out: str, storage
     """What the job will cost, from a few batches on one worker: hours at 1, 8 and 64 of them, bytes and objects."""
     spec, _ = output_spec(config, Store(samples, kind="samples"), teacher, out)
     todo = StoreWriter(out, spec).missing()
-    arguments = {
-        "samples": _absolute(samples),
-        "teacher": _absolute(teacher),
-        "out": _absolute(out),
-        "spec": spec.model_dump(mode="json"),
-        "storage": storage or StorageConfig(),
-    }
-    with ray_session(), _pool(config.model_copy(update={"workers": 1}), arguments) as pool:
+    one = config.model_copy(update={"workers": 1})
+    with ray_session(), _pool(one, samples, teacher, out, spec, storage) as pool:
         ((_, speed),) = pool.run("speed", [TRIAL_SECONDS], lambda: True)
     draws = sum(spec.rows_of(unit.block) * len(unit.draws) for unit in todo)
     flops, layout = forward_flops(teacher_config(spec)), LAYOUTS[spec.layout]

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -61,7 +61,7 @@ def ray_session() -> Iterator[None]:
                 f"got RAY_ADDRESS={os.environ['RAY_ADDRESS']}, where no Ray cluster answers: {first}"
             ) from error
     else:
-        ray.init(include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
+        ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # which Ray took for itself
     lost = False
@@ -85,17 +85,22 @@ class Seat:
 
 
 class Pool:
-    """`make(resources)` gives a new actor, which must have a method `ready`. Use inside a `with` block."""
+    """`make(resources, device)` gives a new actor, which must have a method `ready`. Use inside a `with` block.
 
-    def __init__(self, make: Callable[..., Any], workers: int | None, cpus_per_worker: int) -> None:
+    All actors have one kind of device: "cuda", "cpu", or, for None, what the cluster has when the pool is made.
+    """
+
+    def __init__(
+        self, make: Callable[..., Any], workers: int | None, cpus_per_worker: int, device: str | None = None
+    ) -> None:
         self.make, self.wanted, self.cpus = make, workers, cpus_per_worker
+        self.device = device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
         self.seats: list[Seat] = []
         self.retries = 0  # tasks that went to another actor
         self.deaths = 0  # of actors, all of them
         self._failed_starts, self._last_reason = 0, ""
         self.lost: Counter[Any] = Counter()  # how often each unfinished task lost its actor
         self._looked, self._answered = float("-inf"), time.monotonic()
-        self._room = 0
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         self._cluster = (host.strip("[]"), int(port))
 
@@ -105,7 +110,8 @@ class Pool:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not issubclass(kind, ClusterLostError):
             for seat in self.seats:
-                ray.kill(seat.actor)
+                with suppress(RayError):  # of a cluster that is going away too
+                    ray.kill(seat.actor)
         self.seats = []
 
     @property
@@ -167,15 +173,30 @@ class Pool:
         self._looked = time.monotonic()
         if not self._answers():
             return
-        found = ray.cluster_resources()
-        gpus, cpus = int(found.get("GPU", 0)), int(found.get("CPU", 1))
-        self._room = self.wanted or gpus or max(1, cpus // self.cpus)
-        resources = {"num_gpus": 1, "num_cpus": self.cpus} if gpus else {"num_cpus": self.cpus}
-        idle = sum(not seat.hand for seat in self.seats if seat.ready) + sum(not seat.ready for seat in self.seats)
-        for _ in range(min(self._room - len(self.seats), tasks - idle)):
-            seat = Seat(self.make(resources))
-            seat.hand[seat.actor.ready.remote()] = None
-            self.seats.append(seat)
+        resources = {"num_cpus": self.cpus} | ({"num_gpus": 1} if self.device == "cuda" else {})
+        idle = sum(not seat.ready or not seat.hand for seat in self.seats)
+        try:
+            for _ in range(min((self.wanted or self._room()) - len(self.seats), tasks - idle)):
+                seat = Seat(self.make(resources, self.device))
+                seat.hand[seat.actor.ready.remote()] = None
+                self.seats.append(seat)
+        except RayError:
+            if self._answers():
+                raise
+
+    def _room(self) -> int:
+        """Actors that the nodes have room for, whoever uses it now. Raises StageError where no node ever has."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = [node.get("GPU", 0) if self.device == "cuda" else float("inf") for node in nodes]
+        cpus = [node.get("CPU", 0) // self.cpus for node in nodes]
+        room = int(sum(map(min, gpus, cpus)))
+        if not room and not self.seats:
+            wanted = f"{self.cpus} CPUs" + (" and a GPU" if self.device == "cuda" else "")
+            raise StageError(
+                f"got a Ray cluster of {len(nodes)} nodes, none of which has {wanted} for a worker; expected one, or "
+                "--workers N where more nodes will join"
+            )
+        return room
 
     def _lose(self, seat: Seat, error: RayError) -> list[Any]:
         """Give an actor up; the tasks it had in hand. Raises where trying again is no use."""
@@ -188,7 +209,8 @@ class Pool:
         self.deaths += 1
         if self._answers():
             if not isinstance(error, ActorDiedError):
-                ray.kill(seat.actor)  # it failed, or is out of reach: another one does its work
+                with suppress(RayError):
+                    ray.kill(seat.actor)  # it failed, or is out of reach: another one does its work
             self._looked = float("-inf")  # replace it now
         if not seat.ready:
             self._failed_starts += 1

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from models.tarflow import TarFlow, TarFlowConfig
+from models.tarflow import FlowBlock, TarFlow, TarFlowConfig
 from stages.checkpoint import load_network, weights_sha256
 from stages.section import Section, StageError
 from storage_specs.codecs import ZDtype, decode, encode, int8_scale
@@ -53,7 +53,8 @@ class EncodeConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     precision: Precision = "fp32"
     max_bad: Annotated[int, Field(ge=0)] = 0  # pairs with a z that is not finite, before the job stops
-    workers: Positive | None = None  # None: one for each GPU of the cluster, else one for each cpus_per_worker
+    device: Literal["cuda", "cpu"] | None = None  # None: cuda where the cluster has a GPU when the job starts
+    workers: Positive | None = None  # None: one for each GPU of the cluster, or for each cpus_per_worker
     cpus_per_worker: Positive = 1
 
 
@@ -162,14 +163,28 @@ class UnitEncoder:
     and meanwhile the next is read, its noise drawn, and the last is written.
     """
 
-    def __init__(self, samples: str, teacher: str, out: str, spec: dict[str, Any], threads: int = 1) -> None:
+    def __init__(
+        self,
+        samples: str,
+        teacher: str,
+        out: str,
+        spec: dict[str, Any],
+        threads: int = 1,
+        device: Literal["cuda", "cpu"] = "cpu",
+    ) -> None:
         self.samples = Store(samples, kind="samples")
         self.writer = StoreWriter(out, Spec.model_validate(spec, strict=False))
         coupling = self.writer.spec.coupling
         assert coupling is not None
         self.coupling = coupling
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if coupling.precision == "tf32" and self.device.type == "cpu":
+        if self.samples.dataset.id != coupling.source:
+            raise StageError(
+                f"{samples}: got other samples on this node than on the driver's; give all nodes one store"
+            )
+        if device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("no GPU is usable in this worker")  # on this node: another may have one
+        self.device = torch.device(device)
+        if coupling.precision == "tf32" and device == "cpu":
             raise StageError("got encode.precision tf32, which only GPUs have, and a worker without one; use fp32")
         torch.backends.cuda.matmul.allow_tf32 = coupling.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = coupling.precision == "tf32"
@@ -177,12 +192,22 @@ class UnitEncoder:
         if weights_sha256(network.state_dict()) != coupling.teacher.sha256:
             raise StageError(f"{teacher}: got another teacher on this node than on the driver's; give all of them one")
         self.rows = min(batch_rows(network.config, self.device.type), self.writer.spec.block_rows)
-        self.teacher = network.to(self.device)
-        if self.device.type == "cuda":
-            self.teacher.compile()
+        self.teacher, self.threads = network.to(self.device), threads
+        if device == "cuda":
+            self._compile()
         self.turn = Lock()
-        self.ahead = ThreadPoolExecutor(threads, "nfm-noise")
+        self.ahead, self.drawing = ThreadPoolExecutor(2, "nfm-ahead"), ThreadPoolExecutor(threads, "nfm-noise")
         self.behind = ThreadPoolExecutor(WRITES_PENDING, "nfm-write")
+
+    def _compile(self) -> None:
+        """Layer by layer, as all of them are the same code, with kernels that are chosen by rule and not by a race; and
+        once now, so that no unit waits for it."""
+        for block in self.teacher.blocks:
+            assert isinstance(block, FlowBlock)
+            for layer in block.attn_blocks:
+                layer.compile(options={"deterministic": True})
+        x = torch.zeros(self.rows, *self.writer.spec.shape)
+        self.forward(x, torch.zeros(self.rows, dtype=torch.int64, device=self.device)).cpu()
 
     def encode(self, unit: Unit) -> Encoded:
         """All draws of one unit: z = f(x + η·ε′, c), with ε′ rounded to its stored dtype before the teacher sees it."""
@@ -219,8 +244,9 @@ class UnitEncoder:
         """ε′ (rows, C, H, W) as it is stored, and x + η·ε′ in float32: on the CPU, so that they have the same bits
         wherever the teacher is."""
         spec, noise = self.writer.spec, self.coupling.noise
-        drawn = torch.from_numpy(standard_normal(noise.seed, spec.indices(block), draw, spec.shape))
-        stored = drawn.to(getattr(torch, noise.dtype))
+        parts = np.array_split(spec.indices(block), self.threads)
+        drawn = self.drawing.map(lambda index: standard_normal(noise.seed, index, draw, spec.shape), parts)
+        stored = torch.from_numpy(np.concatenate(list(drawn))).to(getattr(torch, noise.dtype))
         noisy = x + self.coupling.eta * stored.float()
         return stored.numpy(), noisy.pin_memory() if self.device.type == "cuda" else noisy
 

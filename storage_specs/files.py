@@ -23,7 +23,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from storage_specs.errors import StoreError
+from storage_specs.errors import OutageError, StorageError, StoreError
 
 T = TypeVar("T")
 
@@ -97,18 +97,18 @@ class Root:
             except _transient() as error:
                 status = getattr(error, "status", None)  # of HTTP
                 if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
-                    raise StoreError(
+                    raise StorageError(
                         f"{self.url}/{path}: {error}; expected a server that gives access to it"
                     ) from error
                 if time.monotonic() + pause > deadline or self.give_up.is_set():
-                    raise StoreError(
+                    raise OutageError(
                         f"{self.url}/{path}: {error or type(error).__name__}; tried for {RETRY_SECONDS:.0f} s. "
                         "The same command continues once the storage answers"
                     ) from error
                 self.give_up.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  (spreads clients, hides nothing)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             except _refused() as error:
-                raise StoreError(
+                raise StorageError(
                     f"{self.url}: {error}; expected credentials in the environment or a profile, or storage options "
                     "such as anon=true"
                 ) from error

@@ -12,11 +12,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from storage_specs.errors import StoreError
+from storage_specs.errors import StorageError, StoreError
 from storage_specs.files import Root
 from storage_specs.schema import Model, canonical_json, parse
 
@@ -39,11 +40,11 @@ class Holder(Model):
 
     @property
     def name(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        return f"process {self.pid} on {self.host.partition(' ')[0]}"
 
     def dead(self) -> bool:
         """Known to be gone. On another machine nothing is known, unless it said so itself."""
-        return self.ended or (self.host == _machine() and _born(self.pid) != self.born)
+        return self.ended or (self.host == _machine() != "" and _born(self.pid) != self.born)
 
 
 class Lease:
@@ -52,8 +53,8 @@ class Lease:
     Raises StoreError on entry while another driver lives, and from `check` once another one took over.
     """
 
-    def __init__(self, root: Root) -> None:
-        self.root = root
+    def __init__(self, url: str) -> None:
+        self.root = Root(url)  # its own, so that it alone gives up at the end
         self.token, self.beat, self.in_hand = uuid.uuid4().hex, 0, list[str]()
         self.left: list[str] = []
         self._lost, self._taken = "", False  # why this one must stop, and whether for another driver
@@ -64,7 +65,7 @@ class Lease:
         there = self._read()
         if there is not None:
             self._wait_for_death(there)
-            self.left = there.in_hand
+            self.left = self.in_hand = there.in_hand
         self._write()
         self._thread.start()
         return self
@@ -74,17 +75,19 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._changed.set()
+        if error is not None:
+            self.root.give_up.set()  # what ended the block may be that storage is away
         self._thread.join()
         if self._taken:
             return
-        try:
-            if kind is not None and self.in_hand:
-                self._write(ended=True)
-                return
-        except OSError as full:
-            if error is None:
-                raise full  # else what ended the block is what matters
-        self.root.delete(LEASE_FILE)
+        with suppress(FileNotFoundError, *((OSError, StoreError) if error is not None else ())):
+            try:
+                if error is not None and self.in_hand:
+                    self._write(ended=True)
+                    return
+            except OSError:
+                pass  # a full disk, which does not keep a file from being deleted
+            self.root.delete(LEASE_FILE)
 
     def note(self, in_hand: Iterable[str]) -> None:
         """Tell the next driver what to count as begun, should this one die."""
@@ -113,10 +116,10 @@ class Lease:
             return None
         try:
             return parse(Holder, self.root.read(LEASE_FILE, MAX_BYTES), f"{self.root.url}/{LEASE_FILE}")
-        except StoreError:
-            if self.root.exists(LEASE_FILE):
-                raise
-            return None  # deleted between the two looks
+        except StorageError:
+            raise
+        except StoreError:  # deleted between the two looks, or no lease of ours
+            return None
 
     def _write(self, ended: bool = False) -> None:
         holder = Holder(
@@ -152,9 +155,9 @@ class Lease:
 
 
 def _machine() -> str:
-    """This machine since its start: names repeat, boots do not."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}".strip()
+    """This machine since its start, and the name space of its process numbers: host names repeat."""
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {boot.read_text().strip()} {space.readlink()}" if boot.exists() else ""
 
 
 def _born(pid: int) -> str:

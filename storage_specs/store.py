@@ -68,7 +68,10 @@ class Store:
         name = f"{self.url}/manifest.parquet"
         data = self.root.read("manifest.parquet", most_bytes(self.spec))
         if sha256(data) != self.dataset.manifest_sha256:
-            raise StoreError(f"{name}: its sha256 is not the one in dataset.json; the file is damaged")
+            raise StoreError(
+                f"{name}: its sha256 is not the one in dataset.json; the file is damaged, or draws were added to the "
+                "store since it was opened: then open it again"
+            )
         return parse_manifest(data, self.spec, name)
 
     @cached_property

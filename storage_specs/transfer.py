@@ -124,6 +124,8 @@ def copy(store: Store, out: str, progress: Progress, options: dict[str, Any] | N
                 "trusted"
             )
         commits = _commit_files(store)
+        if commits:
+            target.write(SPEC_FILE, store.spec.canonical())
         list(
             pool.map(put_document, [*store.layout.metadata(store.spec), "manifest.parquet", *_extras(store), *commits])
         )
@@ -147,9 +149,10 @@ def _commit_files(store: Store) -> list[str]:
     """What the writer keeps beside the store; a copy of a copy may have none."""
     if not store.root.exists(SPEC_FILE):
         return []
-    done = [unit for unit in sorted(committed(store.root)) if unit.block < store.spec.blocks]
+    there = sorted(committed(store.root))  # also of draws that are being added
+    done = [unit for unit in there if unit.block < store.spec.blocks and unit.stop <= store.spec.draws]
     sums = [unit.sum_z2_file for unit in done if unit.draws]
-    return [SPEC_FILE, *sums, *(unit.commit_file for unit in done)]
+    return [*sums, *(unit.commit_file for unit in done)]
 
 
 def _extras(store: Store) -> list[str]:

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage_specs import codecs
-from storage_specs.errors import StoreError
-from storage_specs.files import Root, mapped, npy, sha256
+from storage_specs.errors import StorageError, StoreError
+from storage_specs.files import Root, npy, sha256
 from storage_specs.layouts import LAYOUTS, Columns
 from storage_specs.manifest import Key
 from storage_specs.schema import Commit, FileRecord, Spec, open_sealed, sealed_json
+from storage_specs.webdataset import npy_header
 
 MAX_COMMIT_BYTES = 1 << 26
 _NAME = re.compile(r"(\d{6,})\.k(\d{3,})-(\d{3,})\.json")
@@ -176,10 +177,30 @@ class UnitWriter:
 def read_commit(root: Root, spec: Spec, unit: Unit) -> Commit:
     """Raises StoreError unless it is there, whole, and of this store."""
     name = f"{root.url}/{unit.commit_file}"
+    if unit.block >= spec.blocks or unit.stop > spec.draws:
+        raise StoreError(f"{name}: it was written for another store; delete {root.url} and encode again")
     commit = open_sealed(Commit, root.read(unit.commit_file, MAX_COMMIT_BYTES), name)
     if commit.lineage != spec.lineage or Unit(commit.block, commit.first, commit.stop) != unit:
         raise StoreError(f"{name}: it was written for another store; delete {root.url} and encode again")
+    found = {Key(file.column, file.block, file.draw): (file.path, file.bytes) for file in commit.files}
+    if found != _expected_files(spec, unit) or len(commit.files) != len(found):
+        raise StoreError(f"{name}: its files are not those of its unit; the record is damaged")
+    labels = [int(label) if label.isdecimal() else -1 for label in commit.label_counts]
+    if commit.rows != spec.rows_of(unit.block) or not all(0 <= label < spec.num_classes for label in labels):
+        raise StoreError(f"{name}: its rows or labels are not those of its unit; the record is damaged")
     return commit
+
+
+def _expected_files(spec: Spec, unit: Unit) -> dict[Key, tuple[str, int]]:
+    """Path and size of every file of a unit."""
+    layout, rows = LAYOUTS[spec.layout], spec.rows_of(unit.block)
+    keys = [Key(kind, unit.block) for kind in layout.base_kinds if unit.first == 0]
+    keys += [Key(kind, unit.block, draw) for kind in spec.planes for draw in unit.draws]
+    files = {key: (layout.path(key.column, key.block, key.draw), layout.size(spec, key.column, rows)) for key in keys}
+    if unit.draws:
+        header = len(npy_header(np.dtype("<f8"), (len(unit.draws), *spec.shape)))
+        files[Key("sum_z2", unit.block)] = (unit.sum_z2_file, header + 8 * len(unit.draws) * spec.dim)
+    return files
 
 
 def read_sums(root: Root, spec: Spec, commit: Commit) -> dict[int, NDArray[np.float64]]:
@@ -193,19 +214,21 @@ def read_sums(root: Root, spec: Spec, commit: Commit) -> dict[int, NDArray[np.fl
 
 
 def faults(root: Root, spec: Spec, unit: Unit) -> list[str]:
-    """What is wrong with a committed unit, found by reading back all of its files."""
+    """What is wrong with a committed unit, found by reading back all of its files. Raises StorageError where they
+    cannot be read: that is nothing about them."""
     try:
         commit = read_commit(root, spec, unit)
+    except StorageError:
+        raise
     except StoreError as error:
         return [str(error)]
     found: list[str] = []
     for record in commit.files:
         try:
-            data = mapped(root.full(record.path)) if root.local else root.read(record.path, record.bytes)
-            if len(data) != record.bytes or sha256(data) != record.sha256:
+            if sha256(root.read(record.path, record.bytes)) != record.sha256:
                 found.append(f"{root.url}/{record.path}: its bytes are not the committed ones")
-        except FileNotFoundError:
-            found.append(f"{root.url}/{record.path} is missing")
+        except StorageError:
+            raise
         except StoreError as error:
             found.append(str(error))
     return found

@@ -7,6 +7,7 @@ dataset.json. Nothing is trusted without the record that comes after it.
 import io
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -129,12 +130,19 @@ class StoreWriter:
 
     def revoke(self, unit: Unit) -> None:
         """Take back the commit record of a unit: it is missing again."""
-        self.root.delete(unit.commit_file)
+        with suppress(FileNotFoundError):
+            self.root.delete(unit.commit_file)
+
+    def unchecked(self) -> list[Unit]:
+        """Committed units that no complete store vouches for yet."""
+        there = self._published()
+        done = [unit for unit in sorted(units.committed(self.root)) if unit.stop <= self.spec.draws]
+        return [unit for unit in done if there is None or unit.stop > there.draws]
 
     def finalize(self, cost: Cost | None = None) -> Dataset:
         """Add up the commits in the order of blocks and draws and write what makes the store complete; dataset.json
         comes last. `cost` is that of the store that this one is a copy of, and else the sum of its units'."""
-        found = sorted(units.committed(self.root))
+        found = [unit for unit in sorted(units.committed(self.root)) if unit.stop <= self.spec.draws]
         assert not units.missing(self.spec, found), "finalize before every unit was committed"
         with ThreadPoolExecutor(THREADS, "nfm-finalize") as pool:
             commits = list(pool.map(lambda unit: units.read_commit(self.root, self.spec, unit), found))
@@ -177,14 +185,13 @@ class StoreWriter:
     def _sigma_f(self, commits: list[Commit], pool: ThreadPoolExecutor) -> bytes:
         """sigma_f.npy. The sums are added block by block and draw by draw, whatever units they came in."""
         total = np.zeros(self.spec.shape, dtype=np.float64)
-        by_block: dict[int, dict[int, NDArray[np.float64]]] = {}
         sums = pool.map(lambda commit: units.read_sums(self.root, self.spec, commit), commits)
+        block, added = -1, 0  # of which that many draws are in; units that overlap say the same twice
         for commit, here in zip(commits, sums, strict=True):
-            by_block.setdefault(commit.block, {}).update(here)
-            if len(by_block[commit.block]) == self.spec.draws:
-                for _, values in sorted(by_block.pop(commit.block).items()):
-                    total += values
-        assert not by_block
+            block, added = (block, added) if commit.block == block else (commit.block, 0)
+            for draw in range(max(added, commit.first), commit.stop):
+                total += here[draw]
+                added = draw + 1
         sigma_f = np.sqrt(total / (self.spec.rows * self.spec.draws)).astype(np.float32)
         if not ((sigma_f > LEAST) & (sigma_f < MOST)).all():
             raise FloatingPointError(
@@ -210,7 +217,9 @@ class StoreWriter:
                 "path": file.path,
                 "bytes": file.bytes,
                 "sha256": file.sha256,
-                "label_counts": [(int(label), count) for label, count in counts[file.block].items()],
+                "label_counts": [(int(label), count) for label, count in counts[file.block].items()]
+                if file.column == "x"  # repeated a thousandfold, they would be most of the manifest
+                else [],
                 "squared_error": file.squared_error,
             }
             for file in ordered

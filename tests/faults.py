@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from stages.encode import UnitEncoder, output_spec
 from stages.prepare import prepare
 from stages.train_teacher import train_teacher
 from storage_specs.files import Root
-from storage_specs.lease import LEASE_FILE
 from storage_specs.store import Store
 from storage_specs.writer import StoreWriter
 from tests.conftest import SMALL, content, without_times
@@ -46,7 +46,7 @@ SLOW_FILE = "NFM_FAULTS_SLOW"  # while the file it names is there, each fsync ta
 DRAWS, BLOCK_ROWS = 8, 8
 PATIENCE = 120.0  # seconds for anything to happen
 FSYNC_SECONDS = 0.003  # a disk, and so a job that lasts long enough to be hit, at no cost of CPU
-# Jobs of each kind of 60 faults, and how often each is hit before its bytes are looked at: most of a job is the start
+# Jobs of each kind of 68 faults, and how often each is hit before its bytes are looked at: most of a job is the start
 # of its workers. A soak hits each job once.
 PLAN = {
     "worker killed": (3, 4),
@@ -57,9 +57,9 @@ PLAN = {
     "object store killed": (1, 3),
     "disk full": (1, 4),
     "slow disk": (1, 2),
-    "torn files": (2, 5),
-    "shard deleted": (2, 5),
-    "shard flipped": (2, 5),
+    "torn files": (2, 7),
+    "shard deleted": (2, 6),
+    "shard flipped": (2, 6),
 }
 SLOW_FSYNC = """
 import os, time
@@ -238,10 +238,11 @@ class Soak:
     def done(self, out: str) -> list[Path]:
         return list(Path(out, "commits").glob("[0-9]*.json"))
 
-    def in_hand(self, out: str) -> int:
-        """Units that a driver that ended left begun."""
-        holder = Path(out, LEASE_FILE)
-        return len(json.loads(holder.read_text())["in_hand"]) if holder.exists() else 0
+    def begun(self, out: str) -> dict[Path, int]:
+        """When the first file was written of each unit that has one, and no commit: once all workers are gone."""
+        wait_for(lambda: not self.cluster.workers(), "the end of the workers")
+        committed = {path.name.partition(".")[0] for path in self.done(out)}
+        return {path: path.stat().st_mtime_ns for path in Path(out, "x").glob("*.tar") if path.stem not in committed}
 
     def moment(self, out: str, driver: "subprocess.Popen[str] | None" = None) -> None:
         """Some time while units are in hand, a few commits from now. Raises MissedError where the job is over."""
@@ -293,7 +294,7 @@ class Soak:
         return Outcome(killed, summary.lost, summary.encoded_again)
 
     def driver_killed(self, out: str, count: int, number: signal.Signals = signal.SIGKILL, code: int = -9) -> Outcome:
-        killed = lost = 0
+        killed, begun = 0, list[dict[Path, int]]()
         for _ in range(count):
             with self.driver(out, self.cluster.address) as driver:
                 try:
@@ -306,9 +307,10 @@ class Soak:
                 driver.communicate()
             assert time.monotonic() - start < 30, "a notice of preemption leaves 30 s"
             assert driver.returncode == code, f"the driver ended with {driver.returncode}"
-            killed, lost = killed + 1, lost + self.in_hand(out)
+            killed += 1
+            begun.append(self.begun(out))
         self.encode(out)
-        return Outcome(killed, lost, lost)  # each run counts what the one before left begun, and encodes it
+        return Outcome(killed, sum(map(len, begun)), again(begun))
 
     def driver_told_to_end(self, out: str, count: int) -> Outcome:
         return self.driver_killed(out, count, signal.SIGTERM, 75)
@@ -384,7 +386,7 @@ class Soak:
         step = sum(-(-len(data) // 4096) * 4096 for data in self.clean.values()) / (count + 2)
         Path(out).mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={round(step)}", "none", out], check=True)
-        lost = 0
+        begun = list[dict[Path, int]]()
         try:
             for number in range(1, count + 1):
                 size = round((number + self.random.uniform(-0.3, 0.3)) * step)
@@ -392,17 +394,18 @@ class Soak:
                 with pytest.raises(OSError, match="No space left on device"):
                     self.encode(out)
                 assert not Path(out, "dataset.json").exists()
-                lost += self.in_hand(out)
+                begun.append(self.begun(out))
             before = len(self.done(out))
             subprocess.run(["mount", "-o", f"remount,size={round(9 * count * step)}", out], check=True)
             summary = self.encode(out)
             assert summary.units_before == before
+            found = Outcome(count, sum(map(len, begun)), again(begun))
             shutil.copytree(out, f"{out}.kept")
         finally:
             subprocess.run(["umount", out], check=True)
         Path(out).rmdir()
         Path(f"{out}.kept").rename(out)
-        return Outcome(count, lost, lost)
+        return found
 
     def slow_disk(self, out: str, count: int) -> Outcome:
         """Each fsync takes as long as on a disk that is overloaded; workers are killed as they wait for one."""
@@ -462,6 +465,12 @@ class Soak:
             if outcome.faults:
                 return outcome
         raise AssertionError(f"{fault}: five times in a row it came too late to hit anything")
+
+
+def again(begun: list[dict[Path, int]]) -> int:
+    """How many of the units that were begun at some fault were written again after it."""
+    states = [*begun, {path: path.stat().st_mtime_ns for state in begun for path in state}]
+    return sum(later.get(path, -1) > at for state, later in pairwise(states) for path, at in state.items())
 
 
 @contextmanager

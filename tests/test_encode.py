@@ -153,6 +153,13 @@ def test_another_teacher_file_on_a_node_is_refused(run: Run, tmp_path: Path) -> 
         UnitEncoder(f"{run.samples}/train", wild_teacher(run, tmp_path, 0), f"{tmp_path}/out", spec)
 
 
+def test_other_samples_on_a_node_are_refused(run: Run, tmp_path: Path) -> None:
+    """Of the same shape: nothing else would tell."""
+    _, spec = begin(run, f"{tmp_path}/out")
+    with pytest.raises(StageError, match="other samples on this node than on the driver's"):
+        UnitEncoder(f"{run.samples}/val", run.teacher, f"{tmp_path}/out", spec)
+
+
 def test_tf32_needs_a_gpu(run: Run, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")

@@ -103,7 +103,10 @@ def test_bad_pairs_are_named_and_counted(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
-def test_the_estimate_has_the_bytes_and_objects_of_the_store(run: Run, tmp_path: Path) -> None:
+def test_the_estimate_has_the_bytes_and_objects_of_the_store(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "TRIAL_SECONDS", 0.1)
     for layout in ("webdataset", "zarr"):
         config = run.config.encode.model_copy(update={"layout": layout})
         text = job.estimate(config, f"{run.samples}/train", run.teacher, str(tmp_path / "out"))

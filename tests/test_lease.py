@@ -18,9 +18,8 @@ from storage_specs.lease import LEASE_FILE, Lease
 
 HOLD = """
 import sys, time
-from storage_specs.files import Root
 from storage_specs.lease import Lease
-with Lease(Root(sys.argv[1])) as lease:
+with Lease(sys.argv[1]) as lease:
     lease.note(["000001.k000-008"])
     print("held", flush=True)
     time.sleep(600)
@@ -46,7 +45,7 @@ def rewrite(folder: Path, **changes: object) -> None:
 def test_a_second_driver_is_refused_while_the_first_lives(holder: "subprocess.Popen[str]", tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(StoreError, match=f"process {holder.pid} on .* is encoding into it; wait until it ends"):
-        Lease(Root(str(tmp_path))).__enter__()
+        Lease(str(tmp_path)).__enter__()
     assert time.monotonic() - start < 2 * lease.RENEW_SECONDS + 2
     assert holder.poll() is None
 
@@ -55,7 +54,7 @@ def test_a_dead_driver_of_this_machine_is_followed_at_once(holder: "subprocess.P
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     start = time.monotonic()
-    with Lease(Root(str(tmp_path))) as mine:
+    with Lease(str(tmp_path)) as mine:
         assert mine.left == ["000001.k000-008"]
     assert time.monotonic() - start < 2
     assert not (tmp_path / LEASE_FILE).exists()
@@ -69,7 +68,7 @@ def test_a_driver_elsewhere_is_dead_when_it_renews_no_more(
     monkeypatch.setattr(lease, "LEASE_SECONDS", 0.5)
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
     start = time.monotonic()
-    with Lease(Root(str(tmp_path))) as mine:
+    with Lease(str(tmp_path)) as mine:
         assert time.monotonic() - start >= 0.5
         mine.check()
         rewrite(tmp_path, token="another")
@@ -80,11 +79,11 @@ def test_a_driver_elsewhere_is_dead_when_it_renews_no_more(
 
 
 def test_what_was_in_hand_outlives_a_driver_that_was_told_to_end(tmp_path: Path) -> None:
-    first = Lease(Root(str(tmp_path)))
+    first = Lease(str(tmp_path))
     first.__enter__()
     first.note(["b", "a"])
     first.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     rewrite(tmp_path, host="elsewhere")
-    with Lease(Root(str(tmp_path))) as second:  # which needs no wait: the first said that it ended
+    with Lease(str(tmp_path)) as second:  # which needs no wait: the first said that it ended
         assert second.left == ["a", "b"]
     assert os.listdir(tmp_path / "commits") == []

@@ -43,7 +43,8 @@ class Flaky:
 def pool(tmp_path: Path) -> Iterator[Pool]:
     actor = ray.remote(Flaky)
 
-    def make(resources: dict[str, float]) -> Any:
+    def make(resources: dict[str, float], device: str) -> Any:
+        assert device == "cpu"
         return actor.options(max_concurrency=2, num_cpus=1).remote(str(tmp_path))
 
     with Pool(make, workers=2, cpus_per_worker=1) as pool:
@@ -73,6 +74,14 @@ def test_actors_that_die_as_they_start_end_the_job(pool: Pool, tmp_path: Path) -
     (tmp_path / "ready.dies").write_text("99")
     with pytest.raises(StageError, match="workers die as they start"):
         run(pool, range(2))
+
+
+def test_a_worker_that_no_node_has_room_for_is_refused() -> None:
+    with (
+        Pool(ray.put, workers=None, cpus_per_worker=64) as pool,
+        pytest.raises(StageError, match="none of which has 64"),
+    ):
+        next(pool.run("square", [1], lambda: True))
 
 
 def test_a_full_disk_is_no_fault_of_the_actor(pool: Pool, tmp_path: Path) -> None:

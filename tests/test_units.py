@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage_specs.errors import StoreError
+from storage_specs.errors import OutageError, StoreError
 from storage_specs.files import Root
 from storage_specs.manifest import Key, expected_keys
 from storage_specs.schema import Spec
 from storage_specs.store import Store
 from storage_specs.units import Unit, committed, faults, missing, read_commit
+from storage_specs.writer import StoreWriter
 from tests.conftest import Run
 from tests.test_store import flip, spec
 
@@ -77,6 +78,43 @@ def test_a_flipped_bit_of_any_file_of_a_unit_is_found(run: Run, tmp_path: Path, 
         assert len(faults(root, whole, unit)) == 1, position
     root.delete(paths[kind])
     assert len(faults(root, whole, unit)) == 1
+
+
+@pytest.mark.parametrize("folder", ["commits/", "z/"])
+def test_storage_that_is_away_is_no_damage(run: Run, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """Else a commit would be revoked, and its unit encoded again, for an outage."""
+    store = Store(run.couplings["webdataset"])
+    original = store.root.read
+
+    def read(path: str, limit: int) -> bytes:
+        if path.startswith(folder):
+            raise OutageError(f"{path}: tried for 300 s")
+        return original(path, limit)
+
+    monkeypatch.setattr(store.root, "read", read)
+    with pytest.raises(OutageError):
+        faults(store.root, store.spec, Unit(0, 0, 3))
+
+
+def test_units_that_overlap_give_the_same_store(run: Run, tmp_path: Path) -> None:
+    """As two drivers leave them that started in the same instant with other draws."""
+    for path in Path(run.couplings["webdataset"]).rglob("*"):
+        if path.is_file() and path.name not in ("dataset.json", "sigma_f.npy"):
+            target = tmp_path / path.relative_to(run.couplings["webdataset"])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    source = Store(run.couplings["webdataset"])
+    writer = StoreWriter(str(tmp_path), source.spec)
+    writing = writer.unit(Unit(1, 1, 3))
+    writing.base({name: source.column(name, 1) for name in ("x", "label")})
+    for draw in (1, 2):
+        error = source.files[Key("z", 1, draw)].squared_error
+        assert error is not None
+        z, noise = (np.ascontiguousarray(source.column(name, 1, draw)) for name in ("z", "noise"))
+        writing.stored(draw, z, noise, error)
+    writing.commit()
+    assert writer.finalize() == source.dataset
+    assert Store(str(tmp_path)).sigma_f.tobytes() == source.sigma_f.tobytes()
 
 
 def test_a_commit_of_another_store_is_none_of_ours(run: Run) -> None:
