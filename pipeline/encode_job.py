@@ -281,6 +281,6 @@ def estimate(config: EncodeConfig, samples: str, teacher: str, out: str, storage
             f"{config.precision}",
             *rows,
             f"the store will have {files} files of {sum(sizes.values()) / 1e9:.4g} GB ({columns}), and "
-            f"{records} small objects beside them",
+            f"{records} commit records and sums beside them",
         ]
     )

@@ -141,9 +141,10 @@ class Pool:
             if not queue and not self.in_hand:
                 return
             self._grow(len(queue))
-            for held in range(IN_HAND):  # one each, then a second each
+            starting = sum(not seat.ready for seat in self.seats)
+            for held in range(IN_HAND):  # one each, then a second each, if those that are starting have some left too
                 for seat in self.seats:
-                    if queue and seat.ready and len(seat.hand) == held:
+                    if len(queue) > held * starting and seat.ready and len(seat.hand) == held:
                         task = queue.popleft()
                         seat.hand[getattr(seat.actor, method).remote(task)] = task
             waiting = {reference: seat for seat in self.seats for reference in seat.hand}
@@ -217,8 +218,7 @@ class Pool:
             if self._failed_starts > RETRIES + len(self.seats):
                 raise StageError(
                     f"workers die as they start, the last of {self._failed_starts} with {self._last_reason}; does "
-                    "every "
-                    "node have nfm installed and the samples and the teacher in reach?"
+                    "every node have nfm installed and the samples and the teacher in reach?"
                 )
         self.retries += len(tasks)
         for task in tasks:

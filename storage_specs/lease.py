@@ -57,7 +57,8 @@ class Lease:
         self.root = Root(url)  # its own, so that it alone gives up at the end
         self.token, self.beat, self.in_hand = uuid.uuid4().hex, 0, list[str]()
         self.left: list[str] = []
-        self._lost, self._taken = "", False  # why this one must stop, and whether for another driver
+        self._lost: StoreError | None = None  # why this one must stop
+        self._taken = False  # by another driver
         self._stop, self._changed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._renew, name="nfm-lease", daemon=True)
 
@@ -95,8 +96,8 @@ class Lease:
         self._changed.set()
 
     def check(self) -> None:
-        if self._lost:
-            raise StoreError(self._lost)
+        if self._lost is not None:
+            raise self._lost
 
     def _wait_for_death(self, there: Holder) -> None:
         since = time.monotonic()
@@ -145,12 +146,14 @@ class Lease:
                 there = self._read()
                 if there is not None and there.token != self.token:
                     self._taken = True
-                    self._lost = f"{self.root.url}: {there.name} took over encoding into it; this one stops"
+                    self._lost = StoreError(f"{self.root.url}: {there.name} took over encoding into it; this one stops")
                     return
                 self._write()
-            except (StoreError, OSError) as error:
-                self._lost = f"{self.root.url}: its lease could not be renewed: {error}"
+            except StoreError as error:
+                self._lost = error
                 return
+            except OSError:
+                pass  # a disk that is full for now: at worst another driver takes over, which the next look tells
             self._stop.wait(0.2)  # changes come in bursts
 
 
