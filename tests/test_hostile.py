@@ -30,7 +30,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from storage_specs.batches import Batch
 from storage_specs.errors import StoreError
-from storage_specs.files import sha256
+from storage_specs.files import npy, sha256
 from storage_specs.layouts import LAYOUTS
 from storage_specs.manifest import FILE_SCHEMA, expected_keys
 from storage_specs.region import Region
@@ -38,7 +38,7 @@ from storage_specs.schema import LayoutName, Spec, canonical_json, content_id, p
 from storage_specs.store import Store
 from storage_specs.stream import CouplingStream
 from storage_specs.webdataset import WebDatasetLayout, npy_header
-from storage_specs.writer import StoreWriter, npy
+from storage_specs.writer import StoreWriter
 from tests.test_store import LAYOUT_NAMES, block_of, tree
 from tests.test_store import spec as sample_spec
 
