@@ -46,18 +46,18 @@ SLOW_FILE = "NFM_FAULTS_SLOW"  # while the file it names is there, each fsync ta
 DRAWS, BLOCK_ROWS = 8, 8
 PATIENCE = 120.0  # seconds for anything to happen
 FSYNC_SECONDS = 0.003  # a disk, and so a job that lasts long enough to be hit, at no cost of CPU
-# Jobs of each kind of 68 faults, and how often each is hit before its bytes are looked at: most of a job is the start
+# Jobs of each kind of 66 faults, and how often each is hit before its bytes are looked at: most of a job is the start
 # of its workers. A soak hits each job once.
 PLAN = {
-    "worker killed": (3, 4),
-    "driver killed": (1, 3),
-    "driver told to end": (1, 3),
+    "worker killed": (2, 6),
+    "driver killed": (1, 2),
+    "driver told to end": (1, 2),
     "Ray head killed": (1, 1),
-    "Ray node killed": (2, 1),
-    "object store killed": (1, 3),
+    "Ray node killed": (1, 1),
+    "object store killed": (1, 2),
     "disk full": (1, 4),
     "slow disk": (1, 2),
-    "torn files": (2, 7),
+    "torn files": (1, 16),
     "shard deleted": (2, 6),
     "shard flipped": (2, 6),
 }

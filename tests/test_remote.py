@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -98,7 +99,11 @@ def test_a_window_needs_only_a_small_cache(
     monkeypatch.setenv("NFM_CACHE_GB", str(2.2 * window / 1e9))
     expected = batches(CouplingStream(local.url, 40, seed=3, window_blocks=1), 30)
     assert same(batches(CouplingStream(url, 40, seed=3, window_blocks=1), 30), expected)
-    assert sum(path.stat().st_size for path in cached(cache)) <= 2.2 * window
+    held = 0
+    for path in cached(cache):
+        with suppress(FileNotFoundError):  # a download that was under way still makes room for itself
+            held += path.stat().st_size
+    assert held <= 2.2 * window
     with pytest.raises(StoreError, match="raise storage.cache_gb, or set a smaller window_blocks"):
         CouplingStream(url, 40, seed=3, window_blocks=4)
 
