@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,10 +18,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +38,9 @@ from storage_specs.store import Store
 from storage_specs.writer import StoreWriter
 from tests.conftest import SMALL, content, without_times
 from tests.object_store import ObjectStore
+from tests.ray_cluster import PATIENCE, Cluster, alive, kill, wait_for
 
-MARK = "NFM_FAULTS_MARK"  # in the environment of every process of a cluster of ours, so that only those are killed
-SLOW_FILE = "NFM_FAULTS_SLOW"  # while the file it names is there, each fsync takes as many seconds as the file says
 DRAWS, BLOCK_ROWS = 8, 8
-PATIENCE = 120.0  # seconds for anything to happen
 FSYNC_SECONDS = 0.003  # a disk, and so a job that lasts long enough to be hit, at no cost of CPU
 # Jobs of each kind of 66 faults, and how often each is hit before its bytes are looked at: most of a job is the start
 # of its workers. A soak hits each job once.
@@ -61,18 +57,6 @@ PLAN = {
     "shard deleted": (2, 6),
     "shard flipped": (2, 6),
 }
-SLOW_FSYNC = """
-import os, time
-_fsync = os.fsync
-def fsync(descriptor):
-    try:
-        with open(os.environ["NFM_FAULTS_SLOW"]) as file:
-            time.sleep(float(file.read()))
-    except (FileNotFoundError, ValueError):
-        pass
-    _fsync(descriptor)
-os.fsync = fsync
-"""
 
 
 class MissedError(Exception):
@@ -84,87 +68,6 @@ class Outcome:
     faults: int
     lost: int  # units that were in hand at the faults, or damaged by them
     again: int  # units encoded again
-
-
-def alive(mark: str, *names: str) -> list[int]:
-    """Processes of a cluster by the start of their command line."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if f"{MARK}={mark}\0".encode() in (process / "environ").read_bytes():
-                command = (process / "cmdline").read_bytes().decode(errors="replace")
-                if not names or any(name in command for name in names):
-                    found.append(int(process.name))
-    return sorted(set(found) - {os.getpid()})
-
-
-def kill(pids: list[int]) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {PATIENCE:.0f} s for {what}")
-        time.sleep(0.005)
-    return found
-
-
-class Cluster:
-    """Ray as `ray start` starts it, each node with processes that bear its mark."""
-
-    def __init__(self, folder: Path, cpus: int, slow: Path) -> None:
-        self.folder, self.cpus, self.slow = folder, cpus, slow
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self.nodes: list[str] = []
-
-    def start_node(self, cpus: int | None = None) -> str:
-        """The head, or another node; returns its mark."""
-        mark = uuid.uuid4().hex
-        patch = self.folder / "patch"
-        patch.mkdir(exist_ok=True)
-        (patch / "sitecustomize.py").write_text(SLOW_FSYNC)
-        where = (
-            ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
-            if not self.nodes
-            else []
-        )
-        where += [f"--temp-dir={self.folder}/ray"] if not self.nodes else [f"--address={self.address}"]
-        limits = [f"--num-cpus={cpus or self.cpus}", "--object-store-memory=80000000"]
-        log = self.folder / "start.log"
-        started = subprocess.run(
-            [Path(sys.executable).with_name("ray"), "start", *where, *limits],
-            env=os.environ | {MARK: mark, SLOW_FILE: str(self.slow), "PYTHONPATH": f"{patch}:{os.getcwd()}"},
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        assert started.returncode == 0, log.read_text()
-        self.nodes.append(mark)
-        return mark
-
-    def workers(self) -> list[int]:
-        return [pid for mark in self.nodes for pid in alive(mark, "ray::Worker")]
-
-    def kill_node(self, mark: str) -> None:
-        self.nodes.remove(mark)
-        while pids := alive(mark):
-            kill(pids)
-
-    def stop(self) -> None:
-        for mark in list(self.nodes):
-            self.kill_node(mark)
-
-    def __enter__(self) -> "Cluster":
-        self.start_node()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
 
 class Soak:
@@ -180,7 +83,7 @@ class Soak:
         self.samples, self.teacher = f"{folder}/samples/train", f"{folder}/teacher/model.safetensors"
         self.slow = folder / "slow"
         self.slow.write_text(str(FSYNC_SECONDS))
-        self.cluster = Cluster(folder, 2, self.slow)
+        self.cluster = Cluster(2, self.slow)
         self.store: ObjectStore | None = None
         clean = str(folder / "clean")
         spec, _ = output_spec(self.config, Store(self.samples), self.teacher, clean)
@@ -317,8 +220,7 @@ class Soak:
 
     def ray_head_killed(self, out: str, count: int) -> Outcome:
         assert count == 1
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        with Cluster(folder, 2, self.slow) as cluster, self.driver(out, cluster.address) as driver:
+        with Cluster(2, self.slow) as cluster, self.driver(out, cluster.address) as driver:
             self.moment(out)
             cluster.kill_node(cluster.nodes[0])
             _, errors = driver.communicate(timeout=PATIENCE)
@@ -329,14 +231,13 @@ class Soak:
     def ray_node_killed(self, out: str, count: int) -> Outcome:
         """One worker on each of two nodes; the second joins while the job runs, and all of its processes are killed."""
         assert count == 1
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
         with (
-            Cluster(folder, 1, self.slow) as cluster,
+            Cluster(1, self.slow) as cluster,
             self.driver(out, cluster.address) as driver,
             self.slower(0.1),  # so that work is left when the second node has come
         ):
             wait_for(lambda: list(Path(out).glob("z/*/*")), "the first worker")
-            second = cluster.start_node(1)
+            second = cluster.start_node()
             wait_for(lambda: alive(second, "ray::Worker"), "a second worker")
             time.sleep(self.random.uniform(4, 6))
             assert len(self.done(out)) < self.units, "the job was over before the second node was killed"
@@ -469,8 +370,7 @@ class Soak:
 
 def again(begun: list[dict[Path, int]]) -> int:
     """How many of the units that were begun at some fault were written again after it."""
-    states = [*begun, {path: path.stat().st_mtime_ns for state in begun for path in state}]
-    return sum(later.get(path, -1) > at for state, later in pairwise(states) for path, at in state.items())
+    return sum(path.stat().st_mtime_ns > at for state in begun for path, at in state.items())
 
 
 @contextmanager
@@ -527,7 +427,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=PLAN, help="one kind of fault, once a job")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="nfm-", dir="/tmp"))  # short: sockets lie below it
+    folder = Path(tempfile.mkdtemp(prefix="nfm-"))
     outcomes: dict[str, list[Outcome]] = {}
     seconds: dict[str, float] = {}
     try:

@@ -227,7 +227,7 @@ def test_info_shows_what_the_store_holds(call: Nfm, run: Run) -> None:
 
 
 def test_ctrl_c_ends_cleanly_and_the_same_command_continues(run: Run, tmp_path: Path) -> None:
-    longer = small("teacher.train.images=12800", "teacher.train.checkpoint_images=640")
+    longer = small("teacher.train.images=6400", "teacher.train.checkpoint_images=640")
     command = [sys.executable, "-c", "from pipeline.cli import main; main()", "train-teacher", *longer]
     command += ["--samples", run.samples, "--out", f"{tmp_path}/out"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -241,9 +241,9 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_continues(run: Run, tmp_path: 
     assert err.splitlines()[-1] == "interrupted; the same command continues"
     assert "Traceback" not in err
     seen = load(str(state)).document["images"]
-    assert 0 < seen < 12800
+    assert 0 < seen < 6400
     again = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=250, check=True)
-    assert f"train-teacher: {seen}/12800" in again.stderr
+    assert f"train-teacher: {seen}/6400" in again.stderr
     whole = [*command[:-1], f"{tmp_path}/whole"]
     subprocess.run(whole, stderr=subprocess.DEVNULL, timeout=250, check=True)
     first, second = (

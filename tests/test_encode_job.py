@@ -15,6 +15,7 @@ from pipeline.cli import main
 from pipeline.encode_report import Summary
 from stages.encode import load_teacher, output_spec
 from stages.section import StageError
+from storage_specs import lease
 from storage_specs.errors import StoreError
 from storage_specs.schema import LayoutName
 from storage_specs.store import Store
@@ -80,9 +81,12 @@ def test_a_store_stays_readable_until_its_new_draws_are_complete(run: Run, tmp_p
     assert Store(str(tmp_path)).spec.draws == 4
 
 
-def test_a_second_driver_is_refused_and_harms_nothing(run: Run, tmp_path: Path) -> None:
+def test_a_second_driver_is_refused_and_harms_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout and holder.stdout.readline() == "held\n"
+        monkeypatch.setattr(lease, "RENEW_SECONDS", 0.5)
         with pytest.raises(StoreError, match="is encoding into it; wait until it ends, or stop it"):
             encode(run, str(tmp_path))
         assert os.listdir(tmp_path) == ["commits"] and not (tmp_path / "commits/spec.json").exists()

@@ -18,7 +18,9 @@ from storage_specs.lease import LEASE_FILE, Lease
 
 HOLD = """
 import sys, time
+from storage_specs import lease
 from storage_specs.lease import Lease
+lease.RENEW_SECONDS = 0.5
 with Lease(sys.argv[1]) as lease:
     lease.note(["000001.k000-008"])
     print("held", flush=True)
@@ -42,7 +44,10 @@ def rewrite(folder: Path, **changes: object) -> None:
     Root(str(folder)).write(LEASE_FILE, json.dumps(document | changes).encode())
 
 
-def test_a_second_driver_is_refused_while_the_first_lives(holder: "subprocess.Popen[str]", tmp_path: Path) -> None:
+def test_a_second_driver_is_refused_while_the_first_lives(
+    holder: "subprocess.Popen[str]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.5)
     start = time.monotonic()
     with pytest.raises(StoreError, match=f"process {holder.pid} on .* is encoding into it; wait until it ends"):
         Lease(str(tmp_path)).__enter__()

@@ -36,7 +36,7 @@ def test_schedules() -> None:
 
 @pytest.mark.parametrize("solver", [euler, heun, dopri5])
 def test_a_constant_field_is_solved_exactly(solver: Callable[..., object]) -> None:
-    torch.testing.assert_close(solver(constant, X, Y, schedule("t2", 3)).x, X - 2)  # type: ignore[attr-defined]
+    torch.testing.assert_close(solver(constant, X, Y, schedule("t2", 3)).x, X - 2)  # type: ignore[attr-defined]  # each has its own signature
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])

@@ -57,7 +57,7 @@ def guide_of(name: str) -> Guide:
     what = re.search(r"_(ab|a|b)(_|$)", name)
     return Guide(
         weight=float(weight[1]) if weight else 0.0,
-        what=what[1] if what else "ab",  # type: ignore[arg-type]
+        what=what[1] if what else "ab",  # type: ignore[arg-type]  # the pattern gives one of its values
         attn_temp=float(temperature[1]) if temperature else 1.0,
         annealed="annealed" in name,
     )
@@ -110,7 +110,7 @@ def test_logdet_is_that_of_the_jacobian(nvp: bool) -> None:
     y = torch.tensor([1])
 
     def encode(flat: Tensor) -> Tensor:
-        return flow(flat.view(1, 2, 4, 4), y).z.flatten()  # type: ignore[no-any-return]
+        return flow(flat.view(1, 2, 4, 4), y).z.flatten()  # type: ignore[no-any-return]  # a module's call is untyped
 
     jacobian = torch.autograd.functional.jacobian(encode, x.flatten())
     assert isinstance(jacobian, Tensor)

@@ -1,0 +1,118 @@
+"""Ray as users start it, for tests that kill it: `ray start`, node by node, in processes that bear a mark."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+MARK = "NFM_FAULTS_MARK"  # in the environment of every process of a node, so that no other is killed
+SLOW_FILE = "NFM_FAULTS_SLOW"  # while the file it names is there, each fsync takes as many seconds as the file says
+PATIENCE = 120.0  # seconds for anything to happen
+SLOW_FSYNC = """
+import os, time
+_fsync = os.fsync
+def fsync(descriptor):
+    try:
+        with open(os.environ["NFM_FAULTS_SLOW"]) as file:
+            time.sleep(float(file.read()))
+    except (FileNotFoundError, ValueError):
+        pass
+    _fsync(descriptor)
+os.fsync = fsync
+"""
+
+
+def alive(mark: str, *names: str) -> list[int]:
+    """Processes of a node, or those of them whose command line has one of the names."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if f"{MARK}={mark}\0".encode() in (process / "environ").read_bytes():
+                command = (process / "cmdline").read_bytes().decode(errors="replace")
+                if not names or any(name in command for name in names):
+                    found.add(int(process.name))
+    return sorted(found - {os.getpid()})
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {PATIENCE:.0f} s for {what}")
+        time.sleep(0.005)
+    return found
+
+
+class Cluster:
+    """A head, and nodes that join it. `slow` is the file that makes its disk slow; with `jobs` it takes submitted jobs
+    at `dashboard`. `environment` is what its processes have."""
+
+    def __init__(
+        self, cpus: int, slow: Path | None = None, jobs: bool = False, environment: dict[str, str] | None = None
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="nfm-", dir="/tmp"))  # short: sockets lie below it
+        self.cpus, self.jobs, self.environment = cpus, jobs, dict(environment or os.environ)
+        with ExitStack() as probes:
+            sockets = [probes.enter_context(socket.socket()) for _ in range(3)]
+            for probe in sockets:
+                probe.bind(("127.0.0.1", 0))
+            self.port, self.dashboard, self.agent = (probe.getsockname()[1] for probe in sockets)
+        self.address = f"127.0.0.1:{self.port}"
+        self.nodes: list[str] = []
+        if slow is not None:
+            (self.folder / "sitecustomize.py").write_text(SLOW_FSYNC)
+            self.environment |= {SLOW_FILE: str(slow), "PYTHONPATH": f"{self.folder}:{os.getcwd()}"}
+
+    def start_node(self) -> str:
+        """The head, or another node; returns its mark."""
+        mark, where = uuid.uuid4().hex, [f"--address={self.address}"]
+        if not self.nodes:
+            where = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}/ray"]
+            where += [f"--dashboard-port={self.dashboard}", f"--dashboard-agent-listen-port={self.agent}"]
+            where += [] if self.jobs else ["--include-dashboard=false"]
+        log = self.folder / "start.log"
+        ray = Path(sys.executable).with_name("ray")
+        started = subprocess.run(
+            [ray, "start", *where, f"--num-cpus={self.cpus}", "--object-store-memory=80000000"],
+            env=self.environment | {MARK: mark},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        assert started.returncode == 0, log.read_text()
+        self.nodes.append(mark)
+        return mark
+
+    def workers(self) -> list[int]:
+        return [pid for mark in self.nodes for pid in alive(mark, "ray::Worker")]
+
+    def kill_node(self, mark: str) -> None:
+        self.nodes.remove(mark)
+        while pids := alive(mark):
+            kill(pids)
+
+    def stop(self) -> None:
+        for mark in list(self.nodes):
+            self.kill_node(mark)
+        shutil.rmtree(self.folder, ignore_errors=True)  # what a dying process still writes there is of no use
+
+    def __enter__(self) -> "Cluster":
+        self.start_node()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
