@@ -62,7 +62,7 @@ bench-encode: $(READY)  ## time the encode job beside its bare teacher, resuming
 	$(BIN)/python -m tests.benchmarks.encode $(ARGS)
 
 soak: $(READY)  ## kill, fill and damage while couplings are encoded, and compare the bytes: ROUNDS=600
-	$(BIN)/python -m tests.faults --rounds $(ROUNDS) $(ARGS)
+	$(BIN)/python -m tests.tools.faults --rounds $(ROUNDS) $(ARGS)
 
 prepare: $(READY)  ## images → sample stores: DATA=folder OUT=url
 	$(BIN)/nfm prepare --preset "$(PRESET)" $(if $(DATA),--data "$(DATA)") --out "$(call need,OUT)" $(ARGS)

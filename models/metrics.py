@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from models.solvers import Trajectory
+from nfm.models.solvers import Trajectory
 
 if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -56,7 +56,7 @@ class PixelFeatures(nn.Module):
         return x.flatten(1)
 
 
-def frechet(features: nn.Module | int) -> "FrechetInceptionDistance":
+def frechet_metric(features: nn.Module | int) -> "FrechetInceptionDistance":
     """torchmetrics' Fréchet distance in float64, over our features or (an int) over Inception's of that width.
 
     `update(images, real=…)` takes float images in [-1, 1] for our features, uint8 images for Inception.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.sit import VelocityField
+from nfm.models.fields import VelocityField
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,15 @@ published SiT state dicts. Those were trained with time running the other way: w
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.labels import NULL_LABEL, class_rows
+from nfm.models.labels import class_rows
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
-
-
-class VelocityField(Protocol):
-    """v(x_t, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) labels with -1 = dropped; returns (B, C, H, W)."""
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -213,39 +207,3 @@ class SiT(nn.Module):
             h = block(h, c)  # (B, T, D)
         v = self.unpatchify(self.final_layer(h, c))  # (B, C or 2C, H, W)
         return v[:, : self.config.channels]
-
-
-class ReversedTime(nn.Module):
-    """A network of the published SiT convention (t = 1 data, v = x - ε) as a velocity field of ours."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        result: Tensor = -self.network(x, 1 - t, y)
-        return result
-
-
-class Guided(nn.Module):
-    """Classifier-free guidance: v_∅ + w·(v_c - v_∅) on all channels; w = 1 is the plain conditional field.
-
-    `guided_channels` limits it to the first few channels, and leaves the rest conditional: the published SiT code
-    guides three of four latent channels, and its numbers can be reproduced only that way.
-    """
-
-    def __init__(self, field: VelocityField, weight: float, guided_channels: int | None = None) -> None:
-        super().__init__()
-        self.field = field
-        self.weight = weight
-        self.guided_channels = guided_channels
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if self.weight == 1:
-            return self.field(x, t, y)
-        null = torch.full_like(y, NULL_LABEL)
-        conditional, unconditional = self.field(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-        guided = unconditional + self.weight * (conditional - unconditional)
-        if self.guided_channels is None:
-            return guided
-        return torch.cat([guided[:, : self.guided_channels], conditional[:, self.guided_channels :]], dim=1)

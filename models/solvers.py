@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.sit import VelocityField
+from nfm.models.fields import VelocityField
 
 SolverName = Literal["euler", "heun"]
 ScheduleName = Literal["t", "t2"]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.labels import class_rows
+from nfm.models.labels import class_rows
 
 GuideWhat = Literal["a", "b", "ab"]
 

@@ -1,18 +1,27 @@
-"""`nfm`: one command a stage, and the demo that runs them all."""
+"""`nfm`: one command a stage, and the demo that runs them all.
+
+Every command imports what it needs when it runs, so that `nfm --help` answers at once.
+"""
+
+from __future__ import annotations
 
 import functools
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.config import Config, ConfigError, load_config, preset_names
-from pipeline.store_cli import store
-from stages.section import ResumableError, StageError
-from storage_specs.errors import OutageError, StoreError
+from nfm.pipeline.errors import ConfigError
+from nfm.pipeline.presets import preset_names
+from nfm.pipeline.store_cli import store
+from nfm.stages.errors import ResumableError, StageError
+from nfm.storage_specs.storage.errors import OutageError, StoreError
+
+if TYPE_CHECKING:
+    from nfm.pipeline.config import Config
 
 USER_ERRORS = (ConfigError, StageError, StoreError, OSError)
 EXIT_FAILED, EXIT_USER, EXIT_RESUMABLE, EXIT_INTERRUPTED = 1, 2, 75, 130
@@ -37,6 +46,8 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--dry-run", is_flag=True, help="Print the resolved config and stop.")
     @functools.wraps(command)
     def wrapped(preset: str, overrides: tuple[str, ...], dry_run: bool, **arguments: Any) -> None:
+        from nfm.pipeline.config import load_config
+
         shortcuts = {key: arguments.pop(name) for name, key in SHORTCUTS.items() if name in arguments}
         chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
         config = load_config(preset, [*overrides, *chosen])
@@ -86,7 +97,7 @@ def nfm() -> None:
 )
 def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) -> None:
     """Images → sample stores (x as uint8, label, index)."""
-    from stages.prepare import prepare as run
+    from nfm.stages.prepare import prepare as run
 
     run(config.data, out, data, skip_bad_images)
     click.echo(f"{out}/train and {out}/val are complete; nfm store info shows what they hold")
@@ -98,7 +109,7 @@ def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) 
 @click.option("--out", required=True, help="Folder of the checkpoint; model.safetensors is the finished teacher.")
 def train_teacher(config: Config, samples: str, out: str) -> None:
     """Sample store → TarFlow teacher, chosen by held-out likelihood."""
-    from stages.train_teacher import train_teacher as run
+    from nfm.stages.train_teacher import train_teacher as run
 
     document = run(config.teacher, samples, out)
     click.echo(
@@ -140,8 +151,8 @@ def encode(config: Config, samples: str, teacher: str, out: str, as_json: bool, 
 
     Exit code 75: told to end (SIGTERM), or the cluster is lost; the same command continues.
     """
-    from pipeline import encode_job
-    from pipeline.encode_report import print_summary
+    from nfm.pipeline import encode_job
+    from nfm.pipeline.encode_report import print_summary
 
     if estimate:
         click.echo(encode_job.estimate(config.encode, samples, teacher, out, config.storage))
@@ -160,8 +171,8 @@ def encode(config: Config, samples: str, teacher: str, out: str, as_json: bool, 
 @click.option("--coupling", type=click.Choice(["nfm", "independent"]), help="Short for --set student.coupling=…")
 def train_student(config: Config, urls: tuple[str, ...], weights: tuple[float, ...], out: str) -> None:
     """Coupling store → SiT student. Under torchrun, all processes train one student."""
-    from stages.train_student import train_student as run
-    from storage_specs.stream import Source
+    from nfm.stages.train_student import train_student as run
+    from nfm.storage_specs.reading.stream import Source
 
     if weights and len(weights) != len(urls):
         raise StageError(f"got {len(weights)} --weight for {len(urls)} --couplings; expected one each, or none")
@@ -187,9 +198,9 @@ def sample(
     checkpoint: str, out: str, count: int, sampler: str, classes: tuple[int, ...], guidance: float, seed: int
 ) -> None:
     """Draw images from the model.safetensors of a student or a teacher."""
-    from models.solvers import parse_sampler
-    from stages.sample import SampleRequest
-    from stages.sample import sample as run
+    from nfm.models.solvers import parse_sampler
+    from nfm.stages.sample import SampleRequest
+    from nfm.stages.sample import sample as run
 
     try:
         parsed = parse_sampler(sampler)
@@ -215,7 +226,7 @@ def sample(
 @click.option("--out", required=True, help="Folder for metrics.json and report.html.")
 def evaluate(config: Config, samples: str, couplings: str, teacher: str, students: tuple[str, ...], out: str) -> None:
     """Teacher and students → metrics.json and a report to look at."""
-    from pipeline.demo import evaluate_and_report
+    from nfm.pipeline.evaluation import evaluate_and_report
 
     named: dict[str, str] = {}
     for student in students:
@@ -235,7 +246,7 @@ def evaluate(config: Config, samples: str, couplings: str, teacher: str, student
 )
 def demo(config: Config, data: Path | None, out: str, skip_bad_images: bool) -> None:
     """The whole path: data, teacher, couplings in both layouts, two students, evaluation, report."""
-    from pipeline.demo import run_demo
+    from nfm.pipeline.demo import run_demo
 
     run_demo(config, out, data, skip_bad_images)
 

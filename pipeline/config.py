@@ -3,23 +3,20 @@
 import os
 import tomllib
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from stages.encode import EncodeConfig
-from stages.evaluate import EvaluateConfig
-from stages.prepare import DataConfig
-from stages.section import Section
-from stages.train_student import StudentConfig
-from stages.train_teacher import TeacherConfig
-from storage_specs.files import configure
-
-
-class ConfigError(ValueError):
-    """A preset or an override that does not describe a run."""
+from nfm.pipeline.errors import ConfigError
+from nfm.pipeline.presets import preset_names, preset_text
+from nfm.stages.encode import EncodeConfig
+from nfm.stages.evaluate import EvaluateConfig
+from nfm.stages.prepare import DataConfig
+from nfm.stages.section import Section
+from nfm.stages.train_student import StudentConfig
+from nfm.stages.train_teacher import TeacherConfig
+from nfm.storage_specs.storage.files import configure
 
 
 class StorageConfig(Section):
@@ -48,23 +45,18 @@ class Config(Section):
     evaluate: EvaluateConfig
 
 
-def preset_names() -> list[str]:
-    folder = files("pipeline") / "presets"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
 def load_config(preset: str, overrides: Sequence[str] = ()) -> Config:
     """A shipped preset by name, or a TOML file by path, with overrides. Raises ConfigError naming what is wrong."""
     if preset in preset_names():
-        text = (files("pipeline") / "presets" / f"{preset}.toml").read_bytes()
+        text = preset_text(preset)
     elif preset.endswith(".toml") and Path(preset).is_file():
-        text = Path(preset).read_bytes()
+        text = Path(preset).read_text(encoding="utf-8")
     else:
         raise ConfigError(
             f"got preset {preset!r}; expected one of {', '.join(preset_names())}, or the path of a .toml file"
         )
     try:
-        values: dict[str, Any] = tomllib.loads(text.decode())
+        values: dict[str, Any] = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"preset {preset}: not TOML: {error}") from error
     for override in overrides:

@@ -15,20 +15,21 @@ from typing import Any
 
 import click
 
-from models.tarflow import forward_flops
-from pipeline.config import StorageConfig
-from pipeline.encode_report import EncodeProgress, Summary, teacher_config
-from pipeline.pool import Pool, ray_session
-from stages.encode import EncodeConfig, Encoded, Speed, UnitEncoder, output_spec
-from stages.section import ResumableError, StageError
-from storage_specs.errors import StoreError
-from storage_specs.layouts import LAYOUTS
-from storage_specs.lease import Lease
-from storage_specs.manifest import expected_keys
-from storage_specs.schema import Spec
-from storage_specs.store import Store
-from storage_specs.units import Unit, committed, missing
-from storage_specs.writer import StoreWriter
+from nfm.models.tarflow import forward_flops
+from nfm.pipeline.config import StorageConfig
+from nfm.pipeline.encode_report import EncodeProgress, Summary, teacher_config
+from nfm.pipeline.pool import Pool, ray_session
+from nfm.stages.encode import EncodeConfig, EncodedUnit, Speed, UnitEncoder, output_spec
+from nfm.stages.errors import ResumableError, StageError
+from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.manifest import expected_keys
+from nfm.storage_specs.format.names import LEASE_FILE
+from nfm.storage_specs.format.schema import Spec
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.lease import Lease
+from nfm.storage_specs.writing.units import Unit, committed, missing
+from nfm.storage_specs.writing.writer import StoreWriter
 
 GRACE_SECONDS = 20.0  # for what is in hand at a notice of preemption, of the 30 that a cluster gives at least
 CHECKS = 3  # of the whole store, before its storage is held to lose what is written
@@ -55,7 +56,7 @@ class Worker:
     def ready(self) -> None:
         self.encoder = UnitEncoder(**self.arguments)
 
-    def encode(self, unit: Unit) -> Encoded:
+    def encode(self, unit: Unit) -> EncodedUnit:
         return self.encoder.encode(unit)
 
     def faults(self, unit: Unit) -> list[str]:
@@ -83,7 +84,7 @@ def encode_couplings(
         writer = StoreWriter(out, spec)
         if writer.complete():
             return Summary(Store(out).dataset, units_before=len(committed(writer.root)))
-        with Lease(_absolute(out)) as lease:
+        with Lease(_absolute(out), LEASE_FILE) as lease:
             writer.begin(z_scale)
             with ray_session(), _pool(config, samples, teacher, out, spec, storage) as pool:
                 return _Job(config, writer, lease, pool, notice, as_json).run()

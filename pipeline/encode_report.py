@@ -11,9 +11,9 @@ from typing import Any, Literal
 import click
 from tqdm import tqdm
 
-from models.tarflow import TarFlowConfig, forward_flops
-from stages.encode import Encoded
-from storage_specs.schema import Dataset, Spec
+from nfm.models.tarflow import TarFlowConfig, forward_flops
+from nfm.stages.encode import EncodedUnit
+from nfm.storage_specs.format.schema import Dataset, Spec
 
 LIVE_SECONDS, LINE_SECONDS = 0.5, 10.0
 NOW_SECONDS = 60.0  # over which "now" is counted
@@ -115,7 +115,7 @@ class Summary:
     left: int = 0
     damaged: int = 0
 
-    def add(self, encoded: Encoded, lost: bool, left: bool) -> None:
+    def add(self, encoded: EncodedUnit, lost: bool, left: bool) -> None:
         if not encoded.draws:
             return  # its commit was there: only the answer had been lost
         self.units += 1

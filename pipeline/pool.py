@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from stages.section import ResumableError, StageError
-from storage_specs.errors import StoreError
+from nfm.stages.errors import ResumableError, StageError
+from nfm.storage_specs.storage.errors import StoreError
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
 os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster started here: encoding is what the machine is for

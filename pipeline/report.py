@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.solvers import parse_sampler
-from storage_specs.files import Root
+from nfm.models.solvers import parse_sampler
+from nfm.storage_specs.storage.files import Root
 
 matplotlib.use("Agg")
 MAX_GRIDS_BYTES = 1 << 32
@@ -28,7 +28,7 @@ def write_report(root: Root, metrics: dict[str, Any]) -> None:
         grids = {name: archive[name] for name in archive.files}
     metrics = metrics | {"students": {name: metrics["students"][name] for name in student_names(metrics)}}
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("nfm.pipeline"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["short"] = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
     page = environment.get_template("report.html").render(

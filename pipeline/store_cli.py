@@ -1,19 +1,21 @@
 """`nfm store`: look at stores, check them, and move them about."""
 
+from __future__ import annotations
+
 import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
-import numpy as np
 from tqdm import tqdm
 
-from pipeline.config import load_storage
-from storage_specs.errors import StoreError
-from storage_specs.schema import LayoutName
-from storage_specs.store import Store
+from nfm.storage_specs.storage.errors import StoreError
+
+if TYPE_CHECKING:
+    from nfm.storage_specs.format.schema import LayoutName
+    from nfm.storage_specs.reading.store import Store
 
 
 def on_a_store(command: Callable[..., None]) -> Callable[..., None]:
@@ -29,6 +31,9 @@ def on_a_store(command: Callable[..., None]) -> Callable[..., None]:
     )
     @functools.wraps(command)
     def wrapped(url: str, overrides: tuple[str, ...], **arguments: Any) -> None:
+        from nfm.pipeline.config import load_storage
+        from nfm.storage_specs.reading.store import Store
+
         load_storage(overrides).apply()
         command(store=Store(url), **arguments)
 
@@ -53,12 +58,14 @@ def store() -> None:
 @click.option("--plot", metavar="PNG", help="Draw some x, and the histogram of z against the normal, into a file.")
 def info(store: Store, plot: str | None) -> None:
     """What the store holds, and what each column costs."""
-    from storage_specs.card import summary
+    import numpy as np
+
+    from nfm.storage_specs.format.card import summary
 
     rms = float(np.sqrt(np.square(store.sigma_f, dtype=np.float64).mean())) if store.spec.coupling else None
     click.echo(summary(store.dataset, rms))
     if plot is not None:
-        from pipeline.store_plot import plot_store
+        from nfm.pipeline.store_plot import plot_store
 
         plot_store(store, plot)
         click.echo(f"{'picture':12}{plot}")
@@ -85,7 +92,7 @@ def verify(store: Store, reencode: int, teacher: str | None, seed: int) -> None:
             "again"
         )
     if teacher is not None and reencode:
-        from stages.encode import reencode as run
+        from nfm.stages.encode import reencode as run
 
         worst = run(store, teacher, reencode, seed)
         click.echo(f"{store.url}: z of {reencode} records encoded again differs by at most {worst:.1e} σ_f")
@@ -96,7 +103,7 @@ def verify(store: Store, reencode: int, teacher: str | None, seed: int) -> None:
 @on_a_store
 def repair(store: Store) -> None:
     """Queue exactly the blocks with bad or missing files to be written again by the command that wrote the store."""
-    from storage_specs.transfer import repair as run
+    from nfm.storage_specs.writing.transfer import repair as run
 
     with bar("verify", store.dataset.totals.bytes, "B") as progress:
         faults, blocks = run(store, progress)
@@ -118,15 +125,15 @@ def repair(store: Store) -> None:
 @click.option("--layout", required=True, type=click.Choice(["webdataset", "zarr", "tuples"]))
 def convert(store: Store, out: str, layout: str) -> None:
     """Write the same store to OUT in another layout, without loss; or export it as classic tuples."""
-    from storage_specs.transfer import convert as run
-    from storage_specs.transfer import export_tuples
+    from nfm.storage_specs.writing.transfer import convert as run
+    from nfm.storage_specs.writing.transfer import export_tuples
 
     with bar(f"convert to {layout}", store.spec.rows, "img") as progress:
         if layout == "tuples":
             count = export_tuples(store, out, progress, None)
             done = f"{count} shards of tuples"
         else:
-            done = f"store {run(store, out, cast(LayoutName, layout), progress, None).id[:12]}, {layout} layout"
+            done = f"store {run(store, out, cast('LayoutName', layout), progress, None).id[:12]}, {layout} layout"
     click.echo(f"{out}: {done}")
 
 
@@ -135,7 +142,7 @@ def convert(store: Store, out: str, layout: str) -> None:
 @click.argument("out")
 def copy(store: Store, out: str) -> None:
     """Copy the store to OUT, local or remote, and read it back; the same command again continues."""
-    from storage_specs.transfer import copy as run
+    from nfm.storage_specs.writing.transfer import copy as run
 
     with bar("copy and check", 2 * store.dataset.totals.bytes, "B") as progress:
         written = run(store, out, progress, None)

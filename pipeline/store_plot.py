@@ -8,8 +8,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from storage_specs.files import Root
-from storage_specs.store import Store
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.files import Root
 
 ROWS, COLUMNS = 6, 10
 

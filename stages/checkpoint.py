@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from models.sit import SiT, SiTConfig
-from models.tarflow import TarFlow, TarFlowConfig
-from stages.section import StageError
-from storage_specs.files import Root
+from nfm.models.sit import SiT, SiTConfig
+from nfm.models.tarflow import TarFlow, TarFlowConfig
+from nfm.stages.errors import StageError
+from nfm.storage_specs.storage.files import Root
 
 MAX_BYTES = 1 << 38
 DOCUMENT = "nfm"
@@ -129,6 +129,22 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], url: str, assi
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise StageError(f"{url}: its weights do not fit the architecture: {first}") from error
+
+
+def load_model(url: str) -> SiT | TarFlow:
+    """The network of a finished model (`model.safetensors`), a student's or a teacher's, in evaluation mode on the CPU.
+
+    Raises StoreError if there is no file, StageError if it is no finished model of ours.
+    """
+    checkpoint = load(url)
+    network = build(checkpoint, network_name(checkpoint), url)
+    assert isinstance(network, SiT | TarFlow)
+    return network
+
+
+def network_name(checkpoint: Checkpoint) -> str:
+    """ "TarFlow" for a teacher, "SiT" for a student."""
+    return "TarFlow" if "teacher" in checkpoint.document["run"] else "SiT"
 
 
 def load_network(url: str, name: str) -> tuple[nn.Module, dict[str, Any]]:

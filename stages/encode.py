@@ -16,18 +16,28 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from models.tarflow import FlowBlock, TarFlow, TarFlowConfig
-from stages.checkpoint import load_network, weights_sha256
-from stages.section import Section, StageError
-from storage_specs.codecs import ZDtype, decode, encode, int8_scale
-from storage_specs.errors import StoreError
-from storage_specs.files import npy, sha256
-from storage_specs.noise import NOISE_LAW, standard_normal
-from storage_specs.pixels import to_float
-from storage_specs.schema import CouplingSpec, LayoutName, NoiseDtype, NoiseSpec, Precision, Spec, TeacherSpec
-from storage_specs.store import Store
-from storage_specs.units import NonFiniteError, Unit
-from storage_specs.writer import StoreWriter, begun
+from nfm.models.tarflow import FlowBlock, TarFlow, TarFlowConfig
+from nfm.stages.checkpoint import load_network, weights_sha256
+from nfm.stages.errors import StageError
+from nfm.stages.section import Section
+from nfm.storage_specs.format.codecs import ZDtype, decode, encode, int8_scale
+from nfm.storage_specs.format.noise import NOISE_LAW, standard_normal
+from nfm.storage_specs.format.pixels import to_float
+from nfm.storage_specs.format.schema import (
+    CouplingSpec,
+    LayoutName,
+    NoiseDtype,
+    NoiseSpec,
+    Precision,
+    Spec,
+    TeacherSpec,
+)
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import sha256
+from nfm.storage_specs.storage.npy import npy
+from nfm.storage_specs.writing.units import NonFiniteError, Unit
+from nfm.storage_specs.writing.writer import StoreWriter, begun
 
 Positive = Annotated[int, Field(ge=1)]
 # Of z encoded again: float32 on another machine moves it by 1e-5 σ_f, which can turn the rounding of a codec over.
@@ -59,7 +69,7 @@ class EncodeConfig(Section):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedUnit:
     """What a worker tells of a unit. `bad` are the (image, draw) pairs whose z is not finite; with any, nothing of the
     unit is committed."""
 
@@ -209,11 +219,11 @@ class UnitEncoder:
         x = torch.zeros(self.rows, *self.writer.spec.shape)
         self.forward(x, torch.zeros(self.rows, dtype=torch.int64, device=self.device)).cpu()
 
-    def encode(self, unit: Unit) -> Encoded:
+    def encode(self, unit: Unit) -> EncodedUnit:
         """All draws of one unit: z = f(x + η·ε′, c), with ε′ rounded to its stored dtype before the teacher sees it."""
         images = self.writer.spec.rows_of(unit.block)
         if self.writer.root.exists(unit.commit_file):
-            return Encoded(images, 0, 0.0)
+            return EncodedUnit(images, 0, 0.0)
         base = {name: self.samples.column(name, unit.block) for name in ("x", "label")}
         x, y = to_float(base["x"]), torch.from_numpy(base["label"]).to(self.device)
         writing = self.writer.unit(unit)
@@ -238,7 +248,7 @@ class UnitEncoder:
         bad = tuple(pair for future in written for pair in future.result())
         if not bad:
             writing.commit(seconds, device_name(self.device))
-        return Encoded(images, images * len(unit.draws), seconds, bad)
+        return EncodedUnit(images, images * len(unit.draws), seconds, bad)
 
     def _noise(self, block: int, draw: int, x: Tensor) -> tuple[NDArray[Any], Tensor]:
         """ε′ (rows, C, H, W) as it is stored, and x + η·ε′ in float32: on the CPU, so that they have the same bits

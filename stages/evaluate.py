@@ -11,18 +11,20 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from models.metrics import PixelFeatures, curvature, frechet, z_space
-from models.sit import Guided, SiT
-from models.solvers import Sampler, parse_sampler
-from models.tarflow import TarFlow, bits_per_dim
-from stages.checkpoint import load_network, weights_sha256
-from stages.progress import Progress
-from stages.section import Section, StageError
-from storage_specs.files import Root
-from storage_specs.noise import standard_normal
-from storage_specs.pixels import to_float, to_uint8
-from storage_specs.schema import canonical_json
-from storage_specs.store import Store
+from nfm.models.fields import Guided
+from nfm.models.metrics import PixelFeatures, curvature, frechet_metric, z_space
+from nfm.models.sit import SiT
+from nfm.models.solvers import Sampler, parse_sampler
+from nfm.models.tarflow import TarFlow, bits_per_dim
+from nfm.stages.checkpoint import load_network, weights_sha256
+from nfm.stages.errors import StageError
+from nfm.stages.progress import Progress
+from nfm.stages.section import Section
+from nfm.storage_specs.format.noise import standard_normal
+from nfm.storage_specs.format.pixels import to_float, to_uint8
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.documents import canonical_json
+from nfm.storage_specs.storage.files import Root
 
 Positive = Annotated[int, Field(ge=1)]
 ROUNDTRIP_IMAGES = 2048  # held-out images that the teacher encodes and decodes again
@@ -51,14 +53,14 @@ class EvaluateConfig(Section):
         return names
 
 
-class Frechet:
+class FrechetDistance:
     """Fréchet distance of images in [-1, 1] to those of a store."""
 
     def __init__(self, config: EvaluateConfig, reference: Store, device: torch.device) -> None:
         self.pixels = config.features == "pixels"
         features: nn.Module | int = PixelFeatures(reference.spec.dim) if self.pixels else 2048
         try:
-            self.metric = frechet(features).to(device)
+            self.metric = frechet_metric(features).to(device)
         except ModuleNotFoundError as error:
             raise StageError(
                 f"evaluate.features = 'inception' needs torch-fidelity ({error}); install it, or use 'pixels'"
@@ -175,7 +177,7 @@ class Evaluation:
         assert pairs.spec.coupling is not None
         self.config, self.train, self.val, self.pairs, self.device = config, train, val, pairs, device
         self.teacher, self.eta = teacher, pairs.spec.coupling.eta
-        self.fd = Frechet(config, train, device)
+        self.fd = FrechetDistance(config, train, device)
         generator = torch.Generator().manual_seed(config.seed)
         labels = torch.from_numpy(train.labels())
         self.y = labels[torch.randint(len(labels), (config.samples,), generator=generator)]

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from stages.progress import Progress
-from stages.section import Section, StageError
-from storage_specs.files import Root, sha256
-from storage_specs.order import permutation
-from storage_specs.schema import LayoutName, Spec, canonical_json
-from storage_specs.writer import StoreWriter
+from nfm.stages.errors import StageError
+from nfm.stages.progress import Progress
+from nfm.stages.section import Section
+from nfm.storage_specs.format.schema import LayoutName, Spec
+from nfm.storage_specs.reading.order import permutation
+from nfm.storage_specs.storage.documents import canonical_json
+from nfm.storage_specs.storage.files import Root, sha256
+from nfm.storage_specs.writing.writer import StoreWriter
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 QUARANTINE = "quarantine.json"

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from models.labels import NULL_LABEL
-from models.sit import Guided, SiT
-from models.solvers import Sampler
-from models.tarflow import Guide, TarFlow
-from stages.checkpoint import build, load, split
-from stages.section import StageError
-from storage_specs.pixels import to_uint8
+from nfm.models.fields import Guided
+from nfm.models.labels import NULL_LABEL
+from nfm.models.sit import SiT
+from nfm.models.solvers import Sampler
+from nfm.models.tarflow import Guide, TarFlow
+from nfm.stages.checkpoint import build, load, network_name, split
+from nfm.stages.errors import StageError
+from nfm.storage_specs.format.pixels import to_uint8
 
 GRID_SCALE = 4  # screen pixels per image pixel for images under 64 pixels
 
@@ -63,7 +64,7 @@ def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
         raise StageError(f"got output {out!r}; expected a name ending in .png or .npz")
     loaded = load(checkpoint)
     teacher = loaded.document["run"].get("teacher")
-    network = build(loaded, "TarFlow" if teacher else "SiT", checkpoint)
+    network = build(loaded, network_name(loaded), checkpoint)
     assert isinstance(network, SiT | TarFlow)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     eta = float(teacher["eta"]) if teacher else 0.0

@@ -7,15 +7,16 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from models.couplings import COUPLINGS, CouplingName
-from models.labels import drop_labels
-from models.paths import flow_matching_loss, linear_path, logit_normal
-from models.sit import SiT, SiTConfig, parse_size
-from stages.section import Section, StageError
-from stages.training import TrainConfig, Trainer, open_stream, world
-from storage_specs.batches import Batch
-from storage_specs.store import Store
-from storage_specs.stream import Source
+from nfm.models.couplings import COUPLINGS, CouplingName
+from nfm.models.labels import drop_labels
+from nfm.models.paths import flow_matching_loss, linear_path, logit_normal
+from nfm.models.sit import SiT, SiTConfig, parse_size
+from nfm.stages.errors import StageError
+from nfm.stages.section import Section
+from nfm.stages.training import TrainConfig, Trainer, open_stream, world
+from nfm.storage_specs.reading.batches import Batch
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.stream import Source
 
 
 class StudentConfig(Section):

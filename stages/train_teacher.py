@@ -6,13 +6,14 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from models.labels import drop_labels
-from models.tarflow import TarFlow, TarFlowConfig, bits_per_dim, nll, parse_notation
-from stages.section import Section, StageError
-from stages.training import TrainConfig, Trainer, open_stream, world
-from storage_specs.batches import Batch
-from storage_specs.store import Store
-from storage_specs.stream import CouplingStream
+from nfm.models.labels import drop_labels
+from nfm.models.tarflow import TarFlow, TarFlowConfig, bits_per_dim, nll, parse_notation
+from nfm.stages.errors import StageError
+from nfm.stages.section import Section
+from nfm.stages.training import TrainConfig, Trainer, open_stream, world
+from nfm.storage_specs.reading.batches import Batch
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.stream import CouplingStream
 
 VAL_IMAGES = 4096  # at most
 VAL_DRAWS = 4  # η-noise draws of the held-out images in one validation

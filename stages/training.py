@@ -19,13 +19,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.ema import EMA
-from stages.checkpoint import Checkpoint, architecture, exists, load, load_weights, remove, save
-from stages.progress import Progress
-from stages.section import Section, StageError
-from storage_specs.batches import Batch
-from storage_specs.schema import difference
-from storage_specs.stream import CouplingStream, Source, StreamState, View
+from nfm.models.ema import EMA
+from nfm.stages.checkpoint import Checkpoint, architecture, exists, load, load_weights, remove, save
+from nfm.stages.errors import StageError
+from nfm.stages.progress import Progress
+from nfm.stages.section import Section
+from nfm.storage_specs.reading.batches import Batch
+from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState, View
+from nfm.storage_specs.storage.documents import difference
 
 Positive = Annotated[int, Field(ge=1)]
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Config, load_config
-from stages.encode import UnitEncoder, output_spec
-from stages.prepare import prepare
-from stages.train_teacher import train_teacher
-from storage_specs.schema import LayoutName
-from storage_specs.store import Store
-from storage_specs.writer import StoreWriter
-from tests.object_store import ObjectStore
+from nfm.pipeline.config import Config, load_config
+from nfm.stages.encode import UnitEncoder, output_spec
+from nfm.stages.prepare import prepare
+from nfm.stages.train_teacher import train_teacher
+from nfm.storage_specs.format.schema import LayoutName
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.writing.writer import StoreWriter
+from tests.tools.object_store import ObjectStore
 
 SMALL = (
     "data.holdout=0.9",
@@ -120,7 +120,7 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
 @pytest.fixture(scope="session")
 def home(ray_cluster: None, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `runs/demo` is a small finished demo."""
-    from pipeline.demo import run_demo
+    from nfm.pipeline.demo import run_demo
 
     out = tmp_path_factory.mktemp("home")
     run_demo(config, f"{out}/runs/demo", None, skip_bad_images=False)

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cli import main, nfm
-from stages.checkpoint import Checkpoint, load, save, weights_sha256
-from storage_specs.store import Store
+from nfm.pipeline.cli import main, nfm
+from nfm.stages.checkpoint import Checkpoint, load, save, weights_sha256
+from nfm.storage_specs.reading.store import Store
 from tests.conftest import SMALL, Run
 
 Nfm = Callable[..., tuple[int, str, str]]
@@ -182,7 +182,7 @@ def test_evaluate_refuses_what_does_not_belong_together(call: Nfm, run: Run, tmp
 
 def test_ctrl_c_while_it_is_still_importing() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "prepare", "--help"],
+        [sys.executable, "-m", "nfm", "prepare", "--help"],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -228,7 +228,7 @@ def test_info_shows_what_the_store_holds(call: Nfm, run: Run) -> None:
 
 def test_ctrl_c_ends_cleanly_and_the_same_command_continues(run: Run, tmp_path: Path) -> None:
     longer = small("teacher.train.images=6400", "teacher.train.checkpoint_images=640")
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "train-teacher", *longer]
+    command = [sys.executable, "-c", "from nfm.pipeline.cli import main; main()", "train-teacher", *longer]
     command += ["--samples", run.samples, "--out", f"{tmp_path}/out"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     state = tmp_path / "out" / "state.safetensors"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from storage_specs.codecs import INT8_RANGE, ZDtype, all_finite, decode, encode, int8_scale
-from storage_specs.schema import NoiseDtype
-from storage_specs.store import Store
-from storage_specs.stream import CouplingStream
+from nfm.storage_specs.format.codecs import INT8_RANGE, ZDtype, all_finite, decode, encode, int8_scale
+from nfm.storage_specs.format.schema import NoiseDtype
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.stream import CouplingStream
 from tests.conftest import Run, encode_here
 
 DTYPES: tuple[ZDtype, ...] = ("float32", "float16", "bfloat16", "int8")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config
-from pipeline.demo import run_demo
-from storage_specs.store import Store
+from nfm.pipeline.config import Config
+from nfm.pipeline.demo import run_demo
+from nfm.storage_specs.reading.store import Store
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.cli import main
-from storage_specs.card import bytes_per_row
-from storage_specs.schema import CouplingSpec, NoiseSpec, Spec, TeacherSpec
-from storage_specs.store import Store
+from nfm.pipeline.cli import main
+from nfm.storage_specs.format.card import bytes_per_row
+from nfm.storage_specs.format.schema import CouplingSpec, NoiseSpec, Spec, TeacherSpec
+from nfm.storage_specs.reading.store import Store
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -76,7 +76,7 @@ def test_stock_readers_get_exactly_what_ours_does(
 def test_nfm_lines_run(home: Path, monkeypatch: pytest.MonkeyPatch, where: str, line: str) -> None:
     """On the small demo where they name it; the rest, for clusters, up to their resolved config."""
     monkeypatch.chdir(home)
-    arguments = shlex.split(line.partition("-m pipeline ")[2] if line.startswith("torchrun") else line[4:])
+    arguments = shlex.split(line.partition("-m nfm ")[2] if line.startswith("torchrun") else line[4:])
     if "runs/demo" not in line:
         arguments.append("--dry-run")
     monkeypatch.setattr(sys, "argv", ["nfm", *arguments])

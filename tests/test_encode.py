@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-import stages.encode as encode
-from stages.checkpoint import Checkpoint, load, save, weights_sha256
-from stages.encode import EncodeConfig, UnitEncoder, output_spec
-from stages.section import StageError
-from storage_specs.errors import StoreError
-from storage_specs.schema import Spec
-from storage_specs.store import Store
-from storage_specs.units import Unit
-from storage_specs.writer import StoreWriter
+import nfm.stages.encode as encode
+from nfm.stages.checkpoint import Checkpoint, load, save, weights_sha256
+from nfm.stages.encode import EncodeConfig, UnitEncoder, output_spec
+from nfm.stages.errors import StageError
+from nfm.storage_specs.format.schema import Spec
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.writing.units import Unit
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.conftest import Run, content
 
 FP32_TOLERANCE = 1e-5  # of z between batch shapes, devices and machines, in units of rms(z); docs/encode.md

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.encode_job as job
-from models.tarflow import forward_flops
-from pipeline.cli import main
-from pipeline.encode_report import Summary
-from stages.encode import load_teacher, output_spec
-from stages.section import StageError
-from storage_specs import lease
-from storage_specs.errors import StoreError
-from storage_specs.schema import LayoutName
-from storage_specs.store import Store
-from storage_specs.writer import StoreWriter
+import nfm.pipeline.encode_job as job
+from nfm.models.tarflow import forward_flops
+from nfm.pipeline.cli import main
+from nfm.pipeline.encode_report import Summary
+from nfm.stages.encode import load_teacher, output_spec
+from nfm.stages.errors import StageError
+from nfm.storage_specs.format.schema import LayoutName
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage import lease
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.conftest import Run, content
 from tests.test_encode import wild_teacher
 from tests.test_lease import HOLD
@@ -140,7 +140,7 @@ def test_progress_and_summary_for_machines(run: Run, tmp_path: Path, capsys: pyt
 
 
 def test_a_teacher_of_other_images_is_refused(run: Run, tmp_path: Path, images: Path) -> None:
-    from stages.prepare import DataConfig, prepare
+    from nfm.stages.prepare import DataConfig, prepare
 
     config = DataConfig(source="folder", image_size=8, channels=3, holdout=0.3, block_rows=4)
     prepare(config, f"{tmp_path}/samples", images)

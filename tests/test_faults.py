@@ -1,4 +1,4 @@
-"""Sixty faults in real processes, and the job submitted as a user does: see tests/faults.py and docs/encode.md."""
+"""Sixty faults in real processes, and the job submitted as a user does: tests/tools/faults.py, docs/encode.md."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run, content
-from tests.ray_cluster import Cluster
+from tests.tools.ray_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -21,7 +21,7 @@ RAY = str(Path(sys.executable).with_name("ray"))
 
 @pytest.mark.timeout(900)
 def test_after_every_fault_the_bytes_are_those_of_a_clean_run() -> None:
-    done = subprocess.run([sys.executable, "-m", "tests.faults"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "tests.tools.faults"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
     assert done.returncode == 0, "its output above names the fault"
     rounds = re.search(r"^\| all \| (\d+) ", done.stdout, re.MULTILINE)
@@ -41,7 +41,7 @@ def environment() -> Iterator[dict[str, str]]:
 def test_the_job_can_be_submitted_to_a_ray_head(environment: dict[str, str], run: Run, tmp_path: Path) -> None:
     """As docs/encode.md says: the working directory travels, the nodes have the dependencies."""
     arguments = ["--samples", f"{run.samples}/train", "--teacher", run.teacher, "--out", str(tmp_path / "out")]
-    submit = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", "pipeline", "encode", *arguments]
+    submit = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", "nfm", "encode", *arguments]
     for _ in range(30):
         command = [*submit, "--draws", "3", "--json-progress"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

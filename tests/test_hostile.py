@@ -28,17 +28,19 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from storage_specs.batches import Batch
-from storage_specs.errors import StoreError
-from storage_specs.files import npy, sha256
-from storage_specs.layouts import LAYOUTS
-from storage_specs.manifest import FILE_SCHEMA, expected_keys
-from storage_specs.region import Region
-from storage_specs.schema import LayoutName, Spec, canonical_json, content_id, parse
-from storage_specs.store import Store
-from storage_specs.stream import CouplingStream
-from storage_specs.webdataset import WebDatasetLayout, npy_header
-from storage_specs.writer import StoreWriter
+from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.manifest import FILE_SCHEMA, expected_keys
+from nfm.storage_specs.format.schema import LayoutName, Spec, content_id
+from nfm.storage_specs.format.webdataset import WebDatasetLayout
+from nfm.storage_specs.reading.batches import Batch
+from nfm.storage_specs.reading.region import Region
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.stream import CouplingStream
+from nfm.storage_specs.storage.documents import canonical_json, parse
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import sha256
+from nfm.storage_specs.storage.npy import npy, npy_header
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.test_store import LAYOUT_NAMES, block_of, tree
 from tests.test_store import spec as sample_spec
 

@@ -14,12 +14,12 @@ import webdataset as wds
 import zarr
 from numpy.typing import NDArray
 
-from storage_specs.layouts import LAYOUTS
-from storage_specs.noise import standard_normal
-from storage_specs.pixels import to_float
-from storage_specs.schema import LayoutName, Spec
-from storage_specs.store import Store
-from storage_specs.webdataset import tar_headers
+from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.noise import standard_normal
+from nfm.storage_specs.format.pixels import to_float
+from nfm.storage_specs.format.schema import LayoutName, Spec
+from nfm.storage_specs.format.webdataset import tar_headers
+from nfm.storage_specs.reading.store import Store
 from tests.conftest import Run
 
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("webdataset", "zarr")
@@ -104,7 +104,7 @@ def test_manifest_lists_every_file_with_its_sha256(run: Run, layout: LayoutName)
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_the_tuple_is_what_the_teacher_did(run: Run, layout: LayoutName) -> None:
     """x, noise, z and label against the slow and obvious: one image at a time, from the definition."""
-    from stages.encode import load_teacher
+    from nfm.stages.encode import load_teacher
 
     store, samples = Store(run.couplings[layout]), Store(f"{run.samples}/train")
     teacher, _ = load_teacher(run.teacher)

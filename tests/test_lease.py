@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from storage_specs import lease
-from storage_specs.errors import StoreError
-from storage_specs.files import Root
-from storage_specs.lease import LEASE_FILE, Lease
+from nfm.storage_specs.format.names import LEASE_FILE
+from nfm.storage_specs.storage import lease
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import Root
+from nfm.storage_specs.storage.lease import Lease
 
 HOLD = """
 import sys, time
-from storage_specs import lease
-from storage_specs.lease import Lease
+from nfm.storage_specs.storage import lease
+from nfm.storage_specs.storage.lease import Lease
+from nfm.storage_specs.format.names import LEASE_FILE
 lease.RENEW_SECONDS = 0.5
-with Lease(sys.argv[1]) as lease:
+with Lease(sys.argv[1], LEASE_FILE) as lease:
     lease.note(["000001.k000-008"])
     print("held", flush=True)
     time.sleep(600)
@@ -50,7 +52,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.5)
     start = time.monotonic()
     with pytest.raises(StoreError, match=f"process {holder.pid} on .* is encoding into it; wait until it ends"):
-        Lease(str(tmp_path)).__enter__()
+        Lease(str(tmp_path), LEASE_FILE).__enter__()
     assert time.monotonic() - start < 2 * lease.RENEW_SECONDS + 2
     assert holder.poll() is None
 
@@ -59,7 +61,7 @@ def test_a_dead_driver_of_this_machine_is_followed_at_once(holder: "subprocess.P
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     start = time.monotonic()
-    with Lease(str(tmp_path)) as mine:
+    with Lease(str(tmp_path), LEASE_FILE) as mine:
         assert mine.left == ["000001.k000-008"]
     assert time.monotonic() - start < 2
     assert not (tmp_path / LEASE_FILE).exists()
@@ -73,7 +75,7 @@ def test_a_driver_elsewhere_is_dead_when_it_renews_no_more(
     monkeypatch.setattr(lease, "LEASE_SECONDS", 0.5)
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
     start = time.monotonic()
-    with Lease(str(tmp_path)) as mine:
+    with Lease(str(tmp_path), LEASE_FILE) as mine:
         assert time.monotonic() - start >= 0.5
         mine.check()
         rewrite(tmp_path, token="another")
@@ -84,11 +86,11 @@ def test_a_driver_elsewhere_is_dead_when_it_renews_no_more(
 
 
 def test_what_was_in_hand_outlives_a_driver_that_was_told_to_end(tmp_path: Path) -> None:
-    first = Lease(str(tmp_path))
+    first = Lease(str(tmp_path), LEASE_FILE)
     first.__enter__()
     first.note(["b", "a"])
     first.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     rewrite(tmp_path, host="elsewhere")
-    with Lease(str(tmp_path)) as second:  # which needs no wait: the first said that it ended
+    with Lease(str(tmp_path), LEASE_FILE) as second:  # which needs no wait: the first said that it ended
         assert second.left == ["a", "b"]
     assert os.listdir(tmp_path / "commits") == []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from storage_specs.noise import normal_from_words, standard_normal
+from nfm.storage_specs.format.noise import normal_from_words, standard_normal
 
 FROZEN = {
     (0, 0, 0): [
@@ -94,7 +94,7 @@ def test_the_same_without_the_vector_instructions_of_this_cpu() -> None:
     script = """
 import sys
 import numpy as np
-from storage_specs.noise import standard_normal
+from nfm.storage_specs.format.noise import standard_normal
 sys.stdout.buffer.write(standard_normal(11, np.arange(16), 1, (3, 32, 32)).astype("<f4").tobytes())
 """
     extensions = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])

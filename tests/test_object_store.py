@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import fsspec
 import pytest
 
-from tests.object_store import ObjectStore
+from tests.tools.object_store import ObjectStore
 
 
 def test_objects_are_read_back_whole_and_in_ranges(object_store: ObjectStore) -> None:

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from models.couplings import COUPLINGS
-from models.ema import EMA
-from models.labels import NULL_LABEL, class_rows, drop_labels
-from models.metrics import PixelFeatures, frechet, rms_distance, z_space
-from models.paths import flow_matching_loss, linear_path, logit_normal
+from nfm.models.couplings import COUPLINGS
+from nfm.models.ema import EMA
+from nfm.models.labels import NULL_LABEL, class_rows, drop_labels
+from nfm.models.metrics import PixelFeatures, frechet_metric, rms_distance, z_space
+from nfm.models.paths import flow_matching_loss, linear_path, logit_normal
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -68,7 +68,7 @@ def test_rms_distance_of_independent_normals_is_one() -> None:
 
 def test_frechet_distance_of_two_gaussians() -> None:
     """For equal covariances it is the squared distance of the means; for N(0, I) and N(0, 4 I) it is n."""
-    metric = frechet(PixelFeatures(4))
+    metric = frechet_metric(PixelFeatures(4))
     x = torch.randn(40_000, 1, 2, 2, generator=generator())
     metric.update(x, real=True)
     for fake, expected in ((x + 0.5, 4 * 0.25), (2 * x, 4.0), (x, 0.0)):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.pool import RETRIES, Pool
-from stages.section import StageError
+from nfm.pipeline.pool import RETRIES, Pool
+from nfm.stages.errors import StageError
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

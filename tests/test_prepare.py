@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from stages.prepare import DataConfig, prepare
-from stages.section import StageError
-from storage_specs.errors import StoreError
-from storage_specs.store import Store
+from nfm.stages.errors import StageError
+from nfm.stages.prepare import DataConfig, prepare
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.errors import StoreError
 
 DIGITS = DataConfig(source="digits", image_size=8, channels=1, holdout=0.165, block_rows=128)
 FOLDER = DataConfig(source="folder", image_size=12, channels=3, holdout=0.34, block_rows=4)

@@ -19,26 +19,27 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cli import main
-from pipeline.config import ConfigError, load_storage
-from stages.checkpoint import load
-from storage_specs import files
-from storage_specs.batches import Batch
-from storage_specs.cache import PART_BYTES, Cache
-from storage_specs.errors import StoreError
-from storage_specs.files import Root, configure, sha256
-from storage_specs.layouts import LAYOUTS
-from storage_specs.manifest import Key
-from storage_specs.schema import LayoutName
-from storage_specs.store import Store
-from storage_specs.stream import CouplingStream
-from storage_specs.transfer import copy
-from storage_specs.units import Unit
-from storage_specs.writer import StoreWriter
+from nfm.pipeline.cli import main
+from nfm.pipeline.config import load_storage
+from nfm.pipeline.errors import ConfigError
+from nfm.stages.checkpoint import load
+from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.manifest import Key
+from nfm.storage_specs.format.schema import LayoutName
+from nfm.storage_specs.reading.batches import Batch
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.stream import CouplingStream
+from nfm.storage_specs.storage import files
+from nfm.storage_specs.storage.cache import PART_BYTES, Cache
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import Root, configure, sha256
+from nfm.storage_specs.writing.transfer import copy
+from nfm.storage_specs.writing.units import Unit
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.conftest import Run, content, without_times
-from tests.object_store import ObjectStore
 from tests.test_store import LAYOUT_NAMES, tree
 from tests.test_transfer import ignore
+from tests.tools.object_store import ObjectStore
 
 
 @pytest.fixture
@@ -266,7 +267,8 @@ def test_processes_share_a_cache(s3: ObjectStore, run: Run, cache: Path) -> None
     url = f"{s3.bucket('shared')}/couplings"
     copy(Store(run.couplings["zarr"]), url, ignore, None)
     script = (
-        "import json, sys; from storage_specs.files import configure; from storage_specs.stream import CouplingStream\n"
+        "import json, sys; from nfm.storage_specs.storage.files import configure\n"
+        "from nfm.storage_specs.reading.stream import CouplingStream\n"
         "configure({'s3': json.loads(sys.argv[2])}); s = CouplingStream(sys.argv[1], 32, 0)\n"
         "print(sum(float(next(s).z.double().sum()) for _ in range(60))); s.close()"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from storage_specs.schema import LayoutName, json_schema
+from nfm.storage_specs.format.schema import LayoutName, json_schema
 from tests.conftest import Run
 from tests.test_store import LAYOUT_NAMES
 
@@ -14,7 +14,7 @@ SCHEMA = Path(__file__).parent.parent / "docs" / "dataset.schema.json"
 
 
 def test_the_published_schema_is_that_of_the_code() -> None:
-    """After a change of storage_specs/schema.py: `python -m storage_specs.schema > docs/dataset.schema.json`."""
+    """After a change of the schema: `python -m nfm.storage_specs.format.schema > docs/dataset.schema.json`."""
     assert json.loads(SCHEMA.read_text()) == json_schema()
 
 

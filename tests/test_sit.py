@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.labels import NULL_LABEL
-from models.sit import Guided, ReversedTime, SiT, SiTConfig, parse_size
+from nfm.models.fields import Guided, ReversedTime
+from nfm.models.labels import NULL_LABEL
+from nfm.models.sit import SiT, SiTConfig, parse_size
 
 REFERENCE = np.load(Path(__file__).parent / "data" / "sit_reference.npz")
 CONFIG = SiTConfig(channels=4, image_size=8, patch=2, width=48, depth=3, heads=3, num_classes=5, learn_sigma=True)

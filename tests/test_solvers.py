@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.metrics import curvature
-from models.sit import VelocityField
-from models.solvers import SOLVERS, Sampler, SolverName, dopri5, euler, heun, parse_sampler, schedule
+from nfm.models.fields import VelocityField
+from nfm.models.metrics import curvature
+from nfm.models.solvers import SOLVERS, Sampler, SolverName, dopri5, euler, heun, parse_sampler, schedule
 
 X = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.zeros(3, dtype=torch.int64)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage_specs.errors import StoreError
-from storage_specs.files import Root, checked_relative, sha256
-from storage_specs.layouts import LAYOUTS
-from storage_specs.manifest import Key
-from storage_specs.schema import LayoutName, Spec
-from storage_specs.store import Store
-from storage_specs.stream import CouplingStream
-from storage_specs.writer import StoreWriter
+from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.manifest import Key
+from nfm.storage_specs.format.schema import LayoutName, Spec
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.stream import CouplingStream
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import Root, checked_relative, sha256
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.conftest import Run
 
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("webdataset", "zarr")

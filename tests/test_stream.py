@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from storage_specs.batches import Buffers
-from storage_specs.errors import StoreError
-from storage_specs.order import MIXTURE_PERIOD, epoch_draws, epoch_order, permutation, source_seed
-from storage_specs.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec
-from storage_specs.store import Store
-from storage_specs.stream import CouplingStream, Source, StreamState, View
-from storage_specs.writer import StoreWriter
+from nfm.storage_specs.format.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec
+from nfm.storage_specs.reading.batches import Buffers
+from nfm.storage_specs.reading.order import MIXTURE_PERIOD, epoch_draws, epoch_order, permutation, source_seed
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState, View
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.conftest import Run
 
 

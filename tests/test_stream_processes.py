@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from storage_specs.stream import CouplingStream, Source, StreamState
+from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState
 from tests.conftest import Run
 
 BATCH = 24
 READER = """
 import hashlib, json, sys, time, torch
-from storage_specs.stream import CouplingStream, Source, StreamState
+from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState
 job = json.loads(sys.argv[1])
 torch.set_num_threads(job["threads"])
 sources = [Source(**source) for source in job["sources"]]

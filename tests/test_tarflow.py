@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.tarflow import (
+from nfm.models.tarflow import (
     Guide,
     TarFlow,
     TarFlowConfig,

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.paths import flow_matching_loss
-from stages.checkpoint import Checkpoint, build, load, load_network, save, weights_sha256
-from stages.section import StageError
-from stages.train_student import StudentConfig, train_student
-from stages.train_teacher import train_teacher
-from stages.training import TrainConfig, Trainer, learning_rate, step_seed
+from nfm.models.paths import flow_matching_loss
+from nfm.stages.checkpoint import Checkpoint, build, load, load_network, save, weights_sha256
+from nfm.stages.errors import StageError
+from nfm.stages.train_student import StudentConfig, train_student
+from nfm.stages.train_teacher import train_teacher
+from nfm.stages.training import TrainConfig, Trainer, learning_rate, step_seed
 from tests.conftest import Run
 
 
@@ -101,7 +101,7 @@ def test_the_checkpoint_is_the_one_with_the_best_held_out_likelihood(run: Run) -
 
 def test_couplings_share_everything_but_epsilon(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    import stages.train_student as module
+    import nfm.stages.train_student as module
 
     original = flow_matching_loss
 
@@ -126,7 +126,7 @@ def test_couplings_share_everything_but_epsilon(run: Run, tmp_path: Path, monkey
 def test_a_loss_that_is_not_finite_stops_with_the_images_it_came_from(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import stages.train_student as module
+    import nfm.stages.train_student as module
 
     def poisoned(*arguments: Any) -> Tensor:
         loss = torch.zeros(64, requires_grad=True)
@@ -185,9 +185,9 @@ def test_another_seed_draws_other_numbers() -> None:
 DDP = """
 import sys, torch
 torch.set_num_threads(1)
-from stages.checkpoint import weights_sha256
-from stages.train_student import StudentConfig, train_student
-from stages.training import Trainer
+from nfm.stages.checkpoint import weights_sha256
+from nfm.stages.train_student import StudentConfig, train_student
+from nfm.stages.training import Trainer
 finish = Trainer._finish
 def report(trainer, seconds):
     print("weights", weights_sha256(trainer.network.state_dict()), flush=True)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from pipeline.encode_job import encode_couplings
-from stages.encode import reencode
-from storage_specs.errors import StoreError
-from storage_specs.files import Root
-from storage_specs.layouts import Columns
-from storage_specs.schema import LayoutName
-from storage_specs.store import Store
-from storage_specs.transfer import convert, copy, export_tuples, repair
-from storage_specs.units import UnitWriter
-from storage_specs.writer import StoreWriter
+from nfm.pipeline.encode_job import encode_couplings
+from nfm.stages.encode import reencode
+from nfm.storage_specs.format.layouts import Columns
+from nfm.storage_specs.format.schema import LayoutName
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import Root
+from nfm.storage_specs.writing.transfer import convert, copy, export_tuples, repair
+from nfm.storage_specs.writing.units import UnitWriter
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.conftest import Run, content
 from tests.test_store import LAYOUT_NAMES, damage, edit, flip, tree
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage_specs.errors import OutageError, StoreError
-from storage_specs.files import Root
-from storage_specs.manifest import Key, expected_keys
-from storage_specs.schema import Spec
-from storage_specs.store import Store
-from storage_specs.units import Unit, committed, faults, missing, read_commit
-from storage_specs.writer import StoreWriter
+from nfm.storage_specs.format.manifest import Key, expected_keys
+from nfm.storage_specs.format.schema import Spec
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.errors import OutageError, StoreError
+from nfm.storage_specs.storage.files import Root
+from nfm.storage_specs.writing.units import Unit, committed, faults, missing, read_commit
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.conftest import Run
 from tests.test_store import flip, spec
 

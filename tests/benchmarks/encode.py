@@ -22,21 +22,21 @@ import fsspec
 import numpy as np
 import torch
 
-from models.tarflow import TarFlow, forward_flops
-from pipeline.config import StorageConfig
-from pipeline.encode_job import encode_couplings
-from pipeline.pool import ray_session
-from stages.checkpoint import Checkpoint, architecture, save
-from stages.encode import EncodeConfig, UnitEncoder, output_spec
-from storage_specs.files import configure
-from storage_specs.pixels import to_float
-from storage_specs.schema import Spec
-from storage_specs.store import Store
-from storage_specs.units import Unit
-from storage_specs.writer import StoreWriter
+from nfm.models.tarflow import TarFlow, forward_flops
+from nfm.pipeline.config import StorageConfig
+from nfm.pipeline.encode_job import encode_couplings
+from nfm.pipeline.pool import ray_session
+from nfm.stages.checkpoint import Checkpoint, architecture, save
+from nfm.stages.encode import EncodeConfig, UnitEncoder, output_spec
+from nfm.storage_specs.format.pixels import to_float
+from nfm.storage_specs.format.schema import Spec
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.files import configure
+from nfm.storage_specs.writing.units import Unit
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.benchmarks import encode_teacher
 from tests.benchmarks.encode_teacher import SMALL, random_teacher
-from tests.object_store import ObjectStore
+from tests.tools.object_store import ObjectStore
 
 WORKERS, IMAGES, BLOCK_ROWS, DRAWS = 2, 512, 32, 6
 COMMITS = (10, 1_000, 100_000)
@@ -173,8 +173,8 @@ def resume(root: Path, repeats: int) -> list[dict[str, Any]]:
 
 
 def faults() -> str:
-    """The table of `python -m tests.faults`."""
-    done = subprocess.run([sys.executable, "-m", "tests.faults"], stdout=subprocess.PIPE, text=True, check=True)
+    """The table of `python -m tests.tools.faults`."""
+    done = subprocess.run([sys.executable, "-m", "tests.tools.faults"], stdout=subprocess.PIPE, text=True, check=True)
     return "\n".join(line for line in done.stdout.splitlines() if line.startswith("|"))
 
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.tarflow import Encoded, TarFlow, TarFlowConfig, forward_flops, parse_notation
-from stages.encode import BATCH_TOKENS, batch_rows
+from nfm.models.tarflow import Encoded, TarFlow, TarFlowConfig, forward_flops, parse_notation
+from nfm.stages.encode import BATCH_TOKENS, batch_rows
 
 AGREEMENT = 1e-4  # largest |Δz| between the two formulations in float32, in units of rms(z)
 PRECISIONS = ("float32", "TF32", "bfloat16")

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from storage_specs.files import sha256
-from storage_specs.layouts import LAYOUTS
-from storage_specs.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec, sealed_json
-from storage_specs.store import Store
-from storage_specs.units import Unit, read_commit
-from storage_specs.writer import StoreWriter
+from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.documents import sealed_json
+from nfm.storage_specs.storage.files import sha256
+from nfm.storage_specs.writing.units import Unit, read_commit
+from nfm.storage_specs.writing.writer import StoreWriter
 
 BLOCK_ROWS = 1024
 

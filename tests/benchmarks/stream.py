@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from storage_specs.schema import LayoutName
-from storage_specs.stream import CouplingStream
+from nfm.storage_specs.format.schema import LayoutName
+from nfm.storage_specs.reading.stream import CouplingStream
 from tests.benchmarks.stores import CASES, Case, write_arrays, write_store
 
 HERE = Path(__file__).parent

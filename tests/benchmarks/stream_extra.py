@@ -17,19 +17,18 @@ import fsspec
 import numpy as np
 import torch
 
-from pipeline.config import load_config
-from stages.prepare import prepare
-from stages.train_student import train_student
-from storage_specs.cache import THREADS
-from storage_specs.files import configure
-from storage_specs.order import epoch_draws
-from storage_specs.store import Store
-from storage_specs.stream import CouplingStream
-from storage_specs.transfer import copy
-from storage_specs.writer import StoreWriter
+from nfm.pipeline.config import load_config
+from nfm.stages.prepare import prepare
+from nfm.stages.train_student import train_student
+from nfm.storage_specs.reading.order import epoch_draws
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.stream import CouplingStream
+from nfm.storage_specs.storage.files import THREADS, configure
+from nfm.storage_specs.writing.transfer import copy
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.benchmarks.stores import CASES, spec_of, write_arrays, write_repeated, write_store
 from tests.benchmarks.stream import BATCH, measured
-from tests.object_store import ObjectStore
+from tests.tools.object_store import ObjectStore
 
 WINDOWS = (1, 2, 4, 8, 16, 32, None)
 SIZES = (1, 10, 100)

@@ -1,7 +1,7 @@
 """Faults in real processes while couplings are encoded: after each, the store has the bytes of a clean run.
 
-`python -m tests.faults --rounds 60 --seed 0` (or `make soak ROUNDS=600`) prints a table. Kills land while units are in
-hand: a round in which nothing was begun yet, or all was done, is run again.
+`python -m tests.tools.faults --rounds 60 --seed 0` (or `make soak ROUNDS=600`) prints a table. Kills land while units
+are in hand: a round in which nothing was begun yet, or all was done, is run again.
 """
 
 import argparse
@@ -27,18 +27,18 @@ from typing import Any
 import pytest
 import ray
 
-import pipeline.encode_job as job
-from pipeline.config import StorageConfig, load_config
-from pipeline.encode_report import Summary
-from stages.encode import UnitEncoder, output_spec
-from stages.prepare import prepare
-from stages.train_teacher import train_teacher
-from storage_specs.files import Root
-from storage_specs.store import Store
-from storage_specs.writer import StoreWriter
+import nfm.pipeline.encode_job as job
+from nfm.pipeline.config import StorageConfig, load_config
+from nfm.pipeline.encode_report import Summary
+from nfm.stages.encode import UnitEncoder, output_spec
+from nfm.stages.prepare import prepare
+from nfm.stages.train_teacher import train_teacher
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.files import Root
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.conftest import SMALL, content, without_times
-from tests.object_store import ObjectStore
-from tests.ray_cluster import PATIENCE, Cluster, alive, kill, wait_for
+from tests.tools.object_store import ObjectStore
+from tests.tools.ray_cluster import PATIENCE, Cluster, alive, kill, wait_for
 
 DRAWS, BLOCK_ROWS = 8, 8
 FSYNC_SECONDS = 0.003  # a disk, and so a job that lasts long enough to be hit, at no cost of CPU
@@ -129,7 +129,7 @@ class Soak:
         """The same in a process of its own, as a user starts it."""
         arguments = ["--samples", self.samples, "--teacher", self.teacher, "--out", out, "--draws", str(DRAWS)]
         return subprocess.Popen(
-            [sys.executable, "-m", "pipeline", "encode", *arguments, "--json-progress"],
+            [sys.executable, "-m", "nfm", "encode", *arguments, "--json-progress"],
             env=os.environ | {"RAY_ADDRESS": address},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -421,7 +421,8 @@ def main() -> None:
     if "RAY_AUTH_TOKEN" not in os.environ:  # Ray looks at its environment when it is imported
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
-        os.execve(sys.executable, [sys.executable, "-m", "tests.faults", *sys.argv[1:]], os.environ | token | quiet)
+        command = [sys.executable, "-m", "tests.tools.faults", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | token | quiet)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60, help="how many faults, about")
     parser.add_argument("--seed", type=int, default=0)

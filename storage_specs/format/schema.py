@@ -4,13 +4,15 @@ reading.
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from storage_specs.codecs import STORED, ZDtype
-from storage_specs.errors import StoreError
+from nfm.storage_specs.format.codecs import STORED, ZDtype
+from nfm.storage_specs.storage.documents import Model, canonical_json, parse
+from nfm.storage_specs.storage.errors import StoreError
 
 SCHEMA_MAJOR = 1
 SCHEMA_MINOR = 0
@@ -25,14 +27,9 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 
 
-class Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
 class NoiseSpec(Model):
-    """How ε′ was drawn (storage_specs/noise.py), in which dtype the teacher saw it, and whether files hold it or the
-    law gives it back.
-    """
+    """How ε′ was drawn (docs/store.md), in which dtype the teacher saw it, and whether files hold it or the law gives
+    it back."""
 
     law: Literal["philox-as241-v1"]
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -120,6 +117,12 @@ class Spec(Model):
     def indices(self, block: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         start = block * self.block_rows
         return np.arange(start, start + self.rows_of(block), dtype=np.int64)
+
+    def check_labels(self, labels: NDArray[np.int64], name: str) -> None:
+        """Raise StoreError, naming the file, unless all are class indices."""
+        bad = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(bad):
+            raise StoreError(f"{name}: got label {bad[0]}, expected 0 to {self.num_classes - 1}")
 
     def dtype(self, column: str) -> np.dtype[Any]:
         if column == "x":
@@ -221,41 +224,6 @@ class Dataset(Model):
         return self
 
 
-def canonical_json(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
-
-
-def sealed_json(value: dict[str, Any]) -> bytes:
-    """A document with the sha256 of itself, for files that no other file vouches for."""
-    return canonical_json(value | {"sha256": hashlib.sha256(canonical_json(value)).hexdigest()})
-
-
-T = TypeVar("T", bound=Model)
-
-
-def parse(model: type[T], data: bytes, name: str) -> T:
-    """`data` as `model`, or a StoreError that names the file and the first field that is wrong."""
-    try:
-        return model.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "document"
-        raise StoreError(f"{name}: {where}: {first['msg']}; the file is damaged or of another version") from error
-
-
-def open_sealed(model: type[T], data: bytes, name: str) -> T:
-    """What `sealed_json` wrote, or a StoreError that names the file."""
-    try:
-        value = json.loads(data)
-        digest = value.pop("sha256")
-        whole = digest == hashlib.sha256(canonical_json(value)).hexdigest()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise StoreError(f"{name}: it is not what was written there; the file is damaged")
-    return parse(model, canonical_json(value), name)
-
-
 def parse_dataset(data: bytes, name: str) -> Dataset:
     """`dataset.json`, refusing other major versions with the version that reads them."""
     try:
@@ -267,23 +235,6 @@ def parse_dataset(data: bytes, name: str) -> Dataset:
         needed = f"nfm {major}.x" if major != SCHEMA_MAJOR else f"a later nfm {major}.x"
         raise StoreError(f"{name}: got schema version {version}, this nfm reads {SCHEMA_VERSION}; install {needed}")
     return parse(Dataset, data, name)
-
-
-def difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """The fields in which two specs differ, as `path: theirs → ours`."""
-    found: list[str] = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += difference(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key} is {_short(b)} there and {_short(a)} here")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def json_schema() -> dict[str, Any]:

@@ -3,14 +3,15 @@
 import io
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_specs.errors import StoreError
-from storage_specs.layouts import LAYOUTS
-from storage_specs.schema import FileRecord, Spec
+from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.schema import FileRecord, Spec
+from nfm.storage_specs.storage.errors import StoreError
 
 FILE_SCHEMA = pa.schema(
     [
@@ -113,3 +114,11 @@ def expected_keys(spec: Spec) -> list[Key]:
     for kind in spec.planes:
         keys += [Key(kind, block, draw) for draw in range(spec.draws) for block in range(spec.blocks)]
     return keys
+
+
+def z_rms_error(spec: Spec, files: Iterable[FileRecord]) -> float | None:
+    """Root mean square of z as stored less z as the teacher gave it."""
+    if spec.coupling is None:
+        return None
+    total = math.fsum(file.squared_error or 0.0 for file in files)
+    return math.sqrt(total / (spec.rows * spec.draws * spec.dim))

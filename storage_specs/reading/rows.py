@@ -15,14 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage_specs.cache import THREADS
-from storage_specs.errors import StoreError
-from storage_specs.files import mapped
-from storage_specs.manifest import Key
-from storage_specs.order import EpochOrder, epoch_draws, epoch_order, epoch_windows
-from storage_specs.pixels import scale_pixels
-from storage_specs.region import Region, Rows
-from storage_specs.store import Store
+from nfm.storage_specs.format.manifest import Key
+from nfm.storage_specs.format.pixels import scale_pixels
+from nfm.storage_specs.reading.order import EpochOrder, epoch_draws, epoch_order, epoch_windows
+from nfm.storage_specs.reading.region import Region, Rows
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import THREADS, mapped
 
 MAX_MAPPED = 30_000  # files; Linux allows a process 65,530 mappings
 BYTES_PER_ROW = 96  # that the order of an epoch takes while it is made, with the labels

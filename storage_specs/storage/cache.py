@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from storage_specs.errors import StoreError
-from storage_specs.files import Root, sha256
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import THREADS, Root, sha256
 
 CACHE_GB = 200.0  # unless $NFM_CACHE_GB says otherwise
-PART_BYTES = 8 << 20  # of one ranged GET
-# GETs at a time for parts of large files, for files that are waited for, and for files ahead of need: what is in memory
-# stays within 3 · THREADS · PART_BYTES.
-THREADS = 8
+# Of one ranged GET. There are THREADS for parts of large files, as many for files that are waited for, and as many for
+# files ahead of need: what is in memory stays within 3 · THREADS · PART_BYTES.
+PART_BYTES = 8 << 20
 _SCAN_EVERY = 16  # downloads between two looks at what other processes added
 _ABANDONED_SECONDS = 86_400.0  # after which a part is taken to be of a process that was killed
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from storage_specs.order import Mixture
-from storage_specs.pixels import scale_pixels
-from storage_specs.rows import RowReader
+from nfm.storage_specs.format.pixels import scale_pixels
+from nfm.storage_specs.reading.order import Mixture
+from nfm.storage_specs.reading.rows import RowReader
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The `nfm` command, also as `python -m pipeline` for launchers that start modules, such as torchrun."""
+"""The `nfm` command, also as `python -m nfm` for launchers that start modules, such as torchrun."""
 
 import sys
 
@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """`pipeline.cli.main`, with Ctrl-C answered in the same way while the imports are still running."""
     try:
-        from pipeline.cli import main as run
+        from nfm.pipeline.cli import main as run
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)

@@ -17,11 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from storage_specs.errors import StorageError, StoreError
-from storage_specs.files import Root
-from storage_specs.schema import Model, canonical_json, parse
+from nfm.storage_specs.storage.documents import Model, canonical_json, parse
+from nfm.storage_specs.storage.errors import StorageError, StoreError
+from nfm.storage_specs.storage.files import Root
 
-LEASE_FILE = "commits/driver.json"
 RENEW_SECONDS = 5.0
 LEASE_SECONDS = 30.0
 MAX_BYTES = 1 << 24
@@ -53,8 +52,9 @@ class Lease:
     Raises StoreError on entry while another driver lives, and from `check` once another one took over.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, path: str) -> None:
         self.root = Root(url)  # its own, so that it alone gives up at the end
+        self.path = path
         self.token, self.beat, self.in_hand = uuid.uuid4().hex, 0, list[str]()
         self.left: list[str] = []
         self._lost: StoreError | None = None  # why this one must stop
@@ -88,7 +88,7 @@ class Lease:
                     return
             except OSError:
                 pass  # a full disk, which does not keep a file from being deleted
-            self.root.delete(LEASE_FILE)
+            self.root.delete(self.path)
 
     def note(self, in_hand: Iterable[str]) -> None:
         """Tell the next driver what to count as begun, should this one die."""
@@ -113,10 +113,10 @@ class Lease:
                 )
 
     def _read(self) -> Holder | None:
-        if not self.root.exists(LEASE_FILE):
+        if not self.root.exists(self.path):
             return None
         try:
-            return parse(Holder, self.root.read(LEASE_FILE, MAX_BYTES), f"{self.root.url}/{LEASE_FILE}")
+            return parse(Holder, self.root.read(self.path, MAX_BYTES), f"{self.root.url}/{self.path}")
         except StorageError:
             raise
         except StoreError:  # deleted between the two looks, or no lease of ours
@@ -132,7 +132,7 @@ class Lease:
             in_hand=self.in_hand,
             ended=ended,
         )
-        self.root.write(LEASE_FILE, canonical_json(holder.model_dump(mode="json")))
+        self.root.write(self.path, canonical_json(holder.model_dump(mode="json")))
         self.beat += 1
 
     def _renew(self) -> None:

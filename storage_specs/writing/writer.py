@@ -16,14 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from storage_specs import units
-from storage_specs.card import card, croissant
-from storage_specs.errors import StoreError
-from storage_specs.files import Root, npy, sha256
-from storage_specs.layouts import LAYOUTS, Columns
-from storage_specs.lease import LEASE_FILE
-from storage_specs.manifest import FILE_SCHEMA, Key, expected_keys
-from storage_specs.schema import (
+from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.card import card, croissant
+from nfm.storage_specs.format.layouts import LAYOUTS, Columns
+from nfm.storage_specs.format.manifest import FILE_SCHEMA, Key, expected_keys, z_rms_error
+from nfm.storage_specs.format.names import LEASE_FILE, MAX_METADATA_BYTES, SCALE_FILE, SPEC_FILE
+from nfm.storage_specs.format.schema import (
     SCHEMA_VERSION,
     Commit,
     Cost,
@@ -31,17 +29,15 @@ from storage_specs.schema import (
     FileRecord,
     Spec,
     Totals,
-    canonical_json,
     content_id,
-    difference,
-    parse,
     parse_dataset,
 )
-from storage_specs.store import LEAST, MAX_METADATA_BYTES, MOST, THREADS, parse_array
-from storage_specs.units import Unit, UnitWriter, z_rms_error
-
-SPEC_FILE = "commits/spec.json"
-SCALE_FILE = "z_scale.npy"
+from nfm.storage_specs.storage.documents import canonical_json, difference, parse
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import THREADS, Root, sha256
+from nfm.storage_specs.storage.npy import npy
+from nfm.storage_specs.writing import units
+from nfm.storage_specs.writing.units import Unit, UnitWriter
 
 
 def begun(url: str, options: dict[str, Any] | None = None) -> Spec | None:
@@ -93,7 +89,7 @@ class StoreWriter:
         data, name = self.root.read(SCALE_FILE, MAX_METADATA_BYTES), f"{self.root.url}/{SCALE_FILE}"
         if sha256(data) != digest:
             raise StoreError(f"{name}: its sha256 is not the one in the spec; delete {self.root.url} and encode again")
-        return parse_array(data, self.spec, name)
+        return codecs.parse_scale(data, self.spec.shape, name)
 
     def complete(self) -> bool:
         """Whether dataset.json is there and of this spec, and not of one with fewer draws."""
@@ -193,9 +189,10 @@ class StoreWriter:
                 total += here[draw]
                 added = draw + 1
         sigma_f = np.sqrt(total / (self.spec.rows * self.spec.draws)).astype(np.float32)
-        if not ((sigma_f > LEAST) & (sigma_f < MOST)).all():
+        if not ((sigma_f > codecs.SMALLEST_SCALE) & (sigma_f < codecs.LARGEST_SCALE)).all():
             raise FloatingPointError(
-                f"σ_f is not between {LEAST} and {MOST} in some dimension: the teacher's z is constant or wild there"
+                f"σ_f is not between {codecs.SMALLEST_SCALE} and {codecs.LARGEST_SCALE} in some dimension: the "
+                "teacher's z is constant or wild there"
             )
         return npy(sigma_f)
 

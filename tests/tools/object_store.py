@@ -21,7 +21,7 @@ from typing import IO, Any, Self
 import fsspec
 
 SWIFT = "swift==2.38.3"
-ENVIRONMENT = Path(__file__).resolve().parent.parent / ".venv-swift"
+ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-swift"
 LAUNCHER = Path(__file__).resolve().with_name("swift_launcher.py")
 PORTS = range(20_000, 32_000)
 

@@ -1,15 +1,15 @@
 """WebDataset layout with a fixed stride: each file is an ordinary tar that stock `webdataset` decodes, and, since its
 headers are deterministic and every record has the same length, also a strided array."""
 
-import io
 import tarfile
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_specs.errors import StoreError
-from storage_specs.schema import Spec
+from nfm.storage_specs.format.schema import Spec
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.npy import npy_header
 
 BLOCK = 512  # tar's unit
 END = 2 * BLOCK  # zero blocks that close an archive
@@ -40,12 +40,6 @@ def tar_headers(index: NDArray[np.int64], suffix: str, size: int) -> NDArray[np.
     powers = 8 ** np.arange(5, -1, -1, dtype=np.int64)
     headers[:, 148:154] = total[:, None] // powers % 8 + ord("0")
     return headers
-
-
-def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
 
 
 class Member:

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_specs.schema import LayoutName, Spec
-from storage_specs.webdataset import WebDatasetLayout
-from storage_specs.zarr_layout import ZarrLayout
+from nfm.storage_specs.format.schema import LayoutName, Spec
+from nfm.storage_specs.format.webdataset import WebDatasetLayout
+from nfm.storage_specs.format.zarr_layout import ZarrLayout
 
 Columns = dict[str, NDArray[Any]]
 

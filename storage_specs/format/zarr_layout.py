@@ -8,8 +8,8 @@ import zarr
 from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
-from storage_specs.errors import StoreError
-from storage_specs.schema import Spec
+from nfm.storage_specs.format.schema import Spec
+from nfm.storage_specs.storage.errors import StoreError
 
 CHUNK_BYTES = 1 << 18  # a chunk is what stock readers fetch at once
 MISSING = np.uint64(2**64 - 1)

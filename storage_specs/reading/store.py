@@ -12,23 +12,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from storage_specs import codecs
-from storage_specs.cache import Cache
-from storage_specs.errors import StoreError
-from storage_specs.files import Root, mapped, sha256
-from storage_specs.layouts import LAYOUTS, Columns
-from storage_specs.manifest import Key, file_records, most_bytes, parse_manifest
-from storage_specs.noise import standard_normal
-from storage_specs.schema import Cost, Dataset, FileRecord, Kind, Spec, content_id, parse, parse_dataset
-from storage_specs.units import check_labels, z_rms_error
-from storage_specs.webdataset import npy_header
+from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.layouts import LAYOUTS, Columns
+from nfm.storage_specs.format.manifest import Key, file_records, most_bytes, parse_manifest, z_rms_error
+from nfm.storage_specs.format.names import MAX_METADATA_BYTES
+from nfm.storage_specs.format.noise import standard_normal
+from nfm.storage_specs.format.schema import Cost, Dataset, FileRecord, Kind, Spec, content_id, parse_dataset
+from nfm.storage_specs.storage.cache import Cache
+from nfm.storage_specs.storage.documents import parse
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import THREADS, Root, mapped, sha256
 
 T = TypeVar("T")
 
-MAX_METADATA_BYTES = 1 << 26
 OPEN_FILES = 64  # whose columns a Store keeps at hand
-THREADS = 8  # of verify and repair
-LEAST, MOST = 1e-8, 1e20  # of σ_f and the int8 scale: z / σ_f stays finite
 
 
 class Store:
@@ -97,7 +94,7 @@ class Store:
         url = f"{self.url}/{name}"
         if sha256(data) != digest:
             raise StoreError(f"{url}: its sha256 is not the one in dataset.json; the file is damaged")
-        return parse_array(data, self.spec, url)
+        return codecs.parse_scale(data, self.spec.shape, url)
 
     @cached_property
     def sigma_f(self) -> NDArray[np.float32]:
@@ -166,7 +163,7 @@ class Store:
         except StoreError as error:
             raise StoreError(f"{name}: {error}; the file is damaged, repair or copy it again") from None
         if "label" in columns:
-            check_labels(columns["label"], self.spec.num_classes, name)
+            self.spec.check_labels(columns["label"], name)
         if key.column in self.spec.planes and not codecs.all_finite(columns[key.column]):
             raise StoreError(f"{name}: it holds values that are not finite; repair or copy it again")
         return columns
@@ -266,19 +263,6 @@ class Store:
             if not intact:
                 faults.append(f"{self.url}/{path}: it is not the metadata of this spec; copy it again")
         return faults
-
-
-def parse_array(data: bytes, spec: Spec, name: str) -> NDArray[np.float32]:
-    """The values of an npy file that must hold positive finite float32 (C, H, W), which no header of its own can
-    change.
-    """
-    header = npy_header(np.dtype("<f4"), spec.shape)
-    if not data.startswith(header) or len(data) != len(header) + 4 * spec.dim:
-        raise StoreError(f"{name}: expected an npy file of float32 with shape {spec.shape}")
-    values: NDArray[np.float32] = np.frombuffer(data, "<f4", offset=len(header)).reshape(spec.shape)
-    if not ((values > LEAST) & (values < MOST)).all():
-        raise StoreError(f"{name}: expected values between {LEAST} and {MOST}")
-    return values
 
 
 def gather(out: NDArray[Any], rows: NDArray[np.int64], block_rows: int, column: Any) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from storage_specs.errors import StoreError
-from storage_specs.files import opened
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import opened
 
 # What Python's mmap module, which cannot map at a given address, leaves out; the same on Linux and macOS.
 _MAP_FIXED = 0x10

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from storage_specs.card import tuples_card
-from storage_specs.errors import StoreError
-from storage_specs.files import Root, npy, sha256
-from storage_specs.manifest import Key
-from storage_specs.schema import Dataset, LayoutName, canonical_json
-from storage_specs.store import MAX_METADATA_BYTES, THREADS, Store
-from storage_specs.units import committed
-from storage_specs.writer import SCALE_FILE, SPEC_FILE, StoreWriter
+from nfm.storage_specs.format.card import tuples_card
+from nfm.storage_specs.format.manifest import Key
+from nfm.storage_specs.format.names import MAX_METADATA_BYTES, SCALE_FILE, SPEC_FILE
+from nfm.storage_specs.format.schema import Dataset, LayoutName
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.documents import canonical_json
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import THREADS, Root, sha256
+from nfm.storage_specs.storage.npy import npy
+from nfm.storage_specs.writing.units import committed
+from nfm.storage_specs.writing.writer import StoreWriter
 
 Progress = Callable[[int], None]  # told how many bytes or rows were just done
 MAX_DOCUMENT_BYTES = 1 << 30

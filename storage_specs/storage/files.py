@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import mmap
 import os
 import posixpath
@@ -23,10 +22,11 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from storage_specs.errors import OutageError, StorageError, StoreError
+from nfm.storage_specs.storage.errors import OutageError, StorageError, StoreError
 
 T = TypeVar("T")
 
+THREADS = 8  # that read or write files of one store at a time
 RETRY_SECONDS = 300.0  # how long a server may be away before a run gives up
 _LONGEST_PAUSE = 10.0
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
@@ -235,13 +235,6 @@ def mapped(path: str | Path) -> NDArray[np.uint8]:
         if size == 0:  # which cannot be mapped
             return np.empty(0, dtype=np.uint8)
         return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), np.uint8)
-
-
-def npy(array: NDArray[Any]) -> bytes:
-    """An array as an npy file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def configure(options: dict[str, dict[str, Any]]) -> None:

@@ -4,11 +4,15 @@ NumPy has no bfloat16, so a file holds it as uint16, the upper half of the float
 every dimension (NFM paper section 3), so int8 spreads its 255 levels evenly over ±INT8_RANGE root mean squares.
 """
 
+import math
 from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.npy import npy_header
 
 ZDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
@@ -20,6 +24,7 @@ MEANING: Final[dict[ZDtype, str]] = {
     "int8": "z / z_scale.npy, rounded: value * z_scale",
 }
 LARGEST: Final = 2.0**100  # of stored numbers, so that they stay finite when divided by σ_f
+SMALLEST_SCALE, LARGEST_SCALE = 1e-8, 1e20  # of σ_f and the int8 scale, so that z / σ_f stays finite
 INT8_RANGE: Final = 5.0  # beyond it, 6e-7 of a normal distribution is clipped
 
 
@@ -71,3 +76,16 @@ def all_finite(stored: NDArray[Any]) -> bool:
     return all(
         not ((bits[start : start + 64] & bits.dtype.type(mask)) >= limit).any() for start in range(0, len(bits), 64)
     )
+
+
+def parse_scale(data: bytes, shape: tuple[int, int, int], name: str) -> NDArray[np.float32]:
+    """The values of an npy file that must hold positive finite float32 (C, H, W), which no header of its own can
+    change.
+    """
+    header = npy_header(np.dtype("<f4"), shape)
+    if not data.startswith(header) or len(data) != len(header) + 4 * math.prod(shape):
+        raise StoreError(f"{name}: expected an npy file of float32 with shape {shape}")
+    values: NDArray[np.float32] = np.frombuffer(data, "<f4", offset=len(header)).reshape(shape)
+    if not ((values > SMALLEST_SCALE) & (values < LARGEST_SCALE)).all():
+        raise StoreError(f"{name}: expected values between {SMALLEST_SCALE} and {LARGEST_SCALE}")
+    return values

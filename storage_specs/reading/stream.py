@@ -8,13 +8,13 @@ from queue import Empty, SimpleQueue
 from threading import Thread, current_thread
 from typing import Any, Literal
 
-from storage_specs.batches import Batch, BatchMaker
-from storage_specs.cache import Cache
-from storage_specs.errors import StoreError
-from storage_specs.order import Mixture, source_seed
-from storage_specs.rows import RowReader
-from storage_specs.schema import Kind
-from storage_specs.store import Store
+from nfm.storage_specs.format.schema import Kind
+from nfm.storage_specs.reading.batches import Batch, BatchMaker
+from nfm.storage_specs.reading.order import Mixture, source_seed
+from nfm.storage_specs.reading.rows import RowReader
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.cache import Cache
+from nfm.storage_specs.storage.errors import StoreError
 
 View = Literal["samples", "pairs"]
 AHEAD = 2  # batches under preparation; more would only spread over more memory
@@ -44,10 +44,10 @@ class CouplingStream:
     `batch_size` is the global batch, of which rank r of `world_size` gets its r-th slice, so the global sequence does
     not depend on the number of readers. Epochs follow each other without a gap: a batch may span two of them; an epoch
     of a mixture is as many samples as its stores have rows. `window_blocks` bounds what must be at hand at a time (see
-    storage_specs/order.py), and with it the cache a remote store needs; it changes the order. Batches are prepared in
-    the background; memory is pinned where CUDA is. With `stored`, values come as the files hold them, less than half
-    the bytes to bring to an accelerator, and `to_float` does there what is otherwise done here (stores of a mixture
-    that differ in z's dtype give float32 all the same). Set `state` to continue a sequence.
+    order.py), and with it the cache a remote store needs; it changes the order. Batches are prepared in the background;
+    memory is pinned where CUDA is. With `stored`, values come as the files hold them, less than half the bytes to bring
+    to an accelerator, and `to_float` does there what is otherwise done here (stores of a mixture that differ in z's
+    dtype give float32 all the same). Set `state` to continue a sequence.
 
     Raises StoreError for a broken store, ValueError for sizes that do not fit.
     """

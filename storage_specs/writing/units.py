@@ -1,7 +1,6 @@
 """Units: what one commit record makes durable. A unit is a block with some of its draws; that of the first draws also
 holds x and the labels. Adding draws to a store adds units, and touches no file that is there."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -11,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_specs import codecs
-from storage_specs.errors import StorageError, StoreError
-from storage_specs.files import Root, npy, sha256
-from storage_specs.layouts import LAYOUTS, Columns
-from storage_specs.manifest import Key
-from storage_specs.schema import Commit, FileRecord, Spec, open_sealed, sealed_json
-from storage_specs.webdataset import npy_header
+from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.layouts import LAYOUTS, Columns
+from nfm.storage_specs.format.manifest import Key
+from nfm.storage_specs.format.schema import Commit, FileRecord, Spec
+from nfm.storage_specs.storage.documents import open_sealed, sealed_json
+from nfm.storage_specs.storage.errors import StorageError, StoreError
+from nfm.storage_specs.storage.files import Root, sha256
+from nfm.storage_specs.storage.npy import npy, npy_header
 
 MAX_COMMIT_BYTES = 1 << 26
 _NAME = re.compile(r"(\d{6,})\.k(\d{3,})-(\d{3,})\.json")
@@ -100,7 +100,7 @@ class UnitWriter:
     def base(self, columns: Columns) -> None:
         """x (rows, C, H, W) uint8 and label (rows,) int64. They are written with draw 0, and counted with any."""
         self.labels = columns["label"]
-        check_labels(self.labels, self.spec.num_classes, f"{self.root.url} block {self.unit.block}")
+        self.spec.check_labels(self.labels, f"{self.root.url} block {self.unit.block}")
         if self.unit.first == 0:
             for kind in self.layout.base_kinds:
                 self._put(Key(kind, self.unit.block), columns)
@@ -232,17 +232,3 @@ def faults(root: Root, spec: Spec, unit: Unit) -> list[str]:
         except StoreError as error:
             found.append(str(error))
     return found
-
-
-def z_rms_error(spec: Spec, files: Iterable[FileRecord]) -> float | None:
-    """Root mean square of z as stored less z as the teacher gave it."""
-    if spec.coupling is None:
-        return None
-    total = math.fsum(file.squared_error or 0.0 for file in files)
-    return math.sqrt(total / (spec.rows * spec.draws * spec.dim))
-
-
-def check_labels(labels: NDArray[np.int64], num_classes: int, name: str) -> None:
-    bad = labels[(labels < 0) | (labels >= num_classes)]
-    if len(bad):
-        raise StoreError(f"{name}: got label {bad[0]}, expected 0 to {num_classes - 1}")

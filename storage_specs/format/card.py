@@ -3,9 +3,9 @@ summary for a terminal."""
 
 from typing import Any
 
-from storage_specs.codecs import MEANING
-from storage_specs.layouts import LAYOUTS
-from storage_specs.schema import Dataset, LayoutName, Spec
+from nfm.storage_specs.format.codecs import MEANING
+from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.schema import Dataset, LayoutName, Spec
 
 _READ_X: dict[LayoutName, str] = {
     "webdataset": """\
