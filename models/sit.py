@@ -207,3 +207,24 @@ class SiT(nn.Module):
             h = block(h, c)  # (B, T, D)
         v = self.unpatchify(self.final_layer(h, c))  # (B, C or 2C, H, W)
         return v[:, : self.config.channels]
+
+
+def forward_flops(config: SiTConfig) -> int:
+    """Floating point operations of `SiT.forward` for one image, 2 per multiply-add: every linear layer, the patch
+    embedding, and QKᵀ and AV (T² entries per head), as `torch.utils.flop_counter` counts them. Elementwise work is not
+    counted."""
+    tokens, width = (config.image_size // config.patch) ** 2, config.width
+    patch_dim = config.channels * config.patch**2
+    out_dim = patch_dim * (2 if config.learn_sigma else 1)
+    attention = 4 * width**2 + 2 * tokens * width  # qkv and proj; QKᵀ and AV
+    mlp = 2 * config.mlp_ratio * width**2
+    per_token = config.depth * (attention + mlp) + patch_dim * width + width * out_dim
+    modulation = config.depth * 6 * width**2 + 2 * width**2  # adaLN of the blocks and of the final layer
+    per_image = modulation + TimeEmbedding.FREQUENCIES * width + width**2  # and the MLP of the time embedding
+    return 2 * (tokens * per_token + per_image)
+
+
+def training_flops(config: SiTConfig) -> int:
+    """Floating point operations of one training step per image: the forward pass, and a backward pass that costs twice
+    as much (one product for the gradient of the input and one for that of the weight of each layer)."""
+    return 3 * forward_flops(config)

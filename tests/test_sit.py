@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from nfm.models.fields import Guided, ReversedTime
 from nfm.models.labels import NULL_LABEL
-from nfm.models.sit import SiT, SiTConfig, parse_size
+from nfm.models.sit import SiT, SiTConfig, forward_flops, parse_size, training_flops
 
 REFERENCE = np.load(Path(__file__).parent / "data" / "sit_reference.npz")
 CONFIG = SiTConfig(channels=4, image_size=8, patch=2, width=48, depth=3, heads=3, num_classes=5, learn_sigma=True)
@@ -83,3 +85,17 @@ def test_free_sizes() -> None:
 def test_unknown_sizes(name: str) -> None:
     with pytest.raises(ValueError, match="expected SiT"):
         parse_size(name)
+
+
+@pytest.mark.parametrize(("learn_sigma", "mlp_ratio"), [(False, 4), (True, 3)])
+def test_flops_are_those_that_torch_counts(learn_sigma: bool, mlp_ratio: int) -> None:
+    network = SiT(SiTConfig(3, 8, 2, 24, 3, 2, num_classes=5, mlp_ratio=mlp_ratio, learn_sigma=learn_sigma))
+    x = torch.zeros(2, 3, 8, 8)
+    t, y = torch.tensor([0.1, 0.9]), torch.tensor([0, -1])
+    # torch's counter has no formula for the fused attention of the CPU; the unfused is matrix products, which it counts
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        network(x, t, y)
+    assert forward.get_total_flops() == 2 * forward_flops(network.config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as training:
+        network(x.requires_grad_(), t, y).sum().backward()
+    assert training.get_total_flops() == pytest.approx(2 * training_flops(network.config), rel=0.01)
