@@ -22,7 +22,7 @@ need = $(or $($(1)),$(error $(1)=… is missing: see make help))
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install demo test bench-stream bench-encode soak lint format prepare train-teacher encode-couplings train-student clean
+.PHONY: help install demo test bench-stream bench-encode docs-pictures soak lint format prepare train-teacher encode-couplings train-student clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -60,6 +60,9 @@ bench-stream: $(READY)  ## time our stores beside other formats, RAM and S3; wri
 
 bench-encode: $(READY)  ## time the encode job beside its bare teacher, resuming and faults; writes docs/benchmarks/encode.md (half an hour)
 	$(BIN)/python -m tests.benchmarks.encode $(ARGS)
+
+docs-pictures: demo  ## the README's picture and numbers, from the demo's report
+	$(BIN)/python -m tests.tools.docs_pictures "$(DEMO_OUT)"
 
 soak: $(READY)  ## kill, fill and damage while couplings are encoded, and compare the bytes: ROUNDS=600
 	$(BIN)/python -m tests.tools.faults --rounds $(ROUNDS) $(ARGS)

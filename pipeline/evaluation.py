@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 from nfm.pipeline.config import Config
-from nfm.pipeline.report import sampler_names, student_names, write_report
+from nfm.pipeline.report import sampler_names, write_report
+from nfm.pipeline.report_plots import student_names
 from nfm.stages.checkpoint import load_network, weights_sha256
 from nfm.stages.evaluate import evaluate, save_evaluation
 from nfm.storage_specs.reading.store import Store
