@@ -16,7 +16,7 @@ from nfm.stages.prepare import DataConfig
 from nfm.stages.section import Section
 from nfm.stages.train_student import StudentConfig
 from nfm.stages.train_teacher import TeacherConfig
-from nfm.storage_specs.storage.files import configure
+from nfm.storage_specs.storage.files import set_file_system_options
 
 
 class StorageConfig(Section):
@@ -29,7 +29,7 @@ class StorageConfig(Section):
 
     def apply(self) -> None:
         """For this process, and the ones it starts."""
-        configure(self.options)
+        set_file_system_options(self.options)
         if self.cache is not None:
             os.environ["NFM_CACHE"] = self.cache
         if self.cache_gb is not None:

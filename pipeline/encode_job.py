@@ -28,7 +28,7 @@ from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.lease import Lease
-from nfm.storage_specs.writing.units import Unit, committed, missing
+from nfm.storage_specs.writing.units import Unit, list_committed_units, list_missing_units
 from nfm.storage_specs.writing.writer import StoreWriter
 
 GRACE_SECONDS = 20.0  # for what is in hand at a notice of preemption, of the 30 that a cluster gives at least
@@ -82,10 +82,10 @@ def encode_couplings(
     with _preemption() as notice:
         spec, z_scale = output_spec(config, Store(samples, kind="samples"), teacher, out)
         writer = StoreWriter(out, spec)
-        if writer.complete():
-            return Summary(Store(out).dataset, units_before=len(committed(writer.root)))
+        if writer.is_complete():
+            return Summary(Store(out).dataset, units_before=len(list_committed_units(writer.root)))
         with Lease(_absolute(out), LEASE_FILE) as lease:
-            writer.begin(z_scale)
+            writer.initialize(z_scale)
             with ray_session(), _pool(config, samples, teacher, out, spec, storage) as pool:
                 return _Job(config, writer, lease, pool, notice, as_json).run()
 
@@ -161,11 +161,11 @@ class _Job:
         self.as_json, self.spec = as_json, writer.spec
         self.bad: list[tuple[int, int]] = []
         self.noted: list[str] = []
-        done = committed(writer.root)
-        self.todo = missing(self.spec, done)
+        done = list_committed_units(writer.root)
+        self.todo = list_missing_units(self.spec, done)
         self.progress = EncodeProgress(len(self.todo), self._images(self.todo), as_json)
         self.summary = Summary(units_before=len(done))
-        self.left = set(lease.left) & {unit.name for unit in self.todo}
+        self.left = set(lease.previous_in_flight) & {unit.name for unit in self.todo}
         self.start = time.monotonic()
 
     def _images(self, units: list[Unit]) -> int:
@@ -191,11 +191,11 @@ class _Job:
 
     def _tick(self) -> bool:
         """Whether to go on giving out work."""
-        self.lease.check()
+        self.lease.raise_if_lost()
         begun = sorted({unit.name for unit in self.pool.begun} | self.left)
         if begun != self.noted and self.progress.phase == "encode":
             self.noted = begun
-            self.lease.note(begun)
+            self.lease.set_in_flight(begun)
         self.progress.show(self.pool.workers, self.pool.retries)
         if self.pool.workers and not self.summary.start_seconds:
             self.summary.start_seconds = time.monotonic() - self.start
@@ -236,12 +236,12 @@ class _Job:
         """Read everything back; whether something is to be encoded again."""
         self.progress.phase = "check"
         damaged = False
-        for unit, faults in self._over("faults", self.writer.unchecked()):
+        for unit, faults in self._over("faults", self.writer.list_unpublished_units()):
             if faults:
                 click.echo(f"{faults[0]}; it is encoded again", err=True)
-                self.writer.revoke(unit)
+                self.writer.delete_commit(unit)
                 damaged = True
-        self.todo = self.writer.missing() if damaged else []
+        self.todo = self.writer.list_missing_units() if damaged else []
         self.summary.damaged += len(self.todo)
         self.progress.again(len(self.todo), self._images(self.todo))
         return damaged
@@ -260,7 +260,7 @@ def _bad(bad: list[tuple[int, int]], then: str) -> str:
 def estimate(config: EncodeConfig, samples: str, teacher: str, out: str, storage: StorageConfig | None = None) -> str:
     """What the job will cost, from a few batches on one worker: hours at 1, 8 and 64 of them, bytes and objects."""
     spec, _ = output_spec(config, Store(samples, kind="samples"), teacher, out)
-    todo = StoreWriter(out, spec).missing()
+    todo = StoreWriter(out, spec).list_missing_units()
     one = config.model_copy(update={"workers": 1})
     with ray_session(), _pool(one, samples, teacher, out, spec, storage) as pool:
         ((_, speed),) = pool.run("speed", [TRIAL_SECONDS], lambda: True)
@@ -268,7 +268,7 @@ def estimate(config: EncodeConfig, samples: str, teacher: str, out: str, storage
     flops, layout = forward_flops(teacher_config(spec)), LAYOUTS[spec.layout]
     sizes: dict[str, int] = {}
     for key in expected_keys(spec):
-        sizes[key.column] = sizes.get(key.column, 0) + layout.size(spec, key.column, spec.rows_of(key.block))
+        sizes[key.column] = sizes.get(key.column, 0) + layout.file_size(spec, key.column, spec.rows_of(key.block))
     files, records = len(expected_keys(spec)), 2 * len(todo)
     columns = ", ".join(f"{column} {size / 1e9:.3g}" for column, size in sizes.items())
     rows = [f"{'workers':>10}{'hours':>12}{'worker hours':>16}"]

@@ -60,10 +60,10 @@ def info(store: Store, plot: str | None) -> None:
     """What the store holds, and what each column costs."""
     import numpy as np
 
-    from nfm.storage_specs.format.card import summary
+    from nfm.storage_specs.format.card import summarize
 
     rms = float(np.sqrt(np.square(store.sigma_f, dtype=np.float64).mean())) if store.spec.coupling else None
-    click.echo(summary(store.dataset, rms))
+    click.echo(summarize(store.dataset, rms))
     if plot is not None:
         from nfm.pipeline.store_plot import plot_store
 
@@ -82,7 +82,7 @@ def verify(store: Store, reencode: int, teacher: str | None, seed: int) -> None:
         raise StoreError(f"{store.url}: --reencode N and --teacher MODEL go together, for a coupling store")
     faults = []
     with bar("verify", store.dataset.totals.bytes, "B") as progress:
-        for _, fault in store.faults(progress):
+        for _, fault in store.find_faults(progress):
             faults.append(fault)
             tqdm.write(fault, file=sys.stderr)
     if faults:
@@ -103,7 +103,7 @@ def verify(store: Store, reencode: int, teacher: str | None, seed: int) -> None:
 @on_a_store
 def repair(store: Store) -> None:
     """Queue exactly the blocks with bad or missing files to be written again by the command that wrote the store."""
-    from nfm.storage_specs.writing.transfer import repair as run
+    from nfm.storage_specs.writing.transfer import repair_store as run
 
     with bar("verify", store.dataset.totals.bytes, "B") as progress:
         faults, blocks = run(store, progress)
@@ -125,7 +125,7 @@ def repair(store: Store) -> None:
 @click.option("--layout", required=True, type=click.Choice(["webdataset", "zarr", "tuples"]))
 def convert(store: Store, out: str, layout: str) -> None:
     """Write the same store to OUT in another layout, without loss; or export it as classic tuples."""
-    from nfm.storage_specs.writing.transfer import convert as run
+    from nfm.storage_specs.writing.transfer import convert_store as run
     from nfm.storage_specs.writing.transfer import export_tuples
 
     with bar(f"convert to {layout}", store.spec.rows, "img") as progress:
@@ -142,7 +142,7 @@ def convert(store: Store, out: str, layout: str) -> None:
 @click.argument("out")
 def copy(store: Store, out: str) -> None:
     """Copy the store to OUT, local or remote, and read it back; the same command again continues."""
-    from nfm.storage_specs.writing.transfer import copy as run
+    from nfm.storage_specs.writing.transfer import copy_store as run
 
     with bar("copy and check", 2 * store.dataset.totals.bytes, "B") as progress:
         written = run(store, out, progress, None)

@@ -187,10 +187,10 @@ def _write(config: DataConfig, url: str, split: str, images: Images, quarantined
         },
     )
     writer = StoreWriter(url, spec)
-    writer.begin()
-    if writer.complete():
+    writer.initialize()
+    if writer.is_complete():
         return
-    todo = writer.missing()
+    todo = writer.list_missing_units()
     done = spec.rows - sum(spec.rows_of(unit.block) for unit in todo)
     with Progress(f"prepare {split}", spec.rows, "img", done=done) as progress:
         for unit in todo:

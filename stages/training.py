@@ -26,7 +26,7 @@ from nfm.stages.progress import Progress
 from nfm.stages.section import Section
 from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState, View
-from nfm.storage_specs.storage.documents import difference
+from nfm.storage_specs.storage.documents import list_differences
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -315,7 +315,7 @@ class Trainer:
 
 def check_same_run(found: dict[str, Any], expected: dict[str, Any], url: str) -> dict[str, Any]:
     """`found`, the document of a checkpoint, if it is of the run `expected`; else StageError naming what differs."""
-    if different := difference(expected, found["run"]):
+    if different := list_differences(expected, found["run"]):
         raise StageError(
             f"{url} is of another run ({'; '.join(different)}); write to another folder, or delete this one"
         )

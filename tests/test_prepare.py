@@ -135,4 +135,4 @@ def test_real_photographs_when_they_are_at_hand(tmp_path: Path) -> None:
     (tmp_path / "images" / "val").symlink_to(tmp_path / "images" / "train")
     prepare(config, f"{tmp_path}/out", tmp_path / "images")
     assert Store(f"{tmp_path}/out/train").spec.rows == 200
-    assert list(Store(f"{tmp_path}/out/train").faults()) == []
+    assert list(Store(f"{tmp_path}/out/train").find_faults()) == []

@@ -3,7 +3,7 @@ summary for a terminal."""
 
 from typing import Any
 
-from nfm.storage_specs.format.codecs import MEANING
+from nfm.storage_specs.format.codecs import STORED_MEANING
 from nfm.storage_specs.format.layouts import LAYOUTS
 from nfm.storage_specs.format.schema import Dataset, LayoutName, Spec
 
@@ -42,7 +42,7 @@ def _meaning(spec: Spec) -> list[str]:
         lines += [
             f"z = f(x + η·ε′, label) is the raw output of a {coupling.teacher.architecture.get('name')} teacher for "
             f"{coupling.draws} draws of ε′ an image, η = {coupling.eta}.",
-            f"z is stored as {coupling.z_dtype}: {MEANING[coupling.z_dtype]}.",
+            f"z is stored as {coupling.z_dtype}: {STORED_MEANING[coupling.z_dtype]}.",
             "Divide z by `sigma_f.npy` to train a student on it.",
             f"ε′ is stored as `noise`, {noise.dtype}, exactly as the teacher saw it."
             if noise.stored
@@ -52,7 +52,7 @@ def _meaning(spec: Spec) -> list[str]:
     return lines
 
 
-def card(dataset: Dataset) -> str:
+def readme(dataset: Dataset) -> str:
     """Markdown that says what the store holds and how stock tools read it."""
     spec = dataset.spec
     lines = [
@@ -68,7 +68,7 @@ def card(dataset: Dataset) -> str:
     return "\n".join(lines) + "\n"
 
 
-def tuples_card(dataset: Dataset) -> str:
+def tuples_readme(dataset: Dataset) -> str:
     """The same for an export of tuples."""
     z = dataset.spec.coupling.z_dtype if dataset.spec.coupling else ""
     stored = [line for line in _meaning(dataset.spec) if not line.startswith(("z is stored", "ε′ is"))]
@@ -164,11 +164,11 @@ def bytes_per_row(spec: Spec) -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     for kind in (*layout.base_kinds, *spec.planes):
         values = spec.dtype(kind).itemsize * (1 if kind in ("label", "index") else spec.dim)
-        found[kind] = float(values), layout.size(spec, kind, rows) / rows
+        found[kind] = float(values), layout.file_size(spec, kind, rows) / rows
     return found
 
 
-def summary(dataset: Dataset, sigma_f_rms: float | None = None) -> str:
+def summarize(dataset: Dataset, sigma_f_rms: float | None = None) -> str:
     """The store on a terminal; `sigma_f_rms`, of a coupling store, puts the error of its codec into proportion."""
     spec, coupling, totals = dataset.spec, dataset.spec.coupling, dataset.totals
     rows = [

@@ -16,15 +16,15 @@ from nfm.storage_specs.storage.npy import npy_header
 
 ZDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
-STORED: Final[dict[ZDtype, str]] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
-MEANING: Final[dict[ZDtype, str]] = {
+STORED_DTYPES: Final[dict[ZDtype, str]] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
+STORED_MEANING: Final[dict[ZDtype, str]] = {
     "float32": "z",
     "float16": "z",
     "bfloat16": "upper 16 bits of float32 z: (value.astype('<u4') << 16).view('<f4')",
     "int8": "z / z_scale.npy, rounded: value * z_scale",
 }
-LARGEST: Final = 2.0**100  # of stored numbers, so that they stay finite when divided by σ_f
-SMALLEST_SCALE, LARGEST_SCALE = 1e-8, 1e20  # of σ_f and the int8 scale, so that z / σ_f stays finite
+MAX_MAGNITUDE: Final = 2.0**100  # of stored numbers, so that they stay finite when divided by σ_f
+MIN_SCALE, MAX_SCALE = 1e-8, 1e20  # of σ_f and the int8 scale, so that z / σ_f stays finite
 INT8_RANGE: Final = 5.0  # beyond it, 6e-7 of a normal distribution is clipped
 
 
@@ -37,9 +37,9 @@ def int8_scale(z: NDArray[np.float32]) -> NDArray[np.float32]:
     return scale
 
 
-def encode(z: NDArray[np.float32], dtype: ZDtype, scale: NDArray[np.float32] | None) -> NDArray[Any]:
+def encode_z(z: NDArray[np.float32], dtype: ZDtype, scale: NDArray[np.float32] | None) -> NDArray[Any]:
     """z (…, C, H, W) float32 as it is stored, rounded to nearest, ties to even."""
-    stored = np.dtype(STORED[dtype])
+    stored = np.dtype(STORED_DTYPES[dtype])
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(z, "<f4").view("<u4")
         return np.asarray((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, dtype=stored)
@@ -50,7 +50,7 @@ def encode(z: NDArray[np.float32], dtype: ZDtype, scale: NDArray[np.float32] | N
     return torch.from_numpy(np.ascontiguousarray(z)).to(getattr(torch, dtype)).numpy()
 
 
-def decode(stored: NDArray[Any], dtype: ZDtype, scale: NDArray[np.float32] | None) -> NDArray[np.float32]:
+def decode_z(stored: NDArray[Any], dtype: ZDtype, scale: NDArray[np.float32] | None) -> NDArray[np.float32]:
     """The float32 values that stored z stands for, as `encode` takes them."""
     if dtype == "bfloat16":
         bits: NDArray[np.float32] = (stored.astype("<u4") << 16).view("<f4")
@@ -63,7 +63,7 @@ def decode(stored: NDArray[Any], dtype: ZDtype, scale: NDArray[np.float32] | Non
 
 
 def all_finite(stored: NDArray[Any]) -> bool:
-    """Whether every stored number is finite, and below LARGEST = 2¹⁰⁰; told from the exponent bits."""
+    """Whether every stored number is finite, and below MAX_MAGNITUDE = 2¹⁰⁰; told from the exponent bits."""
     exponents = {
         "<f4": ("<u4", 0x7F800000, 227 << 23),
         "<f2": ("<u2", 0x7C00, 0x7C00),
@@ -78,7 +78,7 @@ def all_finite(stored: NDArray[Any]) -> bool:
     )
 
 
-def parse_scale(data: bytes, shape: tuple[int, int, int], name: str) -> NDArray[np.float32]:
+def parse_positive_npy(data: bytes, shape: tuple[int, int, int], name: str) -> NDArray[np.float32]:
     """The values of an npy file that must hold positive finite float32 (C, H, W), which no header of its own can
     change.
     """
@@ -86,6 +86,6 @@ def parse_scale(data: bytes, shape: tuple[int, int, int], name: str) -> NDArray[
     if not data.startswith(header) or len(data) != len(header) + 4 * math.prod(shape):
         raise StoreError(f"{name}: expected an npy file of float32 with shape {shape}")
     values: NDArray[np.float32] = np.frombuffer(data, "<f4", offset=len(header)).reshape(shape)
-    if not ((values > SMALLEST_SCALE) & (values < LARGEST_SCALE)).all():
-        raise StoreError(f"{name}: expected values between {SMALLEST_SCALE} and {LARGEST_SCALE}")
+    if not ((values > MIN_SCALE) & (values < MAX_SCALE)).all():
+        raise StoreError(f"{name}: expected values between {MIN_SCALE} and {MAX_SCALE}")
     return values

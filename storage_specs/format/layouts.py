@@ -19,27 +19,27 @@ Columns = dict[str, NDArray[Any]]
 class Layout(Protocol):
     base_kinds: tuple[str, ...]  # written once a block; the kinds "z" and "noise" are written once a block and draw
 
-    def path(self, kind: str, block: int, draw: int) -> str:
+    def file_path(self, kind: str, block: int, draw: int) -> str:
         """Relative path of the file; draw is -1 for base kinds."""
 
-    def size(self, spec: Spec, kind: str, rows: int) -> int:
+    def file_size(self, spec: Spec, kind: str, rows: int) -> int:
         """Exact size of the file in bytes."""
 
-    def encode(self, spec: Spec, kind: str, block: int, columns: Columns) -> bytes:
+    def encode_file(self, spec: Spec, kind: str, block: int, columns: Columns) -> bytes:
         """The file's bytes, the same for the same input. Columns are (rows, …) arrays in the dtypes of the spec."""
 
-    def view(self, spec: Spec, kind: str, block: int, data: NDArray[np.uint8]) -> Columns:
+    def view_columns(self, spec: Spec, kind: str, block: int, data: NDArray[np.uint8]) -> Columns:
         """The columns inside a file of exactly `size` bytes. Raises StoreError where its structure is not as
         written.
         """
 
-    def placement(self, spec: Spec, kind: str) -> tuple[int, int]:
+    def row_placement(self, spec: Spec, kind: str) -> tuple[int, int]:
         """Offset of the first row's values in the file, and the bytes from one row to the next."""
 
-    def metadata(self, spec: Spec) -> dict[str, bytes]:
+    def metadata_files(self, spec: Spec) -> dict[str, bytes]:
         """Further files that stock tools need, by relative path."""
 
-    def describe(self, spec: Spec) -> dict[str, dict[str, Any]]:
+    def describe_records(self, spec: Spec) -> dict[str, dict[str, Any]]:
         """Where the values are, for readers without our code."""
 
 

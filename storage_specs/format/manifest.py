@@ -30,7 +30,7 @@ FILE_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Key:
+class FileKey:
     """Which file: its column, block, and draw (-1 where the column has none)."""
 
     column: str
@@ -38,14 +38,14 @@ class Key:
     draw: int = -1
 
 
-def most_bytes(spec: Spec) -> int:
+def max_manifest_bytes(spec: Spec) -> int:
     """What a manifest takes at most, in its file or in memory."""
-    return (1 << 16) + expected_files(spec) * (1024 + 16 * min(spec.num_classes, spec.block_rows))
+    return (1 << 16) + count_expected_files(spec) * (1024 + 16 * min(spec.num_classes, spec.block_rows))
 
 
 def parse_manifest(data: bytes, spec: Spec, name: str) -> pa.Table:
     """The table, with a row for each expected file and sound numbers. Raises StoreError."""
-    wanted, most = expected_files(spec), most_bytes(spec)
+    wanted, most = count_expected_files(spec), max_manifest_bytes(spec)
     try:
         parquet = pq.ParquetFile(io.BytesIO(data))
         if parquet.metadata.num_rows != wanted:
@@ -66,19 +66,19 @@ def parse_manifest(data: bytes, spec: Spec, name: str) -> pa.Table:
     return table
 
 
-def file_records(table: pa.Table, spec: Spec, name: str) -> dict[Key, FileRecord]:
+def parse_file_records(table: pa.Table, spec: Spec, name: str) -> dict[FileKey, FileRecord]:
     """The files by key. Raises StoreError unless each is the one expected in its row."""
     layout = LAYOUTS[spec.layout]
     fields = ("column", "draw", "block", "first_index", "rows", "path", "bytes")
     found = zip(*(table[field].to_pylist() for field in fields), strict=True)
     digests, errors = table["sha256"].to_pylist(), table["squared_error"].to_pylist()
     sizes: dict[tuple[str, int], int] = {}
-    files: dict[Key, FileRecord] = {}
+    files: dict[FileKey, FileRecord] = {}
     for number, (key, got, digest, error) in enumerate(zip(expected_keys(spec), found, digests, errors, strict=True)):
         rows = spec.rows_of(key.block)
         if (key.column, rows) not in sizes:
-            sizes[key.column, rows] = layout.size(spec, key.column, rows)
-        path, size = layout.path(key.column, key.block, key.draw), sizes[key.column, rows]
+            sizes[key.column, rows] = layout.file_size(spec, key.column, rows)
+        path, size = layout.file_path(key.column, key.block, key.draw), sizes[key.column, rows]
         expected = (key.column, key.draw, key.block, key.block * spec.block_rows, rows, path, size)
         if got != expected:
             field = next(field for field, a, b in zip(fields, got, expected, strict=True) if a != b)
@@ -102,17 +102,17 @@ def file_records(table: pa.Table, spec: Spec, name: str) -> dict[Key, FileRecord
     return files
 
 
-def expected_files(spec: Spec) -> int:
+def count_expected_files(spec: Spec) -> int:
     """How many files a complete store has; known before anything of that size is made."""
     return spec.blocks * (len(LAYOUTS[spec.layout].base_kinds) + len(spec.planes) * spec.draws)
 
 
-def expected_keys(spec: Spec) -> list[Key]:
+def expected_keys(spec: Spec) -> list[FileKey]:
     """The files of a complete store, in manifest order."""
     base = LAYOUTS[spec.layout].base_kinds
-    keys = [Key(kind, block) for kind in base for block in range(spec.blocks)]
+    keys = [FileKey(kind, block) for kind in base for block in range(spec.blocks)]
     for kind in spec.planes:
-        keys += [Key(kind, block, draw) for draw in range(spec.draws) for block in range(spec.blocks)]
+        keys += [FileKey(kind, block, draw) for draw in range(spec.draws) for block in range(spec.blocks)]
     return keys
 
 

@@ -2,5 +2,5 @@
 
 SPEC_FILE = "commits/spec.json"  # written first: whose store this will be
 LEASE_FILE = "commits/driver.json"  # of the driver that writes the store now
-SCALE_FILE = "z_scale.npy"
+Z_SCALE_FILE = "z_scale.npy"
 MAX_METADATA_BYTES = 1 << 26

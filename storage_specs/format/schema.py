@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from nfm.storage_specs.format.codecs import STORED, ZDtype
-from nfm.storage_specs.storage.documents import Model, canonical_json, parse
+from nfm.storage_specs.format.codecs import STORED_DTYPES, ZDtype
+from nfm.storage_specs.storage.documents import StrictModel, canonical_json, parse_json
 from nfm.storage_specs.storage.errors import StoreError
 
 SCHEMA_MAJOR = 1
@@ -27,7 +27,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 
 
-class NoiseSpec(Model):
+class NoiseSpec(StrictModel):
     """How ε′ was drawn (docs/store.md), in which dtype the teacher saw it, and whether files hold it or the law gives
     it back."""
 
@@ -37,7 +37,7 @@ class NoiseSpec(Model):
     stored: bool
 
 
-class TeacherSpec(Model):
+class TeacherSpec(StrictModel):
     """The network f that made z: its architecture, the sha256 of its weights, and how it was trained, for the
     reader.
     """
@@ -47,7 +47,7 @@ class TeacherSpec(Model):
     training: dict[str, Any]
 
 
-class CouplingSpec(Model):
+class CouplingSpec(StrictModel):
     """What only a coupling store has."""
 
     draws: Annotated[int, Field(ge=1, le=1 << 16)]
@@ -66,7 +66,7 @@ class CouplingSpec(Model):
         return self
 
 
-class Spec(Model):
+class Spec(StrictModel):
     """Everything that fixes the bytes of a store, known before the first file is written."""
 
     kind: Kind
@@ -131,7 +131,7 @@ class Spec(Model):
             return np.dtype("<i8")
         assert self.coupling is not None
         if column == "z":
-            return np.dtype(STORED[self.coupling.z_dtype])
+            return np.dtype(STORED_DTYPES[self.coupling.z_dtype])
         return np.dtype(self.coupling.noise.dtype).newbyteorder("<")
 
     @property
@@ -160,7 +160,7 @@ def content_id(spec: Spec, file_sha256: list[str]) -> str:
     return hashlib.sha256(spec.canonical() + "".join(file_sha256).encode()).hexdigest()
 
 
-class FileRecord(Model):
+class FileRecord(StrictModel):
     """One file of the store: which column it holds, of which draw (-1: none) and block, and its exact bytes. Files of z
     have their `squared_error`: Σ (z as stored - z as the teacher gave it)²."""
 
@@ -173,7 +173,7 @@ class FileRecord(Model):
     squared_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
-class Commit(Model):
+class Commit(StrictModel):
     """A block with draws `first` … `stop` - 1 whose files are all durable; the unit of resume. Beside its files of the
     store it lists "sum_z2": float64 (draws, C, H, W), Σ z² over the rows of the block."""
 
@@ -188,7 +188,7 @@ class Commit(Model):
     device: str
 
 
-class Cost(Model):
+class Cost(StrictModel):
     """`cost.json`: what the couplings took to make, by name of the device. Told, not proved: no hash covers it."""
 
     seconds: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
@@ -198,14 +198,14 @@ class Cost(Model):
         return sum(self.seconds.values())
 
 
-class Totals(Model):
+class Totals(StrictModel):
     files: int
     bytes: int
     label_counts: dict[str, int]
     z_rms_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None  # of z as stored against the teacher's own
 
 
-class Dataset(Model):
+class Dataset(StrictModel):
     """`dataset.json`: written last, so its presence means that the store is complete."""
 
     schema_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
@@ -234,7 +234,7 @@ def parse_dataset(data: bytes, name: str) -> Dataset:
     if major != SCHEMA_MAJOR or minor > SCHEMA_MINOR:
         needed = f"nfm {major}.x" if major != SCHEMA_MAJOR else f"a later nfm {major}.x"
         raise StoreError(f"{name}: got schema version {version}, this nfm reads {SCHEMA_VERSION}; install {needed}")
-    return parse(Dataset, data, name)
+    return parse_json(Dataset, data, name)
 
 
 def json_schema() -> dict[str, Any]:

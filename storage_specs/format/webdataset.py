@@ -55,7 +55,7 @@ class Member:
 class WebDatasetLayout:
     base_kinds: tuple[str, ...] = ("x",)
 
-    def path(self, kind: str, block: int, draw: int) -> str:
+    def file_path(self, kind: str, block: int, draw: int) -> str:
         return f"{kind}/{block:06d}.tar" if draw < 0 else f"{kind}/k{draw:03d}/{block:06d}.tar"
 
     def members(self, spec: Spec, kind: str) -> list[Member]:
@@ -69,12 +69,12 @@ class WebDatasetLayout:
     def record_bytes(self, spec: Spec, kind: str) -> int:
         return self.members(spec, kind)[-1].end
 
-    def size(self, spec: Spec, kind: str, rows: int) -> int:
+    def file_size(self, spec: Spec, kind: str, rows: int) -> int:
         return rows * self.record_bytes(spec, kind) + END
 
-    def encode(self, spec: Spec, kind: str, block: int, columns: dict[str, NDArray[Any]]) -> bytes:
+    def encode_file(self, spec: Spec, kind: str, block: int, columns: dict[str, NDArray[Any]]) -> bytes:
         index = spec.indices(block)
-        data = np.zeros(self.size(spec, kind, len(index)), dtype=np.uint8)
+        data = np.zeros(self.file_size(spec, kind, len(index)), dtype=np.uint8)
         records = data[:-END].reshape(len(index), -1)
         for member in self.members(spec, kind):
             records[:, member.start : member.start + BLOCK] = tar_headers(index, member.suffix, member.size)
@@ -85,13 +85,13 @@ class WebDatasetLayout:
             records[:, member.offset : member.offset + raw.shape[1]] = raw
         return data.tobytes()
 
-    def placement(self, spec: Spec, kind: str) -> tuple[int, int]:
+    def row_placement(self, spec: Spec, kind: str) -> tuple[int, int]:
         members = self.members(spec, kind)
         return members[0].offset, members[-1].end
 
-    def view(self, spec: Spec, kind: str, block: int, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    def view_columns(self, spec: Spec, kind: str, block: int, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         index = spec.indices(block)
-        assert len(data) == self.size(spec, kind, len(index))
+        assert len(data) == self.file_size(spec, kind, len(index))
         if data[-END:].any():
             raise StoreError("it does not end as a tar does")
         records = data[:-END].reshape(len(index), -1)
@@ -117,10 +117,10 @@ class WebDatasetLayout:
             columns["index"] = index  # the keys, compared above
         return columns
 
-    def metadata(self, spec: Spec) -> dict[str, bytes]:  # noqa: ARG002  (a tar needs none)
+    def metadata_files(self, spec: Spec) -> dict[str, bytes]:  # noqa: ARG002  (a tar needs none)
         return {}
 
-    def describe(self, spec: Spec) -> dict[str, dict[str, Any]]:
+    def describe_records(self, spec: Spec) -> dict[str, dict[str, Any]]:
         kinds = (*self.base_kinds, *spec.planes)
         return {
             kind: {

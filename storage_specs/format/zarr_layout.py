@@ -18,7 +18,7 @@ MISSING = np.uint64(2**64 - 1)
 class ZarrLayout:
     base_kinds: tuple[str, ...] = ("x", "label", "index")
 
-    def path(self, kind: str, block: int, draw: int) -> str:
+    def file_path(self, kind: str, block: int, draw: int) -> str:
         if kind in ("label", "index"):
             return f"{kind}/c/{block}"
         return f"{kind}/c/{block}/0/0/0" if draw < 0 else f"{kind}/c/{draw}/{block}/0/0/0"
@@ -39,7 +39,7 @@ class ZarrLayout:
         per_chunk = self.chunk_rows(spec, kind)
         return -(-rows // per_chunk), spec.block_rows // per_chunk
 
-    def size(self, spec: Spec, kind: str, rows: int) -> int:
+    def file_size(self, spec: Spec, kind: str, rows: int) -> int:
         used, entries = self._chunks(spec, kind, rows)
         return used * self.chunk_rows(spec, kind) * self.row_bytes(spec, kind) + 16 * entries + 4
 
@@ -59,7 +59,7 @@ class ZarrLayout:
             fill_value=0,
         )
 
-    def encode(self, spec: Spec, kind: str, block: int, columns: dict[str, NDArray[Any]]) -> bytes:
+    def encode_file(self, spec: Spec, kind: str, block: int, columns: dict[str, NDArray[Any]]) -> bytes:
         index = spec.indices(block)
         values = index if kind == "index" else columns[kind]
         assert len(values) == len(index) and values.dtype == spec.dtype(kind)
@@ -68,15 +68,15 @@ class ZarrLayout:
         with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk of zeros still has its place
             array = self._create(store, spec, kind, rows=len(index), draws=1)
             array[...] = values[None] if kind in ("z", "noise") else values
-        file: bytes = content[self.path(kind, 0, 0 if kind in ("z", "noise") else -1)].to_bytes()
+        file: bytes = content[self.file_path(kind, 0, 0 if kind in ("z", "noise") else -1)].to_bytes()
         return file
 
-    def placement(self, spec: Spec, kind: str) -> tuple[int, int]:
+    def row_placement(self, spec: Spec, kind: str) -> tuple[int, int]:
         return 0, self.row_bytes(spec, kind)
 
-    def view(self, spec: Spec, kind: str, block: int, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    def view_columns(self, spec: Spec, kind: str, block: int, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         rows = spec.rows_of(block)
-        assert len(data) == self.size(spec, kind, rows)
+        assert len(data) == self.file_size(spec, kind, rows)
         used, entries = self._chunks(spec, kind, rows)
         chunk_bytes = self.chunk_rows(spec, kind) * self.row_bytes(spec, kind)
         table = np.frombuffer(data[-16 * entries - 4 : -4].tobytes(), dtype="<u8").reshape(entries, 2)
@@ -91,7 +91,7 @@ class ZarrLayout:
             raise StoreError("its indices are not those of this block")
         return {kind: values}
 
-    def metadata(self, spec: Spec) -> dict[str, bytes]:
+    def metadata_files(self, spec: Spec) -> dict[str, bytes]:
         content: dict[str, Any] = {}
         store = MemoryStore(content)
         zarr.create_group(store)
@@ -100,7 +100,7 @@ class ZarrLayout:
             self._create(store, spec, kind, rows=spec.rows, draws=spec.draws)
         return {name: content[name].to_bytes() for name in ("zarr.json", *(f"{kind}/zarr.json" for kind in kinds))}
 
-    def describe(self, spec: Spec) -> dict[str, dict[str, Any]]:
+    def describe_records(self, spec: Spec) -> dict[str, dict[str, Any]]:
         kinds = (*self.base_kinds, *spec.planes)
         return {
             kind: {

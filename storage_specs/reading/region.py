@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import opened
+from nfm.storage_specs.storage.files import open_regular_file
 
 # What Python's mmap module, which cannot map at a given address, leaves out; the same on Linux and macOS.
 _MAP_FIXED = 0x10
@@ -54,7 +54,7 @@ class Region:
         the region was made for; OSError if it cannot be opened."""
         assert 0 < size <= self.slot_bytes
         address = self._address + slot * self.slot_bytes
-        with opened(path) as (descriptor, found):
+        with open_regular_file(path) as (descriptor, found):
             if found != size:
                 raise StoreError(
                     f"{path}: got {found} bytes, expected {size}; the file is truncated or overlong, repair or copy it "

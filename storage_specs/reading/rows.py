@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nfm.storage_specs.format.manifest import Key
+from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.pixels import scale_pixels
 from nfm.storage_specs.reading.order import EpochOrder, epoch_draws, epoch_order, epoch_windows
 from nfm.storage_specs.reading.region import Region, Rows
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import THREADS, mapped
+from nfm.storage_specs.storage.files import IO_THREADS, map_file
 
 MAX_MAPPED = 30_000  # files; Linux allows a process 65,530 mappings
 BYTES_PER_ROW = 96  # that the order of an epoch takes while it is made, with the labels
@@ -33,32 +33,32 @@ class Column:
 
     def __init__(self, store: Store, kind: str, dtype: torch.dtype, draws: int) -> None:
         self.store, self.kind, self.spec, self.dtype = store, kind, store.spec, dtype
-        file_bytes = store.layout.size(self.spec, kind, self.spec.block_rows)
+        file_bytes = store.layout.file_size(self.spec, kind, self.spec.block_rows)
         try:
             self.region = Region(self.spec.blocks * draws, file_bytes)
         except StoreError as error:
             raise StoreError(f"{store.url}/{kind}: {error}") from error
-        offset, stride = store.layout.placement(self.spec, kind)
+        offset, stride = store.layout.row_placement(self.spec, kind)
         self.rows = Rows(self.region, dtype, self.spec.dim, offset, stride)
-        self.mapped: OrderedDict[Key, None] = OrderedDict()
-        self._checked: set[Key] = set()
+        self.mapped: OrderedDict[FileKey, None] = OrderedDict()
+        self._checked: set[FileKey] = set()
         self._buffer = torch.empty(0, dtype=dtype)
 
-    def slot(self, key: Key) -> int:
+    def slot(self, key: FileKey) -> int:
         return max(key.draw, 0) * self.spec.blocks + key.block
 
-    def map(self, key: Key) -> NDArray[np.int64] | None:
+    def map(self, key: FileKey) -> NDArray[np.int64] | None:
         """Map the file of `key`; its labels, where the file has them and was not seen before. Safe to call from several
         threads for different keys."""
         slot, size = self.slot(key), self.store.files[key].bytes
-        data = self.store.at(key, lambda path: self.region.map(slot, path, size))
+        data = self.store.use_local_file(key, lambda path: self.region.map(slot, path, size))
         if key in self._checked:
             return None
-        labels = self.store.check(key, data, hashed=not self.store.root.local).get("label")
+        labels = self.store.parse_columns(key, data, sha256_checked=not self.store.root.local).get("label")
         self._checked.add(key)
         return labels
 
-    def keep_only(self, wanted: set[Key], most: int) -> None:
+    def keep_only(self, wanted: set[FileKey], most: int) -> None:
         """Unmap the files used longest ago until at most `most` are mapped, but none of those wanted."""
         for key in [key for key in self.mapped if key not in wanted][: max(0, len(self.mapped) - most)]:
             self.region.unmap(self.slot(key))
@@ -97,17 +97,17 @@ class Fetcher:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._wanted: SimpleQueue[Key | None] = SimpleQueue()
+        self._wanted: SimpleQueue[FileKey | None] = SimpleQueue()
         self._threads: list[Thread] = []
 
-    def want(self, keys: list[Key]) -> None:
+    def want(self, keys: list[FileKey]) -> None:
         """These files, in this order, and no others any more."""
         with suppress(Empty):
             while True:
                 self._wanted.get_nowait()
         for key in keys:
             self._wanted.put(key)
-        while keys and len(self._threads) < THREADS:
+        while keys and len(self._threads) < IO_THREADS:
             self._threads.append(Thread(target=self._work, daemon=True, name="nfm-ahead"))
             self._threads[-1].start()
 
@@ -119,7 +119,7 @@ class Fetcher:
     def _work(self) -> None:
         while (key := self._wanted.get()) is not None:
             with suppress(StoreError, OSError):  # raised again when the file is opened, and only then in anyone's way
-                self._store.path(key)
+                self._store.local_path(key)
 
 
 class RowReader:
@@ -131,7 +131,7 @@ class RowReader:
     def __init__(self, store: Store, seed: int, pairs: bool, window_blocks: int | None) -> None:
         self.store, self.spec, self.seed, self.window_blocks = store, store.spec, seed, window_blocks
         kinds = (*store.layout.base_kinds, *(("z",) if pairs else ()))
-        store.check_sizes(kinds)  # before anything is reserved for as many rows as it says it has
+        store.check_local_sizes(kinds)  # before anything is reserved for as many rows as it says it has
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if self.spec.rows * BYTES_PER_ROW > memory:
             raise StoreError(
@@ -147,13 +147,14 @@ class RowReader:
             self.z_scale = None if store.z_scale is None else torch.from_numpy(store.z_scale.reshape(1, -1).copy())
         self.labels = np.empty(self.spec.rows, dtype=np.int64)
         self._labelled = np.zeros(self.spec.blocks, dtype=bool)
-        self._pool = ThreadPoolExecutor(THREADS, "nfm-fetch")
+        self._pool = ThreadPoolExecutor(IO_THREADS, "nfm-fetch")
         self._plan: Plan | None = None
         self._window: tuple[int, int] | None = None
         self._fetcher = Fetcher(store)
         self._fetches_ahead, self._most_mapped = False, MAX_MAPPED // 2
         blocks = min(window_blocks or self.spec.blocks, self.spec.blocks)
-        self.window_bytes = blocks * sum(store.layout.size(self.spec, kind, self.spec.block_rows) for kind in kinds)
+        block_bytes = sum(store.layout.file_size(self.spec, kind, self.spec.block_rows) for kind in kinds)
+        self.window_bytes = blocks * block_bytes
         if 2 * blocks > MAX_MAPPED:
             raise StoreError(
                 f"{store.url}: got a window of {blocks} blocks, expected at most {MAX_MAPPED // 2}; set "
@@ -182,19 +183,20 @@ class RowReader:
             return np.full(self.spec.blocks, -1, dtype=np.int64)
         return epoch_draws(self.spec.blocks, self.spec.draws, self.seed, epoch)
 
-    def _keys(self, blocks: NDArray[np.int64], draws: NDArray[np.int64]) -> list[Key]:
+    def _keys(self, blocks: NDArray[np.int64], draws: NDArray[np.int64]) -> list[FileKey]:
         """The files of a window, in the order of its blocks."""
-        keys: list[Key] = []
+        keys: list[FileKey] = []
         for block in blocks.tolist():
-            keys += [Key(kind, block) for kind in self.store.layout.base_kinds]
+            keys += [FileKey(kind, block) for kind in self.store.layout.base_kinds]
             if self.z:
-                keys.append(Key("z", block, int(draws[block])))
+                keys.append(FileKey("z", block, int(draws[block])))
         return keys
 
-    def _open(self, key: Key) -> None:
+    def _open(self, key: FileKey) -> None:
         column = {"x": self.x, "z": self.z}.get(key.column)
         if column is None:
-            columns = self.store.check(key, self.store.at(key, mapped), hashed=not self.store.root.local)
+            data = self.store.use_local_file(key, map_file)
+            columns = self.store.parse_columns(key, data, sha256_checked=not self.store.root.local)
             labels = columns.get("label")
         else:
             labels = column.map(key)
@@ -278,6 +280,6 @@ class RowReader:
         return out.div_(self.sigma_f)
 
     def close(self) -> None:
-        self.store.root.give_up.set()
+        self.store.root.stop_retrying.set()
         self._fetcher.close()
         self._pool.shutdown(wait=False, cancel_futures=True)

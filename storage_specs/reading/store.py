@@ -14,18 +14,24 @@ from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
 from nfm.storage_specs.format.layouts import LAYOUTS, Columns
-from nfm.storage_specs.format.manifest import Key, file_records, most_bytes, parse_manifest, z_rms_error
+from nfm.storage_specs.format.manifest import (
+    FileKey,
+    max_manifest_bytes,
+    parse_file_records,
+    parse_manifest,
+    z_rms_error,
+)
 from nfm.storage_specs.format.names import MAX_METADATA_BYTES
 from nfm.storage_specs.format.noise import standard_normal
 from nfm.storage_specs.format.schema import Cost, Dataset, FileRecord, Kind, Spec, content_id, parse_dataset
 from nfm.storage_specs.storage.cache import Cache
-from nfm.storage_specs.storage.documents import parse
+from nfm.storage_specs.storage.documents import parse_json
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import THREADS, Root, mapped, sha256
+from nfm.storage_specs.storage.files import IO_THREADS, Root, map_file, sha256
 
 T = TypeVar("T")
 
-OPEN_FILES = 64  # whose columns a Store keeps at hand
+MAX_OPEN_FILES = 64  # whose columns a Store keeps at hand
 
 
 class Store:
@@ -49,11 +55,11 @@ class Store:
         if kind is not None and self.spec.kind != kind:
             raise StoreError(f"{url}: got a store of {self.spec.kind}, expected one of {kind}")
         self.layout = LAYOUTS[self.spec.layout]
-        if self.dataset.records != self.layout.describe(self.spec):
+        if self.dataset.records != self.layout.describe_records(self.spec):
             raise StoreError(
                 f"{name}: its records are not those of its spec; the file is damaged or of another version"
             )
-        self._open: OrderedDict[Key, Columns] = OrderedDict()
+        self._open: OrderedDict[FileKey, Columns] = OrderedDict()
 
     @property
     def url(self) -> str:
@@ -63,7 +69,7 @@ class Store:
     def manifest(self) -> pa.Table:
         """manifest.parquet, one row a file."""
         name = f"{self.url}/manifest.parquet"
-        data = self.root.read("manifest.parquet", most_bytes(self.spec))
+        data = self.root.read("manifest.parquet", max_manifest_bytes(self.spec))
         if sha256(data) != self.dataset.manifest_sha256:
             raise StoreError(
                 f"{name}: its sha256 is not the one in dataset.json; the file is damaged, or draws were added to the "
@@ -72,9 +78,9 @@ class Store:
         return parse_manifest(data, self.spec, name)
 
     @cached_property
-    def files(self) -> dict[Key, FileRecord]:
+    def files(self) -> dict[FileKey, FileRecord]:
         """The manifest: exactly the files that the spec calls for, in its order."""
-        return file_records(self.manifest, self.spec, f"{self.url}/manifest.parquet")
+        return parse_file_records(self.manifest, self.spec, f"{self.url}/manifest.parquet")
 
     @cached_property
     def _label_counts(self) -> list[list[tuple[int, int]]]:
@@ -86,7 +92,7 @@ class Store:
         """What the couplings took to make, where the store says it."""
         if not self.root.exists("cost.json"):
             return None
-        return parse(Cost, self.root.read("cost.json", MAX_METADATA_BYTES), f"{self.url}/cost.json")
+        return parse_json(Cost, self.root.read("cost.json", MAX_METADATA_BYTES), f"{self.url}/cost.json")
 
     def array(self, name: str, digest: str | None) -> NDArray[np.float32]:
         """A float32 (C, H, W) file beside dataset.json, positive and finite everywhere."""
@@ -94,7 +100,7 @@ class Store:
         url = f"{self.url}/{name}"
         if sha256(data) != digest:
             raise StoreError(f"{url}: its sha256 is not the one in dataset.json; the file is damaged")
-        return codecs.parse_scale(data, self.spec.shape, url)
+        return codecs.parse_positive_npy(data, self.spec.shape, url)
 
     @cached_property
     def sigma_f(self) -> NDArray[np.float32]:
@@ -108,20 +114,20 @@ class Store:
         digest = self.spec.coupling.z_scale_sha256
         return self.array("z_scale.npy", digest) if digest else None
 
-    def path(self, key: Key) -> Path:
+    def local_path(self, key: FileKey) -> Path:
         """A local path of the file: itself, or its copy in the cache."""
         record = self.files[key]
         if self.root.local:
-            return Path(self.root.full(record.path))
+            return Path(self.root.full_path(record.path))
         return self.cache.fetch(self.root, record.path, record.bytes, record.sha256)
 
-    def check_sizes(self, kinds: tuple[str, ...]) -> None:
+    def check_local_sizes(self, kinds: tuple[str, ...]) -> None:
         """Raise StoreError unless the local files of these columns have the sizes that the manifest gives."""
         for key, record in self.files.items():
             if self.root.local and key.column in kinds:
                 name = f"{self.url}/{record.path}"
                 try:
-                    found = os.stat(self.root.full(record.path)).st_size
+                    found = os.stat(self.root.full_path(record.path)).st_size
                 except OSError as error:
                     raise StoreError(f"{name}: {error.strerror}; repair or copy the store") from error
                 if found != record.bytes:
@@ -131,13 +137,13 @@ class Store:
                         "or copy it again"
                     )
 
-    def at(self, key: Key, use: Callable[[Path], T]) -> T:
+    def use_local_file(self, key: FileKey, use: Callable[[Path], T]) -> T:
         """`use` of a local path of the file. Where another process dropped the file from the cache meanwhile, it is
         fetched again. Raises StoreError that names the file."""
         name = f"{self.url}/{self.files[key].path}"
         for _ in range(3):
             try:
-                return use(self.path(key))
+                return use(self.local_path(key))
             except FileNotFoundError:
                 if self.root.local:
                     raise StoreError(f"{name} is missing; repair or copy the store") from None
@@ -146,9 +152,9 @@ class Store:
                 raise StoreError(f"{name}: {error.strerror or error}{where}") from error
         raise StoreError(f"{name}: the cache {self.cache.directory} drops files as they come; raise storage.cache_gb")
 
-    def check(self, key: Key, data: NDArray[np.uint8], hashed: bool) -> Columns:
+    def parse_columns(self, key: FileKey, data: NDArray[np.uint8], sha256_checked: bool) -> Columns:
         """The columns in the bytes of a file. Raises StoreError, naming it, unless its size, sha256 (which was looked
-        at before, where `hashed`), structure and labels are right and all its numbers finite."""
+        at before, where `sha256_checked`), structure and labels are right and all its numbers finite."""
         record = self.files[key]
         name = f"{self.url}/{record.path}"
         if len(data) != record.bytes:
@@ -156,10 +162,10 @@ class Store:
                 f"{name}: got {len(data)} bytes, expected {record.bytes}; the file is truncated or overlong, "
                 "repair or copy it again"
             )
-        if not hashed and sha256(data) != record.sha256:
+        if not sha256_checked and sha256(data) != record.sha256:
             raise StoreError(f"{name}: its sha256 is not the one in the manifest; repair or copy it again")
         try:
-            columns = self.layout.view(self.spec, key.column, key.block, data)
+            columns = self.layout.view_columns(self.spec, key.column, key.block, data)
         except StoreError as error:
             raise StoreError(f"{name}: {error}; the file is damaged, repair or copy it again") from None
         if "label" in columns:
@@ -168,13 +174,15 @@ class Store:
             raise StoreError(f"{name}: it holds values that are not finite; repair or copy it again")
         return columns
 
-    def columns(self, key: Key) -> Columns:
+    def columns(self, key: FileKey) -> Columns:
         """The columns of one file, mapped and checked."""
         if key in self._open:
             self._open.move_to_end(key)
         else:
-            self._open[key] = self.check(key, self.at(key, mapped), hashed=not self.root.local)
-            while len(self._open) > OPEN_FILES:
+            self._open[key] = self.parse_columns(
+                key, self.use_local_file(key, map_file), sha256_checked=not self.root.local
+            )
+            while len(self._open) > MAX_OPEN_FILES:
                 self._open.popitem(last=False)
         return self._open[key]
 
@@ -186,12 +194,12 @@ class Store:
             drawn = standard_normal(coupling.noise.seed, self.spec.indices(block), draw, self.spec.shape)
             return drawn.astype(self.spec.dtype("noise"))
         holder = name if name not in ("label", "index") or name in self.layout.base_kinds else "x"
-        return self.columns(Key(holder, block, draw))[name]
+        return self.columns(FileKey(holder, block, draw))[name]
 
     def z(self, block: int, draw: int) -> NDArray[np.float32]:
         """z of one block and draw, float32 (rows, C, H, W): raw, not divided by σ_f."""
         assert self.spec.coupling is not None
-        return codecs.decode(self.column("z", block, draw), self.spec.coupling.z_dtype, self.z_scale)
+        return codecs.decode_z(self.column("z", block, draw), self.spec.coupling.z_dtype, self.z_scale)
 
     def labels(self) -> NDArray[np.int64]:
         """All labels, (N,)."""
@@ -203,15 +211,17 @@ class Store:
         gather(out, rows, self.spec.block_rows, lambda block: self.column("x", block))
         return out
 
-    def faults(self, progress: Callable[[int], None] = lambda _bytes: None) -> Iterator[tuple[Key | None, str]]:
+    def find_faults(
+        self, progress: Callable[[int], None] = lambda _bytes: None
+    ) -> Iterator[tuple[FileKey | None, str]]:
         """Everything wrong with the store, found by reading all of it from where it lies (not from the cache): size,
         sha256, structure, labels and their counts, finite values; the key is None where no file of the manifest is at
         fault. `progress` is told how many bytes were read."""
-        for fault in self.document_faults():
+        for fault in self.find_document_faults():
             yield None, fault
         counts: Counter[int] = Counter()
         _, sound = self._label_counts, True
-        with ThreadPoolExecutor(THREADS, "nfm-verify") as pool:
+        with ThreadPoolExecutor(IO_THREADS, "nfm-verify") as pool:
             for key, fault, labels in pool.map(self._examine, self.files):
                 progress(self.files[key].bytes)
                 counts.update(labels)
@@ -221,15 +231,15 @@ class Store:
         if sound and {str(label): count for label, count in counts.items()} != self.dataset.totals.label_counts:
             yield None, f"{self.url}/dataset.json: its label counts are not those of its files"
 
-    def _examine(self, key: Key) -> tuple[Key, str, dict[int, int]]:
+    def _examine(self, key: FileKey) -> tuple[FileKey, str, dict[int, int]]:
         """What is wrong with one file, and how many labels of each class it holds."""
         record = self.files[key]
         try:
             if self.root.local:
-                data = self.at(key, mapped)
+                data = self.use_local_file(key, map_file)
             else:
                 data = np.frombuffer(self.root.read(record.path, record.bytes), np.uint8)
-            columns = self.check(key, data, hashed=False)
+            columns = self.parse_columns(key, data, sha256_checked=False)
         except StoreError as error:
             return key, str(error), {}
         if "label" not in columns:
@@ -240,7 +250,7 @@ class Store:
             return key, f"{self.url}/manifest.parquet: its label counts are not those of {record.path}", here
         return key, "", here
 
-    def document_faults(self) -> list[str]:
+    def find_document_faults(self) -> list[str]:
         """Whether dataset.json, σ_f and the files for stock tools agree with the manifest and the spec."""
         faults: list[str] = []
         records, totals = list(self.files.values()), self.dataset.totals
@@ -255,7 +265,7 @@ class Store:
             faults.append(str(error))
         if totals.z_rms_error != z_rms_error(self.spec, self.files.values()):
             faults.append(f"{self.url}/dataset.json: its z_rms_error is not that of the manifest")
-        for path, expected in self.layout.metadata(self.spec).items():
+        for path, expected in self.layout.metadata_files(self.spec).items():
             try:
                 intact = self.root.read(path, len(expected)) == expected
             except StoreError:

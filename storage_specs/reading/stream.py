@@ -102,13 +102,13 @@ class CouplingStream:
         """Raise StoreError unless the cache holds a window of the remote stores."""
         remote = [reader for reader in self._readers if not reader.store.root.local]
         needed = sum(reader.window_bytes for reader in remote)
-        if needed > cache.limit:
+        if needed > cache.max_bytes:
             raise StoreError(
                 f"{remote[0].store.url}: a window needs {needed / 1e9:.2f} GB, the cache holds "
-                f"{cache.limit / 1e9:.2f} GB; raise storage.cache_gb, or set a smaller window_blocks"
+                f"{cache.max_bytes / 1e9:.2f} GB; raise storage.cache_gb, or set a smaller window_blocks"
             )
         for reader in remote:
-            reader.use_cache(cache.limit / needed)
+            reader.use_cache(cache.max_bytes / needed)
 
     @property
     def state(self) -> StreamState:

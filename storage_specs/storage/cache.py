@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import THREADS, Root, sha256
+from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
 
-CACHE_GB = 200.0  # unless $NFM_CACHE_GB says otherwise
-# Of one ranged GET. There are THREADS for parts of large files, as many for files that are waited for, and as many for
-# files ahead of need: what is in memory stays within 3 · THREADS · PART_BYTES.
+DEFAULT_CACHE_GB = 200.0  # unless $NFM_CACHE_GB says otherwise
+# Size of one ranged GET. There are IO_THREADS threads for parts of large files, as many for files that a reader waits
+# for, and as many for files fetched ahead: at most 3 · IO_THREADS · PART_BYTES are in memory.
 PART_BYTES = 8 << 20
 _SCAN_EVERY = 16  # downloads between two looks at what other processes added
 _ABANDONED_SECONDS = 86_400.0  # after which a part is taken to be of a process that was killed
@@ -37,14 +37,14 @@ class Cache:
     file when its last mapping ends.
     """
 
-    def __init__(self, directory: Path | None = None, limit: int | None = None) -> None:
+    def __init__(self, directory: Path | None = None, max_bytes: int | None = None) -> None:
         self.directory = directory or cache_directory()
         try:
-            gigabytes = float(os.environ.get("NFM_CACHE_GB", CACHE_GB))
+            gigabytes = float(os.environ.get("NFM_CACHE_GB", DEFAULT_CACHE_GB))
         except ValueError as error:
             raise StoreError(f"got NFM_CACHE_GB={os.environ['NFM_CACHE_GB']!r}; expected a number") from error
-        self.limit = int(gigabytes * 1e9) if limit is None else limit
-        self._parts = ThreadPoolExecutor(THREADS, "nfm-part")
+        self.max_bytes = int(gigabytes * 1e9) if max_bytes is None else max_bytes
+        self._parts = ThreadPoolExecutor(IO_THREADS, "nfm-part")
         self._lock = threading.Lock()
         self._bytes, self._arriving, self._until_scan = 0, 0, 0
 
@@ -95,7 +95,7 @@ class Cache:
             self._arriving += size
             self._bytes += size
             self._until_scan -= 1
-            if self._bytes <= self.limit and self._until_scan > 0:
+            if self._bytes <= self.max_bytes and self._until_scan > 0:
                 return
             self._until_scan = _SCAN_EVERY
             for part in self.directory.glob("??/*.part"):
@@ -104,7 +104,7 @@ class Cache:
             files = sorted(_files(self.directory))
             self._bytes = self._arriving + sum(entry[1] for entry in files)
             for used, held, path in files:
-                if self._bytes <= self.limit:
+                if self._bytes <= self.max_bytes:
                     break
                 if path.exists() and path.stat().st_mtime == used:  # not asked for since it was listed
                     path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from nfm.storage_specs.storage.errors import StoreError
 
 
-class Model(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
@@ -22,10 +22,10 @@ def sealed_json(value: dict[str, Any]) -> bytes:
     return canonical_json(value | {"sha256": hashlib.sha256(canonical_json(value)).hexdigest()})
 
 
-T = TypeVar("T", bound=Model)
+T = TypeVar("T", bound=StrictModel)
 
 
-def parse(model: type[T], data: bytes, name: str) -> T:
+def parse_json(model: type[T], data: bytes, name: str) -> T:
     """`data` as `model`, or a StoreError that names the file and the first field that is wrong."""
     try:
         return model.model_validate_json(data)
@@ -35,7 +35,7 @@ def parse(model: type[T], data: bytes, name: str) -> T:
         raise StoreError(f"{name}: {where}: {first['msg']}; the file is damaged or of another version") from error
 
 
-def open_sealed(model: type[T], data: bytes, name: str) -> T:
+def parse_sealed_json(model: type[T], data: bytes, name: str) -> T:
     """What `sealed_json` wrote, or a StoreError that names the file."""
     try:
         value = json.loads(data)
@@ -45,16 +45,16 @@ def open_sealed(model: type[T], data: bytes, name: str) -> T:
         whole = False
     if not whole:
         raise StoreError(f"{name}: it is not what was written there; the file is damaged")
-    return parse(model, canonical_json(value), name)
+    return parse_json(model, canonical_json(value), name)
 
 
-def difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+def list_differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
     """The fields in which two specs differ, as `path: theirs → ours`."""
     found: list[str] = []
     for key in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += difference(a, b, f"{prefix}{key}.")
+            found += list_differences(a, b, f"{prefix}{key}.")
         elif a != b:
             found.append(f"{prefix}{key} is {_short(b)} there and {_short(a)} here")
     return found

@@ -26,7 +26,7 @@ from nfm.storage_specs.storage.errors import OutageError, StorageError, StoreErr
 
 T = TypeVar("T")
 
-THREADS = 8  # that read or write files of one store at a time
+IO_THREADS = 8  # that read or write files of one store at a time
 RETRY_SECONDS = 300.0  # how long a server may be away before a run gives up
 _LONGEST_PAUSE = 10.0
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
@@ -45,7 +45,7 @@ def sha256(data: bytes | NDArray[np.uint8]) -> str:
     return hashlib.sha256(data if isinstance(data, bytes) else data.data).hexdigest()
 
 
-def checked_relative(path: str) -> str:
+def check_relative_path(path: str) -> str:
     """`path` if it stays inside its root, else StoreError: paths in a manifest are another team's input."""
     parts = path.split("/")
     if not path or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
@@ -79,12 +79,12 @@ class Root:
         except (ValueError, ImportError, TypeError) as error:
             raise StoreError(f"cannot open {url!r}: {error}") from error
         self.local = isinstance(self.fs, LocalFileSystem)
-        self.give_up = Event()  # set when nobody waits any more: trying again ends
+        self.stop_retrying = Event()  # set when nobody waits any more: trying again ends
 
-    def full(self, path: str) -> str:
-        return posixpath.join(self.path, checked_relative(path))
+    def full_path(self, path: str) -> str:
+        return posixpath.join(self.path, check_relative_path(path))
 
-    def _trying(self, path: str, action: Callable[[], T]) -> T:
+    def _retry(self, path: str, action: Callable[[], T]) -> T:
         """`action()`, again and again with growing pauses while a remote file system is in trouble."""
         if self.local:
             return action()
@@ -100,12 +100,12 @@ class Root:
                     raise StorageError(
                         f"{self.url}/{path}: {error}; expected a server that gives access to it"
                     ) from error
-                if time.monotonic() + pause > deadline or self.give_up.is_set():
+                if time.monotonic() + pause > deadline or self.stop_retrying.is_set():
                     raise OutageError(
                         f"{self.url}/{path}: {error or type(error).__name__}; tried for {RETRY_SECONDS:.0f} s. "
                         "The same command continues once the storage answers"
                     ) from error
-                self.give_up.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  (spreads clients, hides nothing)
+                self.stop_retrying.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  (spreads clients, hides nothing)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             except _refused() as error:
                 raise StorageError(
@@ -115,21 +115,21 @@ class Root:
 
     def exists(self, path: str) -> bool:
         self.fs.invalidate_cache()
-        return bool(self._trying(path, lambda: self.fs.exists(self.full(path))))
+        return bool(self._retry(path, lambda: self.fs.exists(self.full_path(path))))
 
-    def names(self, folder: str) -> list[str]:
+    def list_names(self, folder: str) -> list[str]:
         """Sorted file names directly in `folder`; empty if there is none."""
         self.fs.invalidate_cache()
         try:
-            entries = self._trying(folder, lambda: self.fs.ls(self.full(folder), detail=False))
+            entries = self._retry(folder, lambda: self.fs.ls(self.full_path(folder), detail=False))
         except FileNotFoundError:
             return []
         return sorted(posixpath.basename(entry) for entry in entries)
 
-    def sizes(self) -> dict[str, int]:
+    def list_file_sizes(self) -> dict[str, int]:
         """Bytes of every file below the root, by relative path."""
         self.fs.invalidate_cache()
-        found = self._trying("", lambda: self.fs.find(self.path, detail=True))
+        found = self._retry("", lambda: self.fs.find(self.path, detail=True))
         start = len(self.fs._strip_protocol(self.path).rstrip("/")) + 1
         return {name[start:]: int(entry["size"]) for name, entry in found.items()}
 
@@ -137,7 +137,7 @@ class Root:
         """Bytes of a file, None if there is no such file."""
         self.fs.invalidate_cache()
         try:
-            size = self._trying(path, lambda: self.fs.size(self.full(path)))
+            size = self._retry(path, lambda: self.fs.size(self.full_path(path)))
         except FileNotFoundError:
             return None
         if size is None:
@@ -158,7 +158,10 @@ class Root:
     def _read_local(self, path: str, limit: int) -> bytes:
         name = f"{self.url}/{path}"
         try:
-            with opened(self.full(path)) as (descriptor, size), os.fdopen(descriptor, "rb", closefd=False) as file:
+            with (
+                open_regular_file(self.full_path(path)) as (descriptor, size),
+                os.fdopen(descriptor, "rb", closefd=False) as file,
+            ):
                 if size > limit:
                     raise StoreError(f"{name}: got {size} bytes, expected at most {limit}; this is no file of ours")
                 return file.read(size)
@@ -172,7 +175,7 @@ class Root:
     def read_range(self, path: str, start: int | None, end: int | None) -> bytes:
         """Bytes start … end of a file."""
         try:
-            data = self._trying(path, lambda: self.fs.cat_file(self.full(path), start=start, end=end))
+            data = self._retry(path, lambda: self.fs.cat_file(self.full_path(path), start=start, end=end))
         except FileNotFoundError as error:
             raise StoreError(f"{self.url}/{path} is missing; the store is incomplete or the URL is wrong") from error
         assert isinstance(data, bytes)
@@ -180,12 +183,12 @@ class Root:
 
     def write(self, path: str, data: bytes) -> None:
         """Durable and atomic: a reader sees the old file or the new one, also after a crash."""
-        full = self.full(path)
+        full = self.full_path(path)
         if not self.local:
             if not any(name in self.fs.protocol for name in ("s3", "gs")):  # which have no folders, only buckets
-                self._trying(path, lambda: self.fs.makedirs(posixpath.dirname(full), exist_ok=True))
+                self._retry(path, lambda: self.fs.makedirs(posixpath.dirname(full), exist_ok=True))
             # One PUT, or a multipart upload that completes or does not.
-            self._trying(path, lambda: self.fs.pipe_file(full, data))
+            self._retry(path, lambda: self.fs.pipe_file(full, data))
             return
         Path(full).parent.mkdir(parents=True, exist_ok=True)
         temporary = f"{full}.{uuid.uuid4().hex}.tmp"
@@ -203,20 +206,20 @@ class Root:
         finally:
             os.close(directory)
 
-    def sweep(self, keep: str) -> None:
+    def delete_temporary_files(self, keep: str) -> None:
         """Delete the temporary files of writers that were killed, but for those of the file `keep`, which lives. Object
         stores show none."""
         if self.local:
             for path in Path(self.path).rglob("*.tmp"):
-                if _TEMPORARY.search(path.name) and not str(path).startswith(self.full(keep)):
+                if _TEMPORARY.search(path.name) and not str(path).startswith(self.full_path(keep)):
                     path.unlink(missing_ok=True)
 
     def delete(self, path: str) -> None:
-        self._trying(path, lambda: self.fs.rm_file(self.full(path)))
+        self._retry(path, lambda: self.fs.rm_file(self.full_path(path)))
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[tuple[int, int]]:
+def open_regular_file(path: str | Path) -> Iterator[tuple[int, int]]:
     """Descriptor and size of a local file. Raises OSError, also for what is no regular file: of other teams' stores,
     a pipe would hang and a device never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -229,15 +232,15 @@ def opened(path: str | Path) -> Iterator[tuple[int, int]]:
         os.close(descriptor)
 
 
-def mapped(path: str | Path) -> NDArray[np.uint8]:
+def map_file(path: str | Path) -> NDArray[np.uint8]:
     """A local file as a read-only byte array that the page cache backs. Raises OSError."""
-    with opened(path) as (descriptor, size):
+    with open_regular_file(path) as (descriptor, size):
         if size == 0:  # which cannot be mapped
             return np.empty(0, dtype=np.uint8)
         return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), np.uint8)
 
 
-def configure(options: dict[str, dict[str, Any]]) -> None:
+def set_file_system_options(options: dict[str, dict[str, Any]]) -> None:
     """Options of fsspec file systems by protocol (`s3`, `gs`, `http`, …), for every Root of this process."""
     for protocol, values in options.items():
         fsspec.config.conf[protocol] = {**fsspec.config.conf.get(protocol, {}), **values}

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from nfm.storage_specs.storage.documents import Model, canonical_json, parse
+from nfm.storage_specs.storage.documents import StrictModel, canonical_json, parse_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import Root
 
@@ -26,7 +26,7 @@ LEASE_SECONDS = 30.0
 MAX_BYTES = 1 << 24
 
 
-class Holder(Model):
+class Holder(StrictModel):
     """Who drives, and what it has in hand."""
 
     token: str
@@ -34,7 +34,7 @@ class Holder(Model):
     pid: int
     born: str  # start of the process in clock ticks, so that a later process with its number is not taken for it
     beat: int
-    in_hand: list[str]  # units begun and not committed when this was written
+    in_flight: list[str]  # units begun and not committed when this was written
     ended: bool  # gave the lease back, with units in hand
 
     @property
@@ -55,8 +55,8 @@ class Lease:
     def __init__(self, url: str, path: str) -> None:
         self.root = Root(url)  # its own, so that it alone gives up at the end
         self.path = path
-        self.token, self.beat, self.in_hand = uuid.uuid4().hex, 0, list[str]()
-        self.left: list[str] = []
+        self.token, self.beat, self.in_flight = uuid.uuid4().hex, 0, list[str]()
+        self.previous_in_flight: list[str] = []
         self._lost: StoreError | None = None  # why this one must stop
         self._taken = False  # by another driver
         self._stop, self._changed = threading.Event(), threading.Event()
@@ -66,7 +66,7 @@ class Lease:
         there = self._read()
         if there is not None:
             self._wait_for_death(there)
-            self.left = self.in_hand = there.in_hand
+            self.previous_in_flight = self.in_flight = there.in_flight
         self._write()
         self._thread.start()
         return self
@@ -77,25 +77,25 @@ class Lease:
         self._stop.set()
         self._changed.set()
         if error is not None:
-            self.root.give_up.set()  # what ended the block may be that storage is away
+            self.root.stop_retrying.set()  # what ended the block may be that storage is away
         self._thread.join()
         if self._taken:
             return
         with suppress(FileNotFoundError, *((OSError, StoreError) if error is not None else ())):
             try:
-                if error is not None and self.in_hand:
+                if error is not None and self.in_flight:
                     self._write(ended=True)
                     return
             except OSError:
                 pass  # a full disk, which does not keep a file from being deleted
             self.root.delete(self.path)
 
-    def note(self, in_hand: Iterable[str]) -> None:
+    def set_in_flight(self, in_flight: Iterable[str]) -> None:
         """Tell the next driver what to count as begun, should this one die."""
-        self.in_hand = sorted(in_hand)
+        self.in_flight = sorted(in_flight)
         self._changed.set()
 
-    def check(self) -> None:
+    def raise_if_lost(self) -> None:
         if self._lost is not None:
             raise self._lost
 
@@ -116,7 +116,7 @@ class Lease:
         if not self.root.exists(self.path):
             return None
         try:
-            return parse(Holder, self.root.read(self.path, MAX_BYTES), f"{self.root.url}/{self.path}")
+            return parse_json(Holder, self.root.read(self.path, MAX_BYTES), f"{self.root.url}/{self.path}")
         except StorageError:
             raise
         except StoreError:  # deleted between the two looks, or no lease of ours
@@ -129,7 +129,7 @@ class Lease:
             pid=os.getpid(),
             born=_born(os.getpid()),
             beat=self.beat,
-            in_hand=self.in_hand,
+            in_flight=self.in_flight,
             ended=ended,
         )
         self.root.write(self.path, canonical_json(holder.model_dump(mode="json")))

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def npy(array: NDArray[Any]) -> bytes:
+def npy_bytes(array: NDArray[Any]) -> bytes:
     """An array as an npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)

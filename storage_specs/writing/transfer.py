@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from nfm.storage_specs.format.card import tuples_card
-from nfm.storage_specs.format.manifest import Key
-from nfm.storage_specs.format.names import MAX_METADATA_BYTES, SCALE_FILE, SPEC_FILE
+from nfm.storage_specs.format.card import tuples_readme
+from nfm.storage_specs.format.manifest import FileKey
+from nfm.storage_specs.format.names import MAX_METADATA_BYTES, SPEC_FILE, Z_SCALE_FILE
 from nfm.storage_specs.format.schema import Dataset, LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import THREADS, Root, sha256
-from nfm.storage_specs.storage.npy import npy
-from nfm.storage_specs.writing.units import committed
+from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
+from nfm.storage_specs.storage.npy import npy_bytes
+from nfm.storage_specs.writing.units import list_committed_units
 from nfm.storage_specs.writing.writer import StoreWriter
 
 Progress = Callable[[int], None]  # told how many bytes or rows were just done
@@ -25,26 +25,28 @@ _EXPORT_FILE = "export.json"
 _COPY_FILE = "copy.json"  # whose copy this will be; gone when it is one
 
 
-def convert(store: Store, out: str, layout: LayoutName, progress: Progress, options: dict[str, Any] | None) -> Dataset:
+def convert_store(
+    store: Store, out: str, layout: LayoutName, progress: Progress, options: dict[str, Any] | None
+) -> Dataset:
     """The same store in another layout: same values, totals and times, so that converting back gives the same bytes.
     Every source file's sha256 is checked. The same call again continues."""
     if layout == store.spec.layout:
         raise StoreError(f"{store.url}: got a store in the {layout} layout already; nfm store copy copies it as it is")
     spec = store.spec.model_copy(update={"layout": layout})
     writer = StoreWriter(out, spec, options)
-    writer.begin(store.z_scale if spec.coupling else None)
-    if writer.complete():
+    writer.initialize(store.z_scale if spec.coupling else None)
+    if writer.is_complete():
         return Store(out, options=options).dataset
-    todo = writer.missing()
+    todo = writer.list_missing_units()
     progress(spec.rows - sum(spec.rows_of(unit.block) for unit in todo))
     for unit in todo:
-        writing = writer.unit(unit)
-        writing.base({name: store.column(name, unit.block) for name in ("x", "label")})
+        writing = writer.unit_writer(unit)
+        writing.write_base({name: store.column(name, unit.block) for name in ("x", "label")})
         for draw in unit.draws:
             planes = {name: store.column(name, unit.block, draw) for name in spec.planes}
-            error = store.files[Key("z", unit.block, draw)].squared_error
+            error = store.files[FileKey("z", unit.block, draw)].squared_error
             assert error is not None
-            writing.stored(draw, np.ascontiguousarray(planes["z"]), planes.get("noise"), error)
+            writing.write_stored_draw(draw, np.ascontiguousarray(planes["z"]), planes.get("noise"), error)
         writing.commit()
         progress(spec.rows_of(unit.block))
     return writer.finalize(store.cost)
@@ -62,15 +64,15 @@ def export_tuples(store: Store, out: str, progress: Progress, options: dict[str,
             raise StoreError(f"{out}: holds tuples of another store; write to another URL, or delete it first")
     else:
         root.write(_EXPORT_FILE, claim)
-    there = root.sizes()
+    there = root.list_file_sizes()
     for block in range(spec.blocks):
         for draw in range(spec.draws):
             path = f"k{draw:03d}/{block:06d}.tar"
             if path not in there:  # a file is there whole or not at all
                 root.write(path, b"".join(_tuples(store, block, draw)))
         progress(spec.rows_of(block))
-    root.write("sigma_f.npy", npy(store.sigma_f))
-    root.write("README.md", tuples_card(store.dataset).encode())
+    root.write("sigma_f.npy", npy_bytes(store.sigma_f))
+    root.write("README.md", tuples_readme(store.dataset).encode())
     return spec.blocks * spec.draws
 
 
@@ -81,7 +83,9 @@ def _tuples(store: Store, block: int, draw: int) -> Iterator[bytes]:
     z = store.column("z", block, draw) if exact else store.z(block, draw)
     columns = (store.column("x", block), z, store.column("noise", block, draw), store.column("label", block))
     for index, *values, label in zip(store.spec.indices(block).tolist(), *columns, strict=True):
-        members = dict(zip(("x.npy", "z.npy", "noise.npy"), (npy(np.asarray(value)) for value in values), strict=True))
+        members = dict(
+            zip(("x.npy", "z.npy", "noise.npy"), (npy_bytes(np.asarray(value)) for value in values), strict=True)
+        )
         for suffix, data in (members | {"cls": str(label).encode()}).items():
             info = tarfile.TarInfo(f"{index:012d}_k{draw:03d}.{suffix}")
             info.size = len(data)
@@ -89,20 +93,20 @@ def _tuples(store: Store, block: int, draw: int) -> Iterator[bytes]:
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
-def copy(store: Store, out: str, progress: Progress, options: dict[str, Any] | None) -> int:
+def copy_store(store: Store, out: str, progress: Progress, options: dict[str, Any] | None) -> int:
     """The same bytes at another URL, several files at a time, with their commit records; returns how many files were
     written. What is there already with the right size is kept, and at the end everything is read back and checked:
     commit records and dataset.json, which make others trust the files, are written only then. Raises StoreError where
     the source is damaged."""
-    faults = store.document_faults()
+    faults = store.find_document_faults()
     if faults:
         raise StoreError(f"{faults[0]} (nothing was copied)")
     target = Root(out, options)
     _claim(store, target, options)
-    there = target.sizes()
+    there = target.list_file_sizes()
     missing = [key for key, record in store.files.items() if there.get(record.path) != record.bytes]
 
-    def put(key: Key) -> None:
+    def put(key: FileKey) -> None:
         record = store.files[key]
         data = store.root.read(record.path, record.bytes)
         if sha256(data) != record.sha256:
@@ -116,7 +120,7 @@ def copy(store: Store, out: str, progress: Progress, options: dict[str, Any] | N
         if target.read(name, len(data)) != data:
             raise StoreError(f"{out}/{name}: got other bytes than were written; the storage is not to be trusted")
 
-    with ThreadPoolExecutor(THREADS, "nfm-copy") as pool:
+    with ThreadPoolExecutor(IO_THREADS, "nfm-copy") as pool:
         list(pool.map(put, missing))
         damaged = _bad_copies(store, target, list(store.files), progress, pool)  # the right size and the wrong bytes
         list(pool.map(put, damaged))
@@ -130,7 +134,9 @@ def copy(store: Store, out: str, progress: Progress, options: dict[str, Any] | N
         if commits:
             target.write(SPEC_FILE, store.spec.canonical())
         list(
-            pool.map(put_document, [*store.layout.metadata(store.spec), "manifest.parquet", *_extras(store), *commits])
+            pool.map(
+                put_document, [*store.layout.metadata_files(store.spec), "manifest.parquet", *_extras(store), *commits]
+            )
         )
     put_document("dataset.json")
     if target.exists(_COPY_FILE):
@@ -138,8 +144,10 @@ def copy(store: Store, out: str, progress: Progress, options: dict[str, Any] | N
     return len(missing) + len(damaged)
 
 
-def _bad_copies(store: Store, target: Root, keys: list[Key], progress: Progress, pool: ThreadPoolExecutor) -> list[Key]:
-    def sound(key: Key) -> bool:
+def _bad_copies(
+    store: Store, target: Root, keys: list[FileKey], progress: Progress, pool: ThreadPoolExecutor
+) -> list[FileKey]:
+    def sound(key: FileKey) -> bool:
         record = store.files[key]
         data = target.read(record.path, record.bytes)
         progress(record.bytes)
@@ -152,7 +160,7 @@ def _commit_files(store: Store) -> list[str]:
     """What the writer keeps beside the store; a copy of a copy may have none."""
     if not store.root.exists(SPEC_FILE):
         return []
-    there = sorted(committed(store.root))  # also of draws that are being added
+    there = sorted(list_committed_units(store.root))  # also of draws that are being added
     done = [unit for unit in there if unit.block < store.spec.blocks and unit.stop <= store.spec.draws]
     sums = [unit.sum_z2_file for unit in done if unit.draws]
     return [*sums, *(unit.commit_file for unit in done)]
@@ -163,7 +171,7 @@ def _extras(store: Store) -> list[str]:
     if store.spec.coupling:
         names.append("sigma_f.npy")
         if store.spec.coupling.z_scale_sha256:
-            names.append(SCALE_FILE)
+            names.append(Z_SCALE_FILE)
         if store.cost:
             names.append("cost.json")
     return names
@@ -186,24 +194,24 @@ def _claim(store: Store, target: Root, options: dict[str, Any] | None) -> None:
         target.write(_COPY_FILE, claim)
 
 
-def repair(store: Store, progress: Progress) -> tuple[list[str], list[int]]:
+def repair_store(store: Store, progress: Progress) -> tuple[list[str], list[int]]:
     """Make the store incomplete where it is bad: takes away the commit records of blocks with bad or missing files, and
     dataset.json, so that the command that wrote the store writes exactly those blocks again. Returns the faults and the
     blocks."""
     try:
-        found = list(store.faults(progress))
+        found = list(store.find_faults(progress))
     except StoreError as error:  # the manifest itself: the commit records give it back
         found = [(None, str(error))]
     blocks = sorted({key.block for key, _ in found if key is not None})
     if found:
         lost = not store.root.exists(SPEC_FILE)
-        if lost or any(SCALE_FILE in fault for _, fault in found):
+        if lost or any(Z_SCALE_FILE in fault for _, fault in found):
             what = (
-                "has no commit records to repair it by" if lost else f"needs {SCALE_FILE}, which no record gives back"
+                "has no commit records to repair it by" if lost else f"needs {Z_SCALE_FILE}, which no record gives back"
             )
             raise StoreError(f"{found[0][1]}. {store.url} {what}; copy it again from its source")
-        for unit in committed(store.root):
-            if any(unit.holds(key) for key, _ in found if key is not None):
+        for unit in list_committed_units(store.root):
+            if any(unit.contains(key) for key, _ in found if key is not None):
                 store.root.delete(unit.commit_file)
         store.root.delete("dataset.json")  # last: without it, and with all records, the store could be called complete
     return [fault for _, fault in found], blocks

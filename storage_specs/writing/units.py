@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
 from nfm.storage_specs.format.layouts import LAYOUTS, Columns
-from nfm.storage_specs.format.manifest import Key
+from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.schema import Commit, FileRecord, Spec
-from nfm.storage_specs.storage.documents import open_sealed, sealed_json
+from nfm.storage_specs.storage.documents import parse_sealed_json, sealed_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import Root, sha256
-from nfm.storage_specs.storage.npy import npy, npy_header
+from nfm.storage_specs.storage.npy import npy_bytes, npy_header
 
 MAX_COMMIT_BYTES = 1 << 26
 _NAME = re.compile(r"(\d{6,})\.k(\d{3,})-(\d{3,})\.json")
@@ -47,18 +47,18 @@ class Unit:
     def draws(self) -> range:
         return range(self.first, self.stop)
 
-    def holds(self, key: Key) -> bool:
+    def contains(self, key: FileKey) -> bool:
         """Whether a file of the store is one of this unit."""
         return key.block == self.block and (key.draw in self.draws or (key.draw < 0 and self.first == 0))
 
 
-def committed(root: Root) -> set[Unit]:
+def list_committed_units(root: Root) -> set[Unit]:
     """The units that have a commit record: one listing, whatever their number."""
-    matches = (_NAME.fullmatch(name) for name in root.names("commits"))
+    matches = (_NAME.fullmatch(name) for name in root.list_names("commits"))
     return {Unit(int(match[1]), int(match[2]), int(match[3])) for match in matches if match}
 
 
-def missing(spec: Spec, done: Iterable[Unit]) -> list[Unit]:
+def list_missing_units(spec: Spec, done: Iterable[Unit]) -> list[Unit]:
     """The units that complete a store, in order: each run of draws that no commit covers."""
     covered: dict[int, set[int]] = {}
     for unit in done:
@@ -93,34 +93,34 @@ class UnitWriter:
     def __init__(self, root: Root, spec: Spec, unit: Unit, z_scale: NDArray[np.float32] | None) -> None:
         self.root, self.spec, self.unit, self.z_scale = root, spec, unit, z_scale
         self.layout = LAYOUTS[spec.layout]
-        self.files: dict[Key, FileRecord] = {}
+        self.files: dict[FileKey, FileRecord] = {}
         self.sum_z2: dict[int, NDArray[np.float64]] = {}
         self.labels: NDArray[np.int64] | None = None
 
-    def base(self, columns: Columns) -> None:
+    def write_base(self, columns: Columns) -> None:
         """x (rows, C, H, W) uint8 and label (rows,) int64. They are written with draw 0, and counted with any."""
         self.labels = columns["label"]
         self.spec.check_labels(self.labels, f"{self.root.url} block {self.unit.block}")
         if self.unit.first == 0:
             for kind in self.layout.base_kinds:
-                self._put(Key(kind, self.unit.block), columns)
+                self._put(FileKey(kind, self.unit.block), columns)
 
-    def draw(self, draw: int, z: NDArray[np.float32], noise: NDArray[Any] | None) -> None:
+    def write_draw(self, draw: int, z: NDArray[np.float32], noise: NDArray[Any] | None) -> None:
         """z (rows, C, H, W) float32 as the teacher gave it, and the noise that it saw, in the dtype of the spec (None
         where noise is derived). Raises NonFiniteError, and then has written nothing of the draw."""
         coupling = self.spec.coupling
         assert coupling is not None and z.dtype == np.float32
-        stored = codecs.encode(z, coupling.z_dtype, self.z_scale)
+        stored = codecs.encode_z(z, coupling.z_dtype, self.z_scale)
         if not (np.isfinite(z).all() and codecs.all_finite(stored)):
-            decoded = codecs.decode(stored, coupling.z_dtype, self.z_scale)
+            decoded = codecs.decode_z(stored, coupling.z_dtype, self.z_scale)
             most = np.maximum(np.abs(z), np.abs(decoded)).reshape(len(z), -1).max(axis=1)  # NaN stays NaN
-            bad = np.flatnonzero(~(most < codecs.LARGEST))
+            bad = np.flatnonzero(~(most < codecs.MAX_MAGNITUDE))
             raise NonFiniteError(self.spec.indices(self.unit.block)[bad].tolist(), draw, coupling.z_dtype)
-        decoded = codecs.decode(stored, coupling.z_dtype, self.z_scale)
+        decoded = codecs.decode_z(stored, coupling.z_dtype, self.z_scale)
         error = float(np.square(decoded.astype(np.float64) - z).sum())
-        self.stored(draw, stored, noise, error)
+        self.write_stored_draw(draw, stored, noise, error)
 
-    def stored(self, draw: int, z: NDArray[Any], noise: NDArray[Any] | None, squared_error: float) -> None:
+    def write_stored_draw(self, draw: int, z: NDArray[Any], noise: NDArray[Any] | None, squared_error: float) -> None:
         """`draw` for z as it is stored, of which `squared_error` is known."""
         spec, block = self.spec, self.unit.block
         assert spec.coupling is not None and draw in self.unit.draws
@@ -129,18 +129,18 @@ class UnitWriter:
         for name, plane in planes.items():
             assert plane.shape == (spec.rows_of(block), *spec.shape)
             assert plane.dtype == spec.dtype(name) and codecs.all_finite(plane)
-            self._put(Key(name, block, draw), {name: plane}, squared_error if name == "z" else None)
+            self._put(FileKey(name, block, draw), {name: plane}, squared_error if name == "z" else None)
         # Of the *stored* values, in float64 and draw by draw: σ_f needs no second pass, anyone can check it, and it has
         # the same bits however the draws were spread over units.
-        decoded = codecs.decode(z, spec.coupling.z_dtype, self.z_scale)
+        decoded = codecs.decode_z(z, spec.coupling.z_dtype, self.z_scale)
         self.sum_z2[draw] = np.square(decoded.astype(np.float64)).sum(axis=0)
 
-    def _put(self, key: Key, columns: Columns, squared_error: float | None = None) -> None:
-        data = self.layout.encode(self.spec, key.column, key.block, columns)
-        assert len(data) == self.layout.size(self.spec, key.column, self.spec.rows_of(key.block))
-        self._write(key, self.layout.path(key.column, key.block, key.draw), data, squared_error)
+    def _put(self, key: FileKey, columns: Columns, squared_error: float | None = None) -> None:
+        data = self.layout.encode_file(self.spec, key.column, key.block, columns)
+        assert len(data) == self.layout.file_size(self.spec, key.column, self.spec.rows_of(key.block))
+        self._write(key, self.layout.file_path(key.column, key.block, key.draw), data, squared_error)
 
-    def _write(self, key: Key, path: str, data: bytes, squared_error: float | None = None) -> None:
+    def _write(self, key: FileKey, path: str, data: bytes, squared_error: float | None = None) -> None:
         self.root.write(path, data)
         self.files[key] = FileRecord(
             column=key.column,
@@ -154,10 +154,10 @@ class UnitWriter:
 
     def commit(self, seconds: float = 0.0, device: str = "") -> Commit:
         """Write the record, after which the unit needs no more work."""
-        unit, sums = self.unit, Key("sum_z2", self.unit.block)
+        unit, sums = self.unit, FileKey("sum_z2", self.unit.block)
         assert self.labels is not None and set(self.sum_z2) == set(unit.draws)
         if unit.draws:
-            self._write(sums, unit.sum_z2_file, npy(np.stack([self.sum_z2[draw] for draw in unit.draws])))
+            self._write(sums, unit.sum_z2_file, npy_bytes(np.stack([self.sum_z2[draw] for draw in unit.draws])))
         counts = Counter(self.labels.tolist())
         commit = Commit(
             lineage=self.spec.lineage,
@@ -179,10 +179,10 @@ def read_commit(root: Root, spec: Spec, unit: Unit) -> Commit:
     name = f"{root.url}/{unit.commit_file}"
     if unit.block >= spec.blocks or unit.stop > spec.draws:
         raise StoreError(f"{name}: it was written for another store; delete {root.url} and encode again")
-    commit = open_sealed(Commit, root.read(unit.commit_file, MAX_COMMIT_BYTES), name)
+    commit = parse_sealed_json(Commit, root.read(unit.commit_file, MAX_COMMIT_BYTES), name)
     if commit.lineage != spec.lineage or Unit(commit.block, commit.first, commit.stop) != unit:
         raise StoreError(f"{name}: it was written for another store; delete {root.url} and encode again")
-    found = {Key(file.column, file.block, file.draw): (file.path, file.bytes) for file in commit.files}
+    found = {FileKey(file.column, file.block, file.draw): (file.path, file.bytes) for file in commit.files}
     if found != _expected_files(spec, unit) or len(commit.files) != len(found):
         raise StoreError(f"{name}: its files are not those of its unit; the record is damaged")
     labels = [int(label) if label.isdecimal() else -1 for label in commit.label_counts]
@@ -191,19 +191,22 @@ def read_commit(root: Root, spec: Spec, unit: Unit) -> Commit:
     return commit
 
 
-def _expected_files(spec: Spec, unit: Unit) -> dict[Key, tuple[str, int]]:
+def _expected_files(spec: Spec, unit: Unit) -> dict[FileKey, tuple[str, int]]:
     """Path and size of every file of a unit."""
     layout, rows = LAYOUTS[spec.layout], spec.rows_of(unit.block)
-    keys = [Key(kind, unit.block) for kind in layout.base_kinds if unit.first == 0]
-    keys += [Key(kind, unit.block, draw) for kind in spec.planes for draw in unit.draws]
-    files = {key: (layout.path(key.column, key.block, key.draw), layout.size(spec, key.column, rows)) for key in keys}
+    keys = [FileKey(kind, unit.block) for kind in layout.base_kinds if unit.first == 0]
+    keys += [FileKey(kind, unit.block, draw) for kind in spec.planes for draw in unit.draws]
+    files = {
+        key: (layout.file_path(key.column, key.block, key.draw), layout.file_size(spec, key.column, rows))
+        for key in keys
+    }
     if unit.draws:
         header = len(npy_header(np.dtype("<f8"), (len(unit.draws), *spec.shape)))
-        files[Key("sum_z2", unit.block)] = (unit.sum_z2_file, header + 8 * len(unit.draws) * spec.dim)
+        files[FileKey("sum_z2", unit.block)] = (unit.sum_z2_file, header + 8 * len(unit.draws) * spec.dim)
     return files
 
 
-def read_sums(root: Root, spec: Spec, commit: Commit) -> dict[int, NDArray[np.float64]]:
+def read_sum_z2(root: Root, spec: Spec, commit: Commit) -> dict[int, NDArray[np.float64]]:
     """Σ z² by draw, float64 (C, H, W) each. Raises StoreError where the file is not the committed one."""
     record = next(file for file in commit.files if file.column == "sum_z2")
     data = root.read(record.path, record.bytes)
@@ -213,7 +216,7 @@ def read_sums(root: Root, spec: Spec, commit: Commit) -> dict[int, NDArray[np.fl
     return dict(zip(range(commit.first, commit.stop), values.reshape(-1, *spec.shape), strict=True))
 
 
-def faults(root: Root, spec: Spec, unit: Unit) -> list[str]:
+def find_faults(root: Root, spec: Spec, unit: Unit) -> list[str]:
     """What is wrong with a committed unit, found by reading back all of its files. Raises StorageError where they
     cannot be read: that is nothing about them."""
     try:

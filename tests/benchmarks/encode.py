@@ -31,7 +31,7 @@ from nfm.stages.encode import EncodeConfig, UnitEncoder, output_spec
 from nfm.storage_specs.format.pixels import to_float
 from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.storage.files import configure
+from nfm.storage_specs.storage.files import set_file_system_options
 from nfm.storage_specs.writing.units import Unit
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.benchmarks import encode_teacher
@@ -60,8 +60,8 @@ def prepare(root: Path) -> tuple[str, str]:
         preprocessing={},
     )
     writer = StoreWriter(samples, spec)
-    writer.begin()
-    if not writer.complete():
+    writer.initialize()
+    if not writer.is_complete():
         for block in range(spec.blocks):
             x = rng.integers(0, 256, (BLOCK_ROWS, *spec.shape), dtype=np.uint8)
             writer.write_block(block, {"x": x, "label": rng.integers(0, 10, BLOCK_ROWS)}, None, None)
@@ -130,7 +130,7 @@ def end_to_end(root: Path, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"bare": [], "local": [], "S3": [], "start": []}
     os.environ["OMP_NUM_THREADS"] = "1"
     with ObjectStore(root / "objects") as store, ray_session():
-        configure({"s3": store.options})
+        set_file_system_options({"s3": store.options})
         url = f"{store.bucket('bench')}/couplings"
         fs = fsspec.filesystem("s3", **store.options)
         for _ in range(rounds):
@@ -156,16 +156,16 @@ def resume(root: Path, repeats: int) -> list[dict[str, Any]]:
         folder = root / f"resume-{commits}"
         long = spec.model_copy(update={"rows": (commits + 1) * BLOCK_ROWS})
         writer = StoreWriter(str(folder), long)
-        writer.begin()
+        writer.initialize()
         for block in range(commits):
             (folder / Unit(block, 0, DRAWS).commit_file).touch()  # no more than its name is looked at
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
             again = StoreWriter(str(folder), long)
-            again.begin()
-            assert not again.complete()
-            assert again.missing() == [Unit(commits, 0, DRAWS)]
+            again.initialize()
+            assert not again.is_complete()
+            assert again.list_missing_units() == [Unit(commits, 0, DRAWS)]
             times.append(time.perf_counter() - start)
         found.append({"commits": commits, "seconds": statistics.median(times), "low": min(times), "high": max(times)})
         rmtree(folder)

@@ -77,15 +77,15 @@ def write_store(url: str, arrays: Path, layout: LayoutName) -> None:
     label = np.load(arrays / "label.npy")
     shape: tuple[int, int, int] = x.shape[1:]
     writer = StoreWriter(url, spec_of(layout, len(x), shape, len(z)))
-    writer.begin()
-    if writer.complete():
+    writer.initialize()
+    if writer.is_complete():
         return
-    for unit in writer.missing():
+    for unit in writer.list_missing_units():
         rows = slice(unit.block * BLOCK_ROWS, (unit.block + 1) * BLOCK_ROWS)
-        writing = writer.unit(unit)
-        writing.base({"x": np.ascontiguousarray(x[rows]), "label": label[rows]})
+        writing = writer.unit_writer(unit)
+        writing.write_base({"x": np.ascontiguousarray(x[rows]), "label": label[rows]})
         for draw in unit.draws:
-            writing.stored(draw, np.ascontiguousarray(z[draw, rows]), None, 0.0)
+            writing.write_stored_draw(draw, np.ascontiguousarray(z[draw, rows]), None, 0.0)
         writing.commit()
     writer.finalize()
 
@@ -96,21 +96,21 @@ def write_repeated(url: str, source: Store, blocks: int) -> None:
     assert source.spec.layout == "zarr"
     spec = spec_of("zarr", blocks * BLOCK_ROWS, source.spec.shape, source.spec.draws)
     writer, layout = StoreWriter(url, spec), LAYOUTS["zarr"]
-    writer.begin()
-    if writer.complete():
+    writer.initialize()
+    if writer.is_complete():
         return
     whole = source.spec.rows // BLOCK_ROWS
-    for unit in writer.missing():
+    for unit in writer.list_missing_units():
         twin = Unit(unit.block % whole, unit.first, unit.stop)
         commit = read_commit(source.root, source.spec, twin)
         files = []
         for file in commit.files:
             path = unit.sum_z2_file
             if file.column != "sum_z2":
-                path = layout.path(file.column, unit.block, file.draw)
+                path = layout.file_path(file.column, unit.block, file.draw)
             changes = {"block": unit.block, "path": path}
             if file.column == "index":
-                data = layout.encode(spec, "index", unit.block, {})
+                data = layout.encode_file(spec, "index", unit.block, {})
                 writer.root.write(path, data)
                 changes["sha256"] = sha256(data)
             else:

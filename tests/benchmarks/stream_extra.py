@@ -23,8 +23,8 @@ from nfm.stages.train_student import train_student
 from nfm.storage_specs.reading.order import epoch_draws
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
-from nfm.storage_specs.storage.files import THREADS, configure
-from nfm.storage_specs.writing.transfer import copy
+from nfm.storage_specs.storage.files import IO_THREADS, set_file_system_options
+from nfm.storage_specs.writing.transfer import copy_store
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.benchmarks.stores import CASES, spec_of, write_arrays, write_repeated, write_store
 from tests.benchmarks.stream import BATCH, measured
@@ -102,9 +102,9 @@ def remote(root: Path, rounds: int, seconds: float, core: int) -> dict[str, Any]
     local = str(_cifar(root) / "ours-webdataset")
     found: dict[str, list[float]] = {"cold": [], "cold, windows of 8": [], "bare, to disk": [], "bare, thrown away": []}
     with ObjectStore(root / "object-store") as server:
-        configure({"s3": server.options})
+        set_file_system_options({"s3": server.options})
         url = f"{server.bucket('bench')}/couplings"
-        copy(Store(local), url, lambda _bytes: None, None)
+        copy_store(Store(local), url, lambda _bytes: None, None)
         for _ in range(rounds):
             found["bare, thrown away"].append(_download(url, None))
             found["bare, to disk"].append(_download(url, root / "download"))
@@ -129,7 +129,7 @@ def _first_epoch(store: Store) -> dict[str, int]:
 
 
 def _download(url: str, folder: Path | None) -> float:
-    """Bytes per second of the objects that a first epoch needs, THREADS at a time, into files or thrown away."""
+    """Bytes per second of the objects that a first epoch needs, IO_THREADS at a time, into files or thrown away."""
     paths = _first_epoch(Store(url))
     fs = fsspec.filesystem("s3")
     shutil.rmtree(folder or "/nonexistent", ignore_errors=True)
@@ -145,7 +145,7 @@ def _download(url: str, folder: Path | None) -> float:
         return len(data)
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(IO_THREADS) as pool:
         total = sum(pool.map(get, paths))
     return total / (time.perf_counter() - start)
 
@@ -215,8 +215,8 @@ def write_store_of_samples(samples: str, out: str) -> None:
         update={"block_rows": source.spec.block_rows}
     )
     writer, rng = StoreWriter(out, spec), np.random.default_rng(0)
-    writer.begin()
-    for block in sorted({unit.block for unit in writer.missing()}):
+    writer.initialize()
+    for block in sorted({unit.block for unit in writer.list_missing_units()}):
         base = {name: source.column(name, block) for name in ("x", "label")}
         z = rng.standard_normal((spec.draws, spec.rows_of(block), *spec.shape), dtype=np.float32)
         writer.write_block(block, base, z, None)
