@@ -1,9 +1,7 @@
 """Small real data, shared by the tests: digits as sample stores, a teacher trained for seconds, its couplings."""
 
 import os
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -14,40 +12,11 @@ import pytest
 import torch
 
 from nfm.pipeline.config import Config, load_config
-from nfm.stages.encode import UnitEncoder, output_spec
 from nfm.stages.prepare import prepare
 from nfm.stages.train_teacher import train_teacher
 from nfm.storage_specs.format.schema import LayoutName
-from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.object_store import ObjectStore
-
-SMALL = (
-    "data.holdout=0.9",
-    "data.block_rows=32",
-    "teacher.notation=TF-2×1-16/2",
-    "teacher.head_dim=8",
-    "teacher.train.images=640",
-    "teacher.train.checkpoint_images=320",
-    "teacher.train.log_images=128",
-    "encode.draws=3",
-    "student.size=SiT-1x16h2/2",
-    "student.train.images=640",
-    "student.train.checkpoint_images=320",
-    "student.train.log_images=128",
-    "evaluate.samples=300",
-    "evaluate.grid_columns=10",
-)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Paths of a small finished run up to its couplings."""
-
-    config: Config
-    samples: str
-    teacher: str
-    couplings: dict[LayoutName, str]
+from tests.tools.small_run import SMALL, Run, encode_in_process
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,28 +35,6 @@ def config() -> Config:
     return load_config("digits", SMALL)
 
 
-def encode_here(config: Config, samples: str, teacher: str, out: str, layout: LayoutName) -> None:
-    """The encode stage without Ray, unit after unit: what the job on a cluster must equal."""
-    encode = config.encode.model_copy(update={"layout": layout})
-    spec, z_scale = output_spec(encode, Store(samples), teacher, out)
-    writer = StoreWriter(out, spec)
-    writer.begin(z_scale)
-    encoder = UnitEncoder(samples, teacher, out, spec.model_dump(mode="json"))
-    for unit in writer.missing():
-        encoder.encode(unit)
-    writer.finalize()
-
-
-def content(url: str) -> dict[str, bytes]:
-    """The bytes of a local store by path: all of it but the times it took, and the commit records that have them."""
-    files = {str(path.relative_to(url)): path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
-    return without_times(files)
-
-
-def without_times(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: data for name, data in files.items() if not re.fullmatch(r"commits/\d+.*|cost\.json", name)}
-
-
 @pytest.fixture(scope="session")
 def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("run")
@@ -96,7 +43,7 @@ def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     teacher = f"{root}/teacher/model.safetensors"
     couplings: dict[LayoutName, str] = {"webdataset": f"{root}/webdataset", "zarr": f"{root}/zarr"}
     for layout, url in couplings.items():
-        encode_here(config, f"{root}/samples/train", teacher, url, layout)
+        encode_in_process(config, f"{root}/samples/train", teacher, url, layout)
     return Run(config, f"{root}/samples", teacher, couplings)
 
 

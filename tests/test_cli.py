@@ -17,7 +17,7 @@ from PIL import Image
 from nfm.pipeline.cli import main, nfm
 from nfm.stages.checkpoint import Checkpoint, load, save, weights_sha256
 from nfm.storage_specs.reading.store import Store
-from tests.conftest import SMALL, Run
+from tests.tools.small_run import SMALL, Run
 
 Nfm = Callable[..., tuple[int, str, str]]
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.storage_specs.format.codecs import INT8_RANGE, ZDtype, all_finite, decode, encode, int8_scale
+from nfm.storage_specs.format.codecs import INT8_RANGE, ZDtype, all_finite, decode_z, encode_z, int8_scale
 from nfm.storage_specs.format.schema import NoiseDtype
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
-from tests.conftest import Run, encode_here
+from tests.tools.small_run import Run, encode_in_process
 
 DTYPES: tuple[ZDtype, ...] = ("float32", "float16", "bfloat16", "int8")
 RNG = np.random.default_rng(0)
@@ -20,24 +20,24 @@ Z = (RNG.standard_normal((500, 1, 4, 4)) * np.linspace(0.5, 3, 16).reshape(1, 4,
 def test_bfloat16_is_torchs() -> None:
     special = np.array([0.0, -0.0, 1.0, 3.0e38, 1e-40, 1.00390625, 1.01171875], dtype=np.float32)  # ties both ways
     for values in (Z.ravel(), special):
-        ours = decode(encode(values, "bfloat16", None), "bfloat16", None)
+        ours = decode_z(encode_z(values, "bfloat16", None), "bfloat16", None)
         assert np.array_equal(ours, torch.from_numpy(values).bfloat16().float().numpy())
 
 
 def test_float16_is_numpys() -> None:
-    assert np.array_equal(encode(Z, "float16", None), Z.astype("<f2"))
-    assert encode(Z, "float16", None).dtype.str == "<f2"
+    assert np.array_equal(encode_z(Z, "float16", None), Z.astype("<f2"))
+    assert encode_z(Z, "float16", None).dtype.str == "<f2"
 
 
 def test_int8_is_off_by_half_a_step_and_clips_beyond_its_range() -> None:
     scale = int8_scale(Z)
     np.testing.assert_allclose(scale * 127, INT8_RANGE * np.sqrt((Z.astype(np.float64) ** 2).mean(axis=0)), rtol=1e-6)
     within = np.clip(Z, -127 * scale, 127 * scale)
-    off = np.abs(decode(encode(within, "int8", scale), "int8", scale) - within)
+    off = np.abs(decode_z(encode_z(within, "int8", scale), "int8", scale) - within)
     assert (off <= scale * 0.500001).all()
-    far = encode(np.full_like(Z, 1e9), "int8", scale)
+    far = encode_z(np.full_like(Z, 1e9), "int8", scale)
     assert far.dtype == np.int8 and (far == 127).all()
-    assert (encode(np.full_like(Z, -1e9), "int8", scale) == -127).all()
+    assert (encode_z(np.full_like(Z, -1e9), "int8", scale) == -127).all()
 
 
 def test_a_dimension_without_spread_has_no_scale() -> None:
@@ -50,14 +50,14 @@ def test_a_dimension_without_spread_has_no_scale() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_finite_is_told_from_the_bits(dtype: ZDtype) -> None:
     scale = int8_scale(Z)
-    stored = encode(Z, dtype, scale)
+    stored = encode_z(Z, dtype, scale)
     assert all_finite(stored)
     if dtype == "int8":
         return
     for bad in (np.inf, -np.inf, np.nan):
         broken = Z.copy()
         broken[499, 0, 3, 3] = bad
-        assert not all_finite(encode(broken, dtype, scale))
+        assert not all_finite(encode_z(broken, dtype, scale))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,8 +67,8 @@ def test_a_store_of_each_dtype_streams_what_it_holds(run: Run, tmp_path: Path, d
     config = run.config.model_copy(
         update={"encode": run.config.encode.model_copy(update={"z_dtype": dtype, "noise": "derived"})}
     )
-    encode_here(config, f"{run.samples}/train", run.teacher, str(tmp_path / "store"), "webdataset")
-    encode_here(
+    encode_in_process(config, f"{run.samples}/train", run.teacher, str(tmp_path / "store"), "webdataset")
+    encode_in_process(
         config.model_copy(update={"encode": config.encode.model_copy(update={"z_dtype": "float32"})}),
         f"{run.samples}/train",
         run.teacher,
@@ -76,7 +76,7 @@ def test_a_store_of_each_dtype_streams_what_it_holds(run: Run, tmp_path: Path, d
         "webdataset",
     )
     store, exact = Store(str(tmp_path / "store")), Store(str(tmp_path / "exact"))
-    assert list(store.faults()) == []
+    assert list(store.find_faults()) == []
     batch = next(CouplingStream(store.url, 64, seed=0))
     for i, (index, draw) in enumerate(zip(batch.index.tolist(), batch.draw.tolist(), strict=True)):
         block, row = divmod(index, store.spec.block_rows)
@@ -98,7 +98,7 @@ def test_derived_noise_is_the_stored_noise(run: Run, tmp_path: Path, dtype: Nois
     for noise in ("stored", "derived"):
         encode_config = run.config.encode.model_copy(update={"noise": noise, "noise_dtype": dtype})
         url = str(tmp_path / noise)
-        encode_here(
+        encode_in_process(
             run.config.model_copy(update={"encode": encode_config}), f"{run.samples}/train", run.teacher, url, "zarr"
         )
         stores.append(Store(url))

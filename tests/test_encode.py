@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nfm.stages.encode as encode
-from nfm.stages.checkpoint import Checkpoint, load, save, weights_sha256
+from nfm.stages.checkpoint import weights_sha256
 from nfm.stages.encode import EncodeConfig, UnitEncoder, output_spec
 from nfm.stages.errors import StageError
 from nfm.storage_specs.format.schema import Spec
@@ -16,7 +16,8 @@ from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.writing.units import Unit
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.conftest import Run, content
+from tests.tools.small_run import Run, infinite_teacher
+from tests.tools.stores import content
 
 FP32_TOLERANCE = 1e-5  # of z between batch shapes, devices and machines, in units of rms(z); docs/encode.md
 
@@ -25,7 +26,7 @@ def begin(run: Run, out: str, **changes: Any) -> tuple[StoreWriter, dict[str, An
     config = EncodeConfig.model_validate(run.config.encode.model_dump() | changes)
     spec, scale = output_spec(config, Store(f"{run.samples}/train"), run.teacher, out)
     writer = StoreWriter(out, spec)
-    writer.begin(scale)
+    writer.initialize(scale)
     return writer, spec.model_dump(mode="json")
 
 
@@ -60,7 +61,7 @@ def test_bytes_do_not_depend_on_order_or_threads(run: Run, tmp_path: Path, threa
     torch.set_num_threads(threads)
     try:
         one = UnitEncoder(f"{run.samples}/train", run.teacher, str(tmp_path), spec, threads)
-        for unit in reversed(writer.missing()):
+        for unit in reversed(writer.list_missing_units()):
             one.encode(unit)
     finally:
         torch.set_num_threads(1)
@@ -89,26 +90,17 @@ def test_a_committed_unit_is_not_encoded_again(run: Run, tmp_path: Path) -> None
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def wild_teacher(run: Run, folder: Path, label: int) -> str:
-    """The teacher of `run`, but for one class, of which it makes infinities."""
-    checkpoint, url = load(run.teacher), f"{folder}/wild/model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
-    tensors["model.blocks.0.class_embed"][label] = torch.inf
-    save(url, Checkpoint(tensors, checkpoint.document))
-    return url
-
-
 def test_what_is_not_finite_is_named_and_nothing_of_it_committed(run: Run, tmp_path: Path) -> None:
-    teacher, out = wild_teacher(run, tmp_path, 3), f"{tmp_path}/out"
+    teacher, out = infinite_teacher(run, tmp_path, 3), f"{tmp_path}/out"
     spec, _ = output_spec(run.config.encode, Store(f"{run.samples}/train"), teacher, out)
     writer = StoreWriter(out, spec)
-    writer.begin()
+    writer.initialize()
     one = UnitEncoder(f"{run.samples}/train", teacher, out, spec.model_dump(mode="json"))
     labels = Store(f"{run.samples}/train").column("label", 1)
     encoded = one.encode(Unit(1, 0, 3))
     expected = {(32 + row, draw) for row in np.flatnonzero(labels == 3).tolist() for draw in range(3)}
     assert set(encoded.bad) == expected and len(expected) > 0
-    assert Unit(1, 0, 3) in writer.missing()
+    assert Unit(1, 0, 3) in writer.list_missing_units()
     assert not list(Path(out).glob("z/**/*.tar")), "each draw has such an image"
 
 
@@ -136,21 +128,21 @@ def test_another_origin_is_refused_with_both_values(run: Run, tmp_path: Path, wh
     writer, document = begin(run, str(tmp_path))
     coupling = document["coupling"]
     if what == "teacher":
-        other = encode.load_teacher(wild_teacher(run, tmp_path, 0))[0]
+        other = encode.load_teacher(infinite_teacher(run, tmp_path, 0))[0]
         coupling["teacher"]["sha256"] = weights_sha256(other.state_dict())
     elif what == "preprocessing":
         document["preprocessing"]["resize"] = "another"
     else:
         coupling[what] = {"eta": 0.25, "source": "0" * 64}[what]
     with pytest.raises(StoreError, match=f"{what}.* there and .* here"):
-        StoreWriter(str(tmp_path), Spec.model_validate(document, strict=False)).begin()
-    assert writer.missing() == [Unit(block, 0, 3) for block in range(6)]
+        StoreWriter(str(tmp_path), Spec.model_validate(document, strict=False)).initialize()
+    assert writer.list_missing_units() == [Unit(block, 0, 3) for block in range(6)]
 
 
 def test_another_teacher_file_on_a_node_is_refused(run: Run, tmp_path: Path) -> None:
     _, spec = begin(run, f"{tmp_path}/out")
     with pytest.raises(StageError, match="another teacher on this node than on the driver's"):
-        UnitEncoder(f"{run.samples}/train", wild_teacher(run, tmp_path, 0), f"{tmp_path}/out", spec)
+        UnitEncoder(f"{run.samples}/train", infinite_teacher(run, tmp_path, 0), f"{tmp_path}/out", spec)
 
 
 def test_other_samples_on_a_node_are_refused(run: Run, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage import lease
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.conftest import Run, content
-from tests.test_encode import wild_teacher
-from tests.test_lease import HOLD
+from tests.tools.lease_holder import lease_holder
+from tests.tools.small_run import Run, infinite_teacher
+from tests.tools.stores import content
+from tests.tools.waiting import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -37,7 +37,7 @@ def test_two_workers_write_the_bytes_of_one_process(run: Run, tmp_path: Path, la
     encode(run, str(tmp_path), layout)
     assert content(str(tmp_path)) == content(run.couplings[layout])
     assert Store(str(tmp_path)).dataset.id == Store(run.couplings[layout]).dataset.id
-    assert list(Store(str(tmp_path)).faults()) == []
+    assert list(Store(str(tmp_path)).find_faults()) == []
 
 
 def test_only_missing_blocks_are_encoded(run: Run, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_more_draws_extend_a_store_to_the_bytes_of_one_made_with_them(run: Run, 
     encode(run, str(whole), draws=5)
     kept = {name: data for name, data in content(str(grown)).items() if not name.startswith(("sum_z2/", "commits/"))}
     assert kept.items() <= content(str(whole)).items()
-    assert list(Store(str(grown)).faults()) == []
+    assert list(Store(str(grown)).find_faults()) == []
     with pytest.raises(StoreError, match=r"coupling.draws is 5 there and 4 here \(draws can be added"):
         encode(run, str(grown), draws=4)
 
@@ -75,8 +75,8 @@ def test_a_store_stays_readable_until_its_new_draws_are_complete(run: Run, tmp_p
     before = Store(str(tmp_path)).dataset
     config = run.config.encode.model_copy(update={"layout": "zarr", "draws": 4})
     spec, _ = output_spec(config, Store(f"{run.samples}/train"), run.teacher, str(tmp_path))
-    StoreWriter(str(tmp_path), spec).begin()  # and then the power went
-    assert Store(str(tmp_path)).dataset == before and list(Store(str(tmp_path)).faults()) == []
+    StoreWriter(str(tmp_path), spec).initialize()  # and then the power went
+    assert Store(str(tmp_path)).dataset == before and list(Store(str(tmp_path)).find_faults()) == []
     encode(run, str(tmp_path), "zarr", draws=4)
     assert Store(str(tmp_path)).spec.draws == 4
 
@@ -84,18 +84,17 @@ def test_a_store_stays_readable_until_its_new_draws_are_complete(run: Run, tmp_p
 def test_a_second_driver_is_refused_and_harms_nothing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout and holder.stdout.readline() == "held\n"
-        monkeypatch.setattr(lease, "RENEW_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", PATIENCE)  # a holder that is slow is not dead
+    with lease_holder(tmp_path):
         with pytest.raises(StoreError, match="is encoding into it; wait until it ends, or stop it"):
             encode(run, str(tmp_path))
         assert os.listdir(tmp_path) == ["commits"] and not (tmp_path / "commits/spec.json").exists()
-        holder.kill()
     assert encode(run, str(tmp_path)).units == 6
 
 
 def test_bad_pairs_are_named_and_counted(run: Run, tmp_path: Path) -> None:
-    teacher, out = wild_teacher(run, tmp_path, 3), str(tmp_path / "out")
+    teacher, out = infinite_teacher(run, tmp_path, 3), str(tmp_path / "out")
     labels = Store(f"{run.samples}/train").labels()
     bad = 3 * int((labels == 3).sum())
     config = run.config.encode.model_copy(update={"workers": 1})

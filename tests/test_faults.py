@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run, content
 from tests.tools.ray_cluster import Cluster
+from tests.tools.small_run import Run
+from tests.tools.stores import content
 
 ROOT = Path(__file__).parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))

@@ -36,13 +36,12 @@ from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.region import Region
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
-from nfm.storage_specs.storage.documents import canonical_json, parse
+from nfm.storage_specs.storage.documents import canonical_json, parse_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import sha256
-from nfm.storage_specs.storage.npy import npy, npy_header
+from nfm.storage_specs.storage.npy import npy_bytes, npy_header
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.test_store import LAYOUT_NAMES, block_of, tree
-from tests.test_store import spec as sample_spec
+from tests.tools.stores import LAYOUT_NAMES, block_of, sample_spec, tree
 
 NAMES = ("dataset.json", "manifest.parquet", "sigma_f.npy")
 MIB = 1 << 20
@@ -85,7 +84,7 @@ def sound(layout: LayoutName, side: int = 4) -> Files:
     document = sample_spec(layout).model_dump() | {"kind": "couplings", "shape": (1, side, side)}
     spec = Spec.model_validate(document | {"coupling": coupling | {"noise": noise, "teacher": teacher}})
     rng, writer = np.random.default_rng(0), StoreWriter(f"{HOME.name}/{layout}{side}", spec)
-    writer.begin()
+    writer.initialize()
     for block in range(spec.blocks):
         z, drawn = rng.standard_normal((2, 2, spec.rows_of(block), *spec.shape), dtype=np.float32)
         writer.write_block(block, block_of(spec, block), z, drawn.astype(np.float16))
@@ -95,7 +94,7 @@ def sound(layout: LayoutName, side: int = 4) -> Files:
 
 
 def spec_of(document: Any) -> Spec:
-    return parse(Spec, json.dumps(document["spec"]).encode(), "spec")
+    return parse_json(Spec, json.dumps(document["spec"]).encode(), "spec")
 
 
 def parquet(content: list[dict[str, Any]] | pa.Table, **options: Any) -> bytes:
@@ -120,13 +119,13 @@ def sealed(layout: LayoutName, changes: Files, side: int = 4, /, **spec_changes:
     spec = spec_of(document)
     here, rows = LAYOUTS[spec.layout], []
     for key in expected_keys(spec):
-        path, count = here.path(key.column, key.block, key.draw), spec.rows_of(key.block)
+        path, count = here.file_path(key.column, key.block, key.draw), spec.rows_of(key.block)
         row = rows_before.get(path, {"label_counts": [], "squared_error": 0.0 if key.column == "z" else None})
         row |= {"column": key.column, "draw": key.draw, "block": key.block, "rows": count, "path": path}
-        row |= {"first_index": key.block * spec.block_rows, "bytes": here.size(spec, key.column, count)}
+        row |= {"first_index": key.block * spec.block_rows, "bytes": here.file_size(spec, key.column, count)}
         rows.append(row | {"sha256": sha256(files.get(path, b""))})
     changes = {"manifest.parquet": parquet(rows)} | changes
-    document |= {"records": here.describe(spec), "id": content_id(spec, [row["sha256"] for row in rows])}
+    document |= {"records": here.describe_records(spec), "id": content_id(spec, [row["sha256"] for row in rows])}
     document |= {f"{name.split('.')[0]}_sha256": sha256((files | changes)[name]) for name in NAMES[1:]}
     return changes | {"dataset.json": canonical_json(document)}
 
@@ -183,7 +182,7 @@ def shards(layout: LayoutName) -> Iterator[Case]:
         pairs += [("label/c/0", "label/c/1", "refuse"), ("index/c/0", "index/c/1", "refuse")]
     for one, other, expected in pairs:
         yield Case(f"{one} is {other}", expected, one, {one: files[other], other: files[one]})
-    first, stride = here.placement(spec, "z")
+    first, stride = here.row_placement(spec, "z")
     swapped = files[z][first + stride :][:32] + files[z][first + 32 : first + stride] + files[z][first:][:32]
     yield Case("values of two rows exchanged", "refuse", z, {z: patch(files[z], first, swapped)})
     forged: list[tuple[Reading, str, int, bytes]] = []
@@ -227,9 +226,13 @@ def sigmas(layout: LayoutName) -> Iterator[Case]:
     arrays = {f"{value}": np.where(np.eye(4) > 0, np.float32(value), ones) for value in values}
     arrays |= {kind: ones.astype(kind) for kind in ("f8", ">f4", "i4")}
     arrays |= {f"{shape}": np.ones(shape, "<f4") for shape in ((16,), (1, 4, 8), (), (0,))}
-    forged = {what: npy(array) for what, array in arrays.items()} | {"pickle": BOMB, "npy of pickle": BOMB_NPY}
-    forged |= {"cut": npy(ones)[:-4], "long": npy(ones) + b"\0", "fortran": npy(ones).replace(b"False", b"True ")}
-    forged |= {"empty": b"", "huge": npy(ones).replace(b"(1, 4, 4), }", b"(99999999,)}")}
+    forged = {what: npy_bytes(array) for what, array in arrays.items()} | {"pickle": BOMB, "npy of pickle": BOMB_NPY}
+    forged |= {
+        "cut": npy_bytes(ones)[:-4],
+        "long": npy_bytes(ones) + b"\0",
+        "fortran": npy_bytes(ones).replace(b"False", b"True "),
+    }
+    forged |= {"empty": b"", "huge": npy_bytes(ones).replace(b"(1, 4, 4), }", b"(99999999,)}")}
     for what, data in forged.items():
         yield Case(f"sigma_f {what}", "refuse", "sigma_f.npy", sealed(layout, {"sigma_f.npy": data}))
 
@@ -327,7 +330,7 @@ def batch_of(url: str) -> Batch:
 
 
 def faults_of(url: str) -> None:
-    faults = [fault for _, fault in Store(url).faults()]
+    faults = [fault for _, fault in Store(url).find_faults()]
     if faults:
         raise StoreError("; ".join(faults))
 

@@ -20,7 +20,7 @@ from nfm.storage_specs.format.pixels import to_float
 from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.format.webdataset import tar_headers
 from nfm.storage_specs.reading.store import Store
-from tests.conftest import Run
+from tests.tools.small_run import Run
 
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("webdataset", "zarr")
 
@@ -50,7 +50,7 @@ def test_both_layouts_hold_the_same_values(run: Run) -> None:
 def test_tar_and_numpy_read_the_files(run: Run) -> None:
     store = Store(run.couplings["webdataset"])
     for member, column, draw in (("x", "x", -1), ("z", "z", 1), ("noise", "noise", 1)):
-        path = Path(store.url) / LAYOUTS["webdataset"].path(member, 0, draw)
+        path = Path(store.url) / LAYOUTS["webdataset"].file_path(member, 0, draw)
         with tarfile.open(path) as tar:
             for i, info in enumerate(info for info in tar if info.name.endswith(".npy")):
                 content = tar.extractfile(info)
@@ -155,10 +155,10 @@ def test_round_trip_of_any_number_of_rows(layout: LayoutName, rows: int) -> None
             written["x"][:] = 0  # a chunk of fill values still has its place
         read: dict[str, NDArray[Any]] = {}
         for kind in LAYOUTS[layout].base_kinds:
-            data = LAYOUTS[layout].encode(spec, kind, block, written)
-            assert data == LAYOUTS[layout].encode(spec, kind, block, written)
-            assert len(data) == LAYOUTS[layout].size(spec, kind, here)
-            read |= LAYOUTS[layout].view(spec, kind, block, np.frombuffer(data, np.uint8))
+            data = LAYOUTS[layout].encode_file(spec, kind, block, written)
+            assert data == LAYOUTS[layout].encode_file(spec, kind, block, written)
+            assert len(data) == LAYOUTS[layout].file_size(spec, kind, here)
+            read |= LAYOUTS[layout].view_columns(spec, kind, block, np.frombuffer(data, np.uint8))
         assert np.array_equal(read["x"], written["x"])
         assert np.array_equal(read["label"], written["label"])
         assert np.array_equal(read["index"], spec.indices(block))

@@ -24,7 +24,7 @@ from nfm.pipeline.config import load_storage
 from nfm.pipeline.errors import ConfigError
 from nfm.stages.checkpoint import load
 from nfm.storage_specs.format.layouts import LAYOUTS
-from nfm.storage_specs.format.manifest import Key
+from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
@@ -32,14 +32,13 @@ from nfm.storage_specs.reading.stream import CouplingStream
 from nfm.storage_specs.storage import files
 from nfm.storage_specs.storage.cache import PART_BYTES, Cache
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import Root, configure, sha256
-from nfm.storage_specs.writing.transfer import copy
+from nfm.storage_specs.storage.files import Root, set_file_system_options, sha256
+from nfm.storage_specs.writing.transfer import copy_store
 from nfm.storage_specs.writing.units import Unit
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.conftest import Run, content, without_times
-from tests.test_store import LAYOUT_NAMES, tree
-from tests.test_transfer import ignore
 from tests.tools.object_store import ObjectStore
+from tests.tools.small_run import Run
+from tests.tools.stores import LAYOUT_NAMES, content, ignore_progress, tree, without_times
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def s3(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     """The running S3 server, with its endpoint in the configuration as a run has it."""
     monkeypatch.setitem(fsspec.config.conf, "s3", {})
-    configure({"s3": object_store.options})
+    set_file_system_options({"s3": object_store.options})
     return object_store
 
 
@@ -81,9 +80,9 @@ def test_a_store_on_s3_streams_what_the_local_one_does(
 ) -> None:
     url = f"{s3.bucket(f'same-{layout}')}/couplings"
     local = Store(run.couplings[layout])
-    copy(local, url, ignore, None)
-    assert Root(url).sizes() == {name: len(data) for name, data in tree(local.url).items()}
-    assert list(Store(url).faults()) == [] and not cached(cache), "verify reads what is there, not the cache"
+    copy_store(local, url, ignore_progress, None)
+    assert Root(url).list_file_sizes() == {name: len(data) for name, data in tree(local.url).items()}
+    assert list(Store(url).find_faults()) == [] and not cached(cache), "verify reads what is there, not the cache"
     for window in (None, 2):
         expected = batches(CouplingStream(local.url, 40, seed=3, window_blocks=window), 90)
         assert same(batches(CouplingStream(url, 40, seed=3, window_blocks=window), 90), expected)
@@ -95,8 +94,8 @@ def test_a_window_needs_only_a_small_cache(
 ) -> None:
     local = Store(run.couplings["webdataset"])
     url = f"{s3.bucket('small')}/couplings"
-    copy(local, url, ignore, None)
-    window = sum(LAYOUTS["webdataset"].size(local.spec, kind, local.spec.block_rows) for kind in ("x", "z"))
+    copy_store(local, url, ignore_progress, None)
+    window = sum(LAYOUTS["webdataset"].file_size(local.spec, kind, local.spec.block_rows) for kind in ("x", "z"))
     monkeypatch.setenv("NFM_CACHE_GB", str(2.2 * window / 1e9))
     expected = batches(CouplingStream(local.url, 40, seed=3, window_blocks=1), 30)
     assert same(batches(CouplingStream(url, 40, seed=3, window_blocks=1), 30), expected)
@@ -112,7 +111,7 @@ def test_a_window_needs_only_a_small_cache(
 def test_reading_goes_on_when_the_server_was_killed(s3: ObjectStore, run: Run, cache: Path) -> None:
     local = Store(run.couplings["webdataset"])
     url = f"{s3.bucket('killed-reading')}/couplings"
-    copy(local, url, ignore, None)
+    copy_store(local, url, ignore_progress, None)
     expected = batches(CouplingStream(local.url, 16, seed=1, window_blocks=1), 60)
     stream = CouplingStream(url, 16, seed=1, window_blocks=1)
     found = [next(stream) for _ in range(5)]
@@ -129,16 +128,16 @@ def test_writing_goes_on_when_the_server_was_killed(s3: ObjectStore, run: Run, c
     local = Store(run.couplings["webdataset"])
     url = f"{s3.bucket('killed-writing')}/couplings"
     writer = StoreWriter(url, local.spec)
-    writer.begin()
+    writer.initialize()
 
     def write(block: int) -> None:
-        writing = writer.unit(Unit(block, 0, local.spec.draws))
-        writing.base({"x": local.column("x", block), "label": local.column("label", block)})
+        writing = writer.unit_writer(Unit(block, 0, local.spec.draws))
+        writing.write_base({"x": local.column("x", block), "label": local.column("label", block)})
         for k in range(local.spec.draws):
-            error = local.files[Key("z", block, k)].squared_error
+            error = local.files[FileKey("z", block, k)].squared_error
             assert error is not None
             z, noise = (np.ascontiguousarray(local.column(name, block, k)) for name in ("z", "noise"))
-            writing.stored(k, z, noise, error)
+            writing.write_stored_draw(k, z, noise, error)
         writing.commit()
 
     start = time.monotonic()
@@ -149,12 +148,12 @@ def test_writing_goes_on_when_the_server_was_killed(s3: ObjectStore, run: Run, c
         write(block)
     assert time.monotonic() - start > 3, "the server was away while blocks were written"
     restarted.join()
-    assert not writer.missing()
+    assert not writer.list_missing_units()
     writer.finalize()
     assert Store(url).dataset.id == local.dataset.id
-    assert list(Store(url).faults()) == []
+    assert list(Store(url).find_faults()) == []
     root = Root(url)
-    there = without_times({name: root.read(name, 1 << 30) for name in root.sizes()})
+    there = without_times({name: root.read(name, 1 << 30) for name in root.list_file_sizes()})
     assert there == content(local.url), "the bytes of the local store"
 
 
@@ -162,14 +161,14 @@ def test_a_server_that_stays_away_ends_in_one_clear_error(
     s3: ObjectStore, run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"{s3.bucket('away')}/couplings"
-    copy(Store(run.couplings["zarr"]), url, ignore, None)
+    copy_store(Store(run.couplings["zarr"]), url, ignore_progress, None)
     store = Store(url)
     _ = store.files
     monkeypatch.setattr(files, "RETRY_SECONDS", 1.0)
     s3.kill()
     try:
         with pytest.raises(StoreError, match="tried for 1 s. The same command continues"):
-            store.columns(Key("z", 0, 0))
+            store.columns(FileKey("z", 0, 0))
     finally:
         s3.start()
     assert np.array_equal(store.column("z", 0, 0), Store(run.couplings["zarr"]).column("z", 0, 0))
@@ -202,7 +201,7 @@ def test_training_stops_at_a_bad_shard_and_names_it(
     request: pytest.FixtureRequest,
 ) -> None:
     url = f"{s3.bucket('bad-' + request.node.callspec.id.replace(' ', '-'))}/couplings"
-    copy(Store(run.couplings["webdataset"]), url, ignore, None)
+    copy_store(Store(run.couplings["webdataset"]), url, ignore_progress, None)
     damage(fsspec.filesystem("s3"), f"{url}/z/k001/000002.tar")
     stream = CouplingStream(url, 40, seed=0)
     with pytest.raises(StoreError, match=rf"z/k001/000002\.tar.*{message}"):
@@ -248,7 +247,7 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_is_oldest(cache: Path) -> N
     contents = [bytes([i]) * 100_000 for i in range(8)]
     for i, data in enumerate(contents):
         root.write(str(i), data)
-    limited = Cache(limit=450_000)
+    limited = Cache(max_bytes=450_000)
 
     def fetch(i: int) -> Path:
         path = limited.fetch(root, str(i), 100_000, sha256(contents[i]))
@@ -265,11 +264,11 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_is_oldest(cache: Path) -> N
 
 def test_processes_share_a_cache(s3: ObjectStore, run: Run, cache: Path) -> None:
     url = f"{s3.bucket('shared')}/couplings"
-    copy(Store(run.couplings["zarr"]), url, ignore, None)
+    copy_store(Store(run.couplings["zarr"]), url, ignore_progress, None)
     script = (
-        "import json, sys; from nfm.storage_specs.storage.files import configure\n"
+        "import json, sys; from nfm.storage_specs.storage.files import set_file_system_options\n"
         "from nfm.storage_specs.reading.stream import CouplingStream\n"
-        "configure({'s3': json.loads(sys.argv[2])}); s = CouplingStream(sys.argv[1], 32, 0)\n"
+        "set_file_system_options({'s3': json.loads(sys.argv[2])}); s = CouplingStream(sys.argv[1], 32, 0)\n"
         "print(sum(float(next(s).z.double().sum()) for _ in range(60))); s.close()"
     )
     command = [sys.executable, "-c", script, url, json.dumps(s3.options)]
@@ -336,7 +335,7 @@ def test_a_failed_part_leaves_nothing_that_still_writes(cache: Path, monkeypatch
 
 def test_closing_does_not_wait_for_a_server_that_is_away(s3: ObjectStore, run: Run, cache: Path) -> None:
     url = f"{s3.bucket('closing')}/couplings"
-    copy(Store(run.couplings["webdataset"]), url, ignore, None)
+    copy_store(Store(run.couplings["webdataset"]), url, ignore_progress, None)
     stream = CouplingStream(url, 16, seed=1, window_blocks=1)
     next(stream)
     s3.kill()

@@ -7,8 +7,8 @@ import jsonschema
 import pytest
 
 from nfm.storage_specs.format.schema import LayoutName, json_schema
-from tests.conftest import Run
-from tests.test_store import LAYOUT_NAMES
+from tests.tools.small_run import Run
+from tests.tools.stores import LAYOUT_NAMES
 
 SCHEMA = Path(__file__).parent.parent / "docs" / "dataset.schema.json"
 

@@ -1,99 +1,72 @@
 """Writers that crash, readers that meet broken stores: one clear error that names the file."""
 
-import json
 import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from nfm.storage_specs.format.layouts import LAYOUTS
-from nfm.storage_specs.format.manifest import Key
+from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import Root, checked_relative, sha256
+from nfm.storage_specs.storage.files import Root, check_relative_path, sha256
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.conftest import Run
-
-LAYOUT_NAMES: tuple[LayoutName, ...] = ("webdataset", "zarr")
-
-
-def spec(layout: LayoutName = "webdataset", rows: int = 70) -> Spec:
-    return Spec(
-        kind="samples",
-        layout=layout,
-        rows=rows,
-        block_rows=32,
-        shape=(1, 4, 4),
-        num_classes=3,
-        class_names=["a", "b", "c"],
-        preprocessing={"resize": "none"},
-    )
-
-
-def block_of(spec: Spec, block: int) -> dict[str, Any]:
-    index = spec.indices(block)
-    x = (index[:, None] + np.arange(spec.dim)).astype(np.uint8).reshape(-1, *spec.shape)
-    return {"x": x, "label": index % spec.num_classes}
+from tests.tools.small_run import Run
+from tests.tools.stores import LAYOUT_NAMES, block_of, damage, edit, flip, sample_spec, tree
 
 
 def write(url: str, spec: Spec, blocks: list[int]) -> StoreWriter:
     writer = StoreWriter(url, spec)
-    writer.begin()
+    writer.initialize()
     for block in blocks:
         writer.write_block(block, block_of(spec, block), None, None)
     return writer
 
 
-def tree(url: str) -> dict[str, bytes]:
-    root = Path(url)
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_bytes_depend_on_neither_order_nor_interruption(tmp_path: Path, layout: LayoutName) -> None:
     first, second = f"{tmp_path}/a", f"{tmp_path}/b"
-    write(first, spec(layout), [0, 1, 2]).finalize()
-    write(second, spec(layout), [2])
-    resumed = StoreWriter(second, spec(layout))
-    resumed.begin()
-    assert [unit.block for unit in resumed.missing()] == [0, 1]
-    write(second, spec(layout), [1, 0, 1]).finalize()
+    write(first, sample_spec(layout), [0, 1, 2]).finalize()
+    write(second, sample_spec(layout), [2])
+    resumed = StoreWriter(second, sample_spec(layout))
+    resumed.initialize()
+    assert [unit.block for unit in resumed.list_missing_units()] == [0, 1]
+    write(second, sample_spec(layout), [1, 0, 1]).finalize()
     assert tree(first) == tree(second)
 
 
 def test_nothing_is_a_store_before_it_is_complete(tmp_path: Path) -> None:
-    write(str(tmp_path), spec(), [0, 1])
+    write(str(tmp_path), sample_spec(), [0, 1])
     with pytest.raises(StoreError, match="no dataset.json"):
         Store(str(tmp_path))
 
 
 def test_another_spec_at_the_same_url_is_refused_with_both_values(tmp_path: Path) -> None:
-    write(str(tmp_path), spec(rows=70), [0])
+    write(str(tmp_path), sample_spec(rows=70), [0])
     before = tree(str(tmp_path))
     with pytest.raises(StoreError, match="rows is 70 there and 71 here"):
-        StoreWriter(str(tmp_path), spec(rows=71)).begin()
+        StoreWriter(str(tmp_path), sample_spec(rows=71)).initialize()
     assert tree(str(tmp_path)) == before
 
 
 def test_labels_outside_the_range_are_not_written(tmp_path: Path) -> None:
-    writer = write(str(tmp_path), spec(), [])
-    columns = block_of(spec(), 0)
+    writer = write(str(tmp_path), sample_spec(), [])
+    columns = block_of(sample_spec(), 0)
     columns["label"] = columns["label"] + 1
     with pytest.raises(StoreError, match="got label 3, expected 0 to 2"):
         writer.write_block(0, columns, None, None)
-    assert len(writer.missing()) == writer.spec.blocks
+    assert len(writer.list_missing_units()) == writer.spec.blocks
 
 
 def test_z_that_is_not_finite_is_not_written(run: Run, tmp_path: Path) -> None:
     store = Store(run.couplings["webdataset"])
     writer = StoreWriter(str(tmp_path), store.spec)
-    writer.begin()
+    writer.initialize()
     shape = (store.spec.draws, store.spec.rows_of(0), *store.spec.shape)
     z, noise = np.ones(shape, np.float32), np.zeros(shape, np.float16)
     base = {"x": store.column("x", 0), "label": store.column("label", 0)}
@@ -104,33 +77,6 @@ def test_z_that_is_not_finite_is_not_written(run: Run, tmp_path: Path) -> None:
     written = set(tree(str(tmp_path)))
     assert not any("k001" in path for path in written)
     assert {path for path in written if path.startswith("commits/")} == {"commits/spec.json"}
-
-
-def damage(url: Path, path: str, change: Callable[[bytes], bytes]) -> None:
-    (url / path).write_bytes(change((url / path).read_bytes()))
-
-
-def flip(offset: int) -> Callable[[bytes], bytes]:
-    def change(data: bytes) -> bytes:
-        changed = bytearray(data)
-        changed[offset] ^= 1
-        return bytes(changed)
-
-    return change
-
-
-def edit(**changes: Any) -> Callable[[bytes], bytes]:
-    def apply(data: bytes) -> bytes:
-        document = json.loads(data)
-        for dotted, value in changes.items():
-            *path, last = dotted.split("__")
-            section = document
-            for part in path:
-                section = section[part]
-            section[last] = value
-        return json.dumps(document).encode()
-
-    return apply
 
 
 BROKEN = {
@@ -155,7 +101,7 @@ BROKEN = {
 def test_a_broken_store_ends_in_an_error_that_names_it(
     tmp_path: Path, path: str, change: Callable[[bytes], bytes], message: str
 ) -> None:
-    write(str(tmp_path), spec(), [0, 1, 2]).finalize()
+    write(str(tmp_path), sample_spec(), [0, 1, 2]).finalize()
     with closing(CouplingStream(str(tmp_path), 70, 0, "samples")) as stream:
         assert next(stream).x.shape == (70, 1, 4, 4)
     damage(tmp_path, path, change)
@@ -177,21 +123,21 @@ STRUCTURE = {
 def test_the_structure_is_checked_whatever_the_hashes_say(
     tmp_path: Path, path: str, change: Callable[[bytes], bytes], message: str
 ) -> None:
-    write(str(tmp_path), spec(), [0, 1, 2]).finalize()
+    write(str(tmp_path), sample_spec(), [0, 1, 2]).finalize()
     store = Store(str(tmp_path))
     data = change((tmp_path / path).read_bytes())
     with pytest.raises(StoreError, match=rf"{path}.*{message}"):
-        store.check(Key("x", int(path[-5])), np.frombuffer(data, np.uint8), hashed=True)
+        store.parse_columns(FileKey("x", int(path[-5])), np.frombuffer(data, np.uint8), sha256_checked=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_verify_finds_one_flipped_bit_in_any_file(run: Run, tmp_path: Path, layout: LayoutName) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run.couplings[layout], copy)
-    assert list(Store(str(copy)).faults()) == []
-    path = LAYOUTS[layout].path("z", 2, 1)
+    assert list(Store(str(copy)).find_faults()) == []
+    path = LAYOUTS[layout].file_path("z", 2, 1)
     damage(copy, path, flip(700))
-    ((_, fault),) = Store(str(copy)).faults()
+    ((_, fault),) = Store(str(copy)).find_faults()
     assert path in fault
     assert "sha256" in fault
 
@@ -219,15 +165,15 @@ def test_verify_reads_what_is_not_in_the_manifest_too(run: Run, tmp_path: Path) 
         copy = tmp_path / path.replace("/", "-")
         shutil.copytree(run.couplings["zarr"], copy)
         damage(copy, path, change)
-        ((_, fault),) = Store(str(copy)).faults()
+        ((_, fault),) = Store(str(copy)).find_faults()
         assert path in fault
 
 
 def test_paths_stay_inside_the_store() -> None:
     for path in ("../x", "/etc/passwd", "a/../../b", "a//b", "", "a\\b", "./a", "a\0b"):
         with pytest.raises(StoreError, match="relative path"):
-            checked_relative(path)
-    assert checked_relative("z/k000/000001.tar") == "z/k000/000001.tar"
+            check_relative_path(path)
+    assert check_relative_path("z/k000/000001.tar") == "z/k000/000001.tar"
 
 
 def test_a_remote_store_is_read_through_a_checked_cache(
@@ -246,7 +192,7 @@ def test_a_remote_store_is_read_through_a_checked_cache(
     bad[700] ^= 1
     fs.pipe_file("/remote/z/k000/000000.tar", bytes(bad))
     with pytest.raises(StoreError, match=r"z/k000/000000\.tar.*sha256"):
-        remote.columns(Key("z", 0, 0))
+        remote.columns(FileKey("z", 0, 0))
     fs.rm("/remote", recursive=True)
 
 

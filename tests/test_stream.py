@@ -17,7 +17,7 @@ from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState, View
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.conftest import Run
+from tests.tools.small_run import Run
 
 
 def keys(stream: CouplingStream, batches: int) -> list[tuple[int, int]]:
@@ -158,7 +158,7 @@ def couplings(url: str, layout: LayoutName, shape: tuple[int, int, int], rows: i
         coupling=coupling,
     )
     writer, rng = StoreWriter(url, spec), np.random.default_rng(seed)
-    writer.begin()
+    writer.initialize()
     for block in range(spec.blocks):
         here = spec.rows_of(block)
         x = rng.integers(0, 256, (here, *shape), dtype=np.uint8)

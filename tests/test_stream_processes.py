@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState
-from tests.conftest import Run
+from tests.tools.small_run import Run
 
 BATCH = 24
 READER = """

@@ -18,7 +18,7 @@ from nfm.stages.errors import StageError
 from nfm.stages.train_student import StudentConfig, train_student
 from nfm.stages.train_teacher import train_teacher
 from nfm.stages.training import TrainConfig, Trainer, learning_rate, step_seed
-from tests.conftest import Run
+from tests.tools.small_run import Run
 
 
 def weights(url: str) -> str:

@@ -15,33 +15,29 @@ from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import Root
-from nfm.storage_specs.writing.transfer import convert, copy, export_tuples, repair
+from nfm.storage_specs.writing.transfer import convert_store, copy_store, export_tuples, repair_store
 from nfm.storage_specs.writing.units import UnitWriter
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.conftest import Run, content
-from tests.test_store import LAYOUT_NAMES, damage, edit, flip, tree
+from tests.tools.small_run import Run
+from tests.tools.stores import LAYOUT_NAMES, content, damage, edit, flip, ignore_progress, tree
 
 OTHER: dict[LayoutName, LayoutName] = {"webdataset": "zarr", "zarr": "webdataset"}
-
-
-def ignore(_done: int) -> None:
-    pass
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_conversion_there_and_back_gives_the_same_bytes(run: Run, tmp_path: Path, layout: LayoutName) -> None:
     there, back = f"{tmp_path}/there", f"{tmp_path}/back"
-    convert(Store(run.couplings[layout]), there, OTHER[layout], ignore, None)
-    assert list(Store(there).faults()) == []
+    convert_store(Store(run.couplings[layout]), there, OTHER[layout], ignore_progress, None)
+    assert list(Store(there).find_faults()) == []
     assert Store(there).dataset.id == Store(run.couplings[OTHER[layout]]).dataset.id, "as if encoded in that layout"
-    convert(Store(there), back, layout, ignore, None)
+    convert_store(Store(there), back, layout, ignore_progress, None)
     assert content(back) == content(run.couplings[layout])
     assert Store(back).cost == Store(run.couplings[layout]).cost
 
 
 def test_a_conversion_continues_where_it_stopped(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, written = str(tmp_path), []
-    original = UnitWriter.base
+    original = UnitWriter.write_base
 
     def failing(self: UnitWriter, columns: Columns) -> None:
         written.append(self.unit.block)
@@ -49,10 +45,10 @@ def test_a_conversion_continues_where_it_stopped(run: Run, tmp_path: Path, monke
             raise OSError(28, "No space left on device")
         original(self, columns)
 
-    monkeypatch.setattr(UnitWriter, "base", failing)
+    monkeypatch.setattr(UnitWriter, "write_base", failing)
     with pytest.raises(OSError, match="No space"):
-        convert(Store(run.couplings["webdataset"]), out, "zarr", ignore, None)
-    convert(Store(run.couplings["webdataset"]), out, "zarr", ignore, None)
+        convert_store(Store(run.couplings["webdataset"]), out, "zarr", ignore_progress, None)
+    convert_store(Store(run.couplings["webdataset"]), out, "zarr", ignore_progress, None)
     assert written == [0, 1, 2, *range(2, Store(out).spec.blocks)]
     assert Store(out).dataset.id == Store(run.couplings["zarr"]).dataset.id
 
@@ -62,12 +58,12 @@ def test_a_damaged_source_is_not_converted(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.couplings["webdataset"], source)
     damage(source, "z/k001/000002.tar", flip(700))
     with pytest.raises(StoreError, match=r"z/k001/000002\.tar.*sha256"):
-        convert(Store(str(source)), f"{tmp_path}/out", "zarr", ignore, None)
+        convert_store(Store(str(source)), f"{tmp_path}/out", "zarr", ignore_progress, None)
 
 
 def test_tuples_hold_all_of_a_pair_in_one_sample(run: Run, tmp_path: Path) -> None:
     store = Store(run.couplings["zarr"])
-    export_tuples(store, str(tmp_path), ignore, None)
+    export_tuples(store, str(tmp_path), ignore_progress, None)
     for block, draw in ((0, 0), (3, 2)):
         samples = list(wds.WebDataset(f"{tmp_path}/k{draw:03d}/{block:06d}.tar", shardshuffle=False).decode())
         assert len(samples) == store.spec.rows_of(block)
@@ -79,7 +75,7 @@ def test_tuples_hold_all_of_a_pair_in_one_sample(run: Run, tmp_path: Path) -> No
             assert sample["cls"] == store.column("label", block)[i]
     before = tree(str(tmp_path))
     (tmp_path / "k001" / "000001.tar").unlink()
-    export_tuples(store, str(tmp_path), ignore, None)
+    export_tuples(store, str(tmp_path), ignore_progress, None)
     assert tree(str(tmp_path)) == before
     with tarfile.open(tmp_path / "k001" / "000001.tar") as tar:
         assert len(tar.getmembers()) == 4 * store.spec.rows_of(1)
@@ -88,7 +84,7 @@ def test_tuples_hold_all_of_a_pair_in_one_sample(run: Run, tmp_path: Path) -> No
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_a_copy_is_the_same_bytes_and_continues(run: Run, tmp_path: Path, layout: LayoutName) -> None:
     store, out = Store(run.couplings[layout]), str(tmp_path)
-    assert copy(store, out, ignore, None) == len(store.files)
+    assert copy_store(store, out, ignore_progress, None) == len(store.files)
     assert tree(out) == tree(store.url)
     files = list(store.files.values())
     (tmp_path / "dataset.json").unlink()
@@ -96,17 +92,17 @@ def test_a_copy_is_the_same_bytes_and_continues(run: Run, tmp_path: Path, layout
     (tmp_path / files[1].path).unlink()
     damage(tmp_path, files[4].path, lambda data: data[:-1])
     damage(tmp_path, files[6].path, flip(70))  # of the right size: found at the end
-    assert copy(store, out, ignore, None) == 3
+    assert copy_store(store, out, ignore_progress, None) == 3
     assert tree(out) == tree(store.url)
 
 
 def test_a_copy_over_another_store_is_refused(run: Run, tmp_path: Path) -> None:
-    copy(Store(run.couplings["zarr"]), str(tmp_path), ignore, None)
+    copy_store(Store(run.couplings["zarr"]), str(tmp_path), ignore_progress, None)
     with pytest.raises(StoreError, match="holds store"):
-        copy(Store(run.couplings["webdataset"]), str(tmp_path), ignore, None)
+        copy_store(Store(run.couplings["webdataset"]), str(tmp_path), ignore_progress, None)
     (tmp_path / "dataset.json").unlink()
     with pytest.raises(StoreError, match="being written"):
-        copy(Store(run.couplings["webdataset"]), str(tmp_path), ignore, None)
+        copy_store(Store(run.couplings["webdataset"]), str(tmp_path), ignore_progress, None)
 
 
 def test_an_interrupted_copy_is_never_called_complete(
@@ -126,12 +122,12 @@ def test_an_interrupted_copy_is_never_called_complete(
 
     monkeypatch.setattr(Root, "write", failing)
     with pytest.raises(OSError, match="No space"):
-        copy(store, out, ignore, None)
+        copy_store(store, out, ignore_progress, None)
     monkeypatch.undo()
     assert not (tmp_path / "out" / "commits").exists() and not (tmp_path / "out" / "dataset.json").exists()
     with pytest.raises(StoreError, match="part of another store"):
-        copy(Store(run.couplings["zarr"]), out, ignore, None)
-    copy(store, out, ignore, None)
+        copy_store(Store(run.couplings["zarr"]), out, ignore_progress, None)
+    copy_store(store, out, ignore_progress, None)
     assert tree(out) == tree(store.url)
 
 
@@ -141,7 +137,7 @@ def test_damaged_documents_are_not_copied(run: Run, tmp_path: Path, name: str) -
     shutil.copytree(run.couplings["webdataset"], source)
     damage(source, name, flip(300) if name == "sigma_f.npy" else edit(id="0" * 64))
     with pytest.raises(StoreError, match=rf"{name}.*nothing was copied"):
-        copy(Store(str(source)), f"{tmp_path}/out", ignore, None)
+        copy_store(Store(str(source)), f"{tmp_path}/out", ignore_progress, None)
     assert not (tmp_path / "out").exists()
 
 
@@ -150,7 +146,7 @@ def test_a_damaged_source_is_not_copied(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.couplings["webdataset"], source)
     damage(source, "z/k001/000002.tar", flip(700))
     with pytest.raises(StoreError, match=r"z/k001/000002\.tar.*repair it first"):
-        copy(Store(str(source)), f"{tmp_path}/out", ignore, None)
+        copy_store(Store(str(source)), f"{tmp_path}/out", ignore_progress, None)
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
@@ -164,7 +160,7 @@ def test_repair_queues_the_bad_blocks_and_the_job_writes_them_again(
     files = {(key.column, key.block, key.draw): record.path for key, record in store.files.items()}
     damage(tmp_path, files["z", 2, 1], flip(700))
     (tmp_path / files["x", 4, -1]).unlink()
-    faults, blocks = repair(store, ignore)
+    faults, blocks = repair_store(store, ignore_progress)
     assert blocks == [2, 4]
     assert {path for path in (files["z", 2, 1], files["x", 4, -1]) if any(path in fault for fault in faults)} == {
         files["z", 2, 1],
@@ -176,7 +172,7 @@ def test_repair_queues_the_bad_blocks_and_the_job_writes_them_again(
     encode_couplings(config, f"{run.samples}/train", run.teacher, str(tmp_path))
     assert content(store.url) == before
     assert Store(str(tmp_path)).dataset.id == Store(run.couplings[layout]).dataset.id
-    assert repair(Store(str(tmp_path)), ignore) == ([], [])
+    assert repair_store(Store(str(tmp_path)), ignore_progress) == ([], [])
 
 
 def test_repair_of_a_broken_manifest_needs_no_block(run: Run, tmp_path: Path) -> None:
@@ -184,7 +180,7 @@ def test_repair_of_a_broken_manifest_needs_no_block(run: Run, tmp_path: Path) ->
     before = tree(str(tmp_path))
     damage(tmp_path, "manifest.parquet", flip(40))
     damage(tmp_path, "z/zarr.json", lambda data: b"{}")
-    faults, blocks = repair(Store(str(tmp_path)), ignore)
+    faults, blocks = repair_store(Store(str(tmp_path)), ignore_progress)
     assert len(faults) == 1 and blocks == []
     StoreWriter(str(tmp_path), Store(run.couplings["zarr"]).spec).finalize()
     assert tree(str(tmp_path)) == before
@@ -195,7 +191,7 @@ def test_repair_without_commit_records_says_what_to_do(run: Run, tmp_path: Path)
     shutil.rmtree(tmp_path / "commits")
     damage(tmp_path, "manifest.parquet", flip(40))
     with pytest.raises(StoreError, match="copy it again from its source"):
-        repair(Store(str(tmp_path)), ignore)
+        repair_store(Store(str(tmp_path)), ignore_progress)
     assert (tmp_path / "dataset.json").exists()
 
 
@@ -203,7 +199,7 @@ def test_encoding_again_finds_z_that_is_not_the_teachers(run: Run, tmp_path: Pat
     store = Store(run.couplings["zarr"])
     assert reencode(store, run.teacher, 40, seed=0) < 5e-3
     writer = StoreWriter(str(tmp_path), store.spec)
-    writer.begin()
+    writer.initialize()
     for block in range(store.spec.blocks):
         z = np.stack([store.z(block, draw) for draw in range(store.spec.draws)])
         noise = np.stack([store.column("noise", block, draw) for draw in range(store.spec.draws)])
@@ -211,6 +207,6 @@ def test_encoding_again_finds_z_that_is_not_the_teachers(run: Run, tmp_path: Pat
         writer.write_block(block, base, z[::-1] if block == 1 else z, noise)  # the draws of a block mixed up
     writer.finalize()
     mixed_up = Store(str(tmp_path))
-    assert list(mixed_up.faults()) == [], "only the teacher can tell"
+    assert list(mixed_up.find_faults()) == [], "only the teacher can tell"
     with pytest.raises(StoreError, match="is not what its spec says"):
         reencode(mixed_up, run.teacher, store.spec.rows * store.spec.draws, seed=0)

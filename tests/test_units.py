@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfm.storage_specs.format.manifest import Key, expected_keys
+from nfm.storage_specs.format.manifest import FileKey, expected_keys
 from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import OutageError, StoreError
 from nfm.storage_specs.storage.files import Root
-from nfm.storage_specs.writing.units import Unit, committed, faults, missing, read_commit
+from nfm.storage_specs.writing.units import Unit, find_faults, list_committed_units, list_missing_units, read_commit
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.conftest import Run
-from tests.test_store import flip, spec
+from tests.tools.small_run import Run
+from tests.tools.stores import flip, sample_spec
 
 
 def couplings_spec(run: Run, draws: int) -> Spec:
@@ -32,15 +32,15 @@ def test_missing_units_and_done_ones_hold_each_file_once(run: Run, seed: int) ->
     for block in range(whole.blocks):
         cuts = sorted(generator.sample(range(13), generator.randrange(2, 6)))
         done |= {Unit(block, a, b) for a, b in pairwise(cuts) if generator.random() < 0.5}
-    units = [*done, *missing(whole, done)]
+    units = [*done, *list_missing_units(whole, done)]
     for key in expected_keys(whole):
-        assert sum(unit.holds(key) for unit in units) == 1, key
-    assert missing(whole, units) == []
+        assert sum(unit.contains(key) for unit in units) == 1, key
+    assert list_missing_units(whole, units) == []
 
 
 def test_a_sample_store_has_one_unit_a_block() -> None:
-    assert missing(spec(), [Unit(1, 0, 0)]) == [Unit(0, 0, 0), Unit(2, 0, 0)]
-    assert Unit(1, 0, 0).holds(Key("x", 1))
+    assert list_missing_units(sample_spec(), [Unit(1, 0, 0)]) == [Unit(0, 0, 0), Unit(2, 0, 0)]
+    assert Unit(1, 0, 0).contains(FileKey("x", 1))
 
 
 def test_names_survive_the_listing(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_names_survive_the_listing(tmp_path: Path) -> None:
         Root(str(tmp_path)).write(unit.commit_file, b"")
     for other in ("spec.json", "driver.json", "000001.json", "x.k000-001.json"):
         Root(str(tmp_path)).write(f"commits/{other}", b"")
-    assert committed(Root(str(tmp_path))) == units
+    assert list_committed_units(Root(str(tmp_path))) == units
 
 
 def test_draws_do_not_change_the_lineage_and_all_else_does(run: Run) -> None:
@@ -69,15 +69,15 @@ def test_a_flipped_bit_of_any_file_of_a_unit_is_found(run: Run, tmp_path: Path, 
     commit = read_commit(store.root, store.spec, unit)
     for path in (*(file.path for file in commit.files), unit.commit_file):
         root.write(path, store.root.read(path, 1 << 30))
-    assert faults(root, whole, unit) == []
+    assert find_faults(root, whole, unit) == []
     paths = {file.column: file.path for file in commit.files} | {"commit": unit.commit_file}
     generator = np.random.default_rng(0)
     data = root.read(paths[kind], 1 << 30)
     for position in generator.integers(0, len(data), 20).tolist():
         root.write(paths[kind], flip(position)(data))
-        assert len(faults(root, whole, unit)) == 1, position
+        assert len(find_faults(root, whole, unit)) == 1, position
     root.delete(paths[kind])
-    assert len(faults(root, whole, unit)) == 1
+    assert len(find_faults(root, whole, unit)) == 1
 
 
 @pytest.mark.parametrize("folder", ["commits/", "z/"])
@@ -93,7 +93,7 @@ def test_storage_that_is_away_is_no_damage(run: Run, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(store.root, "read", read)
     with pytest.raises(OutageError):
-        faults(store.root, store.spec, Unit(0, 0, 3))
+        find_faults(store.root, store.spec, Unit(0, 0, 3))
 
 
 def test_units_that_overlap_give_the_same_store(run: Run, tmp_path: Path) -> None:
@@ -105,13 +105,13 @@ def test_units_that_overlap_give_the_same_store(run: Run, tmp_path: Path) -> Non
             target.write_bytes(path.read_bytes())
     source = Store(run.couplings["webdataset"])
     writer = StoreWriter(str(tmp_path), source.spec)
-    writing = writer.unit(Unit(1, 1, 3))
-    writing.base({name: source.column(name, 1) for name in ("x", "label")})
+    writing = writer.unit_writer(Unit(1, 1, 3))
+    writing.write_base({name: source.column(name, 1) for name in ("x", "label")})
     for draw in (1, 2):
-        error = source.files[Key("z", 1, draw)].squared_error
+        error = source.files[FileKey("z", 1, draw)].squared_error
         assert error is not None
         z, noise = (np.ascontiguousarray(source.column(name, 1, draw)) for name in ("z", "noise"))
-        writing.stored(draw, z, noise, error)
+        writing.write_stored_draw(draw, z, noise, error)
     writing.commit()
     assert writer.finalize() == source.dataset
     assert Store(str(tmp_path)).sigma_f.tobytes() == source.sigma_f.tobytes()

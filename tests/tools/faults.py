@@ -36,9 +36,11 @@ from nfm.stages.train_teacher import train_teacher
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.conftest import SMALL, content, without_times
 from tests.tools.object_store import ObjectStore
-from tests.tools.ray_cluster import PATIENCE, Cluster, alive, kill, wait_for
+from tests.tools.ray_cluster import Cluster, alive, kill
+from tests.tools.small_run import SMALL
+from tests.tools.stores import content, without_times
+from tests.tools.waiting import PATIENCE, wait_for
 
 DRAWS, BLOCK_ROWS = 8, 8
 FSYNC_SECONDS = 0.003  # a disk, and so a job that lasts long enough to be hit, at no cost of CPU
@@ -88,9 +90,9 @@ class Soak:
         clean = str(folder / "clean")
         spec, _ = output_spec(self.config, Store(self.samples), self.teacher, clean)
         writer, self.units = StoreWriter(clean, spec), spec.blocks
-        writer.begin()
+        writer.initialize()
         encoder = UnitEncoder(self.samples, self.teacher, clean, spec.model_dump(mode="json"))
-        for unit in writer.missing():
+        for unit in writer.list_missing_units():
             encoder.encode(unit)
         writer.finalize()
         self.clean = content(clean)
@@ -258,7 +260,7 @@ class Soak:
         root = Root(url, store.options)
 
         def commits() -> int:
-            return sum(name[0].isdigit() for name in root.names("commits"))
+            return sum(name[0].isdigit() for name in root.list_names("commits"))
 
         def enough(wanted: int) -> bool:
             return commits() >= min(wanted, self.units)
@@ -277,7 +279,7 @@ class Soak:
 
         with self.meanwhile(strike):
             summary = self.encode(url)
-        assert without_times({name: root.read(name, 1 << 30) for name in root.sizes()}) == self.clean
+        assert without_times({name: root.read(name, 1 << 30) for name in root.list_file_sizes()}) == self.clean
         root.fs.rm(root.path, recursive=True)
         shutil.copytree(self.folder / "clean", out)  # for the check of all jobs; the objects were compared here
         return Outcome(killed, summary.lost, summary.encoded_again)
@@ -362,7 +364,7 @@ class Soak:
             names = found.keys() | self.clean.keys()
             different = sorted(name for name in names if found.get(name) != self.clean.get(name))
             assert not different, f"{fault}: other bytes than a clean run in {different[:5]}"
-            assert list(Store(out).faults()) == []
+            assert list(Store(out).find_faults()) == []
             if outcome.faults:
                 return outcome
         raise AssertionError(f"{fault}: five times in a row it came too late to hit anything")

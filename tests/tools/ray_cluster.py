@@ -7,16 +7,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 MARK = "NFM_FAULTS_MARK"  # in the environment of every process of a node, so that no other is killed
 SLOW_FILE = "NFM_FAULTS_SLOW"  # while the file it names is there, each fsync takes as many seconds as the file says
-PATIENCE = 120.0  # seconds for anything to happen
 SLOW_FSYNC = """
 import os, time
 _fsync = os.fsync
@@ -47,15 +43,6 @@ def kill(pids: list[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {PATIENCE:.0f} s for {what}")
-        time.sleep(0.005)
-    return found
 
 
 class Cluster:
