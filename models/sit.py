@@ -42,8 +42,26 @@ class SiTConfig:
             )
 
 
+# What parse_size accepts; printed by `nfm config` and in docs/config.md.
+SIZE_GRAMMAR = "\n".join(
+    [
+        "SiT-<size>/<patch> or SiT-<depth>x<width>h<heads>/<patch>",
+        "  <size>   a published size:",
+        *(f"           {name:<2} = {depth}x{width}h{heads}" for name, (depth, width, heads) in SIZES.items()),
+        "  <depth>  transformer layers",
+        "  <width>  channels; a multiple of 4 and of <heads>",
+        "  <heads>  attention heads of each layer",
+        "  <patch>  side of a square patch, in pixels; each patch is one token",
+        "SiT-XL/4 is SiT-28x1152h16/4.",
+    ]
+)
+
+
 def parse_size(name: str) -> dict[str, Any]:
-    """`SiT-XL/4`, or free sizes `SiT-<depth>x<width>h<heads>/<patch>`, to depth, width, heads and patch."""
+    """Returns `depth`, `width`, `heads` and `patch` of a name such as `SiT-XL/4` or `SiT-28x1152h16/4`.
+
+    Raises ValueError for a name that SIZE_GRAMMAR does not allow.
+    """
     kind, _, rest = name.partition("-")
     size, _, patch = rest.partition("/")
     if kind == "SiT" and patch.isdigit() and int(patch) > 0:

@@ -147,8 +147,20 @@ class Sampler:
         return trajectory
 
 
+# What parse_sampler accepts; printed by `nfm config` and in docs/config.md.
+SAMPLER_GRAMMAR = """\
+<solver><NFE>[:<schedule>]
+  <solver>    euler or heun
+  <NFE>       number of network evaluations for one image: steps of euler, 2·steps - 1 of heun (always odd)
+  <schedule>  t2 (the default): times fall from 1 to 0 as (1 - i/steps)²; t: as 1 - i/steps
+heun31 has 16 steps, euler5 has 5 steps, euler128:t has 128 steps of equal length."""
+
+
 def parse_sampler(text: str) -> Sampler:
-    """`heun31` or `euler5`, optionally with its schedule: `euler128:t`. Raises ValueError on anything else."""
+    """Returns the sampler of a name such as `heun31` or `euler128:t`.
+
+    Raises ValueError for a name that SAMPLER_GRAMMAR does not allow.
+    """
     head, _, schedule_name = text.partition(":")
     schedule_name = schedule_name or "t2"
     for solver in SOLVERS:

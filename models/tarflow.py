@@ -63,11 +63,20 @@ class TarFlowConfig:
         return self.channels * self.patch**2
 
 
-def parse_notation(notation: str) -> dict[str, Any]:
-    """`TF-6×2+2×26-1024/2` to `depths`, `width` and `patch` (NFM paper section 4: blocks × depth + … - channels /
-    patch).
+# What parse_notation accepts; printed by `nfm config` and in docs/config.md.
+NOTATION_GRAMMAR = """\
+TF-<blocks>×<layers>[+<blocks>×<layers>…]-<width>/<patch>
+  <blocks>×<layers>  flow blocks, and transformer layers in each, in the order in which data passes through them
+  <width>            channels of the transformers
+  <patch>            side of a square patch, in pixels; each patch is one token
+TF-8×8-768/2 has 8 blocks of 8 layers. TF-6×2+2×26-1024/2 has 6 blocks of 2 layers, then 2 blocks of 26.
+The letter x may stand for ×."""
 
-    `x` is accepted for `×`. Raises ValueError on anything else.
+
+def parse_notation(notation: str) -> dict[str, Any]:
+    """Returns `depths`, `width` and `patch` of a name such as `TF-6×2+2×26-1024/2` (NFM paper section 4).
+
+    Raises ValueError for a name that NOTATION_GRAMMAR does not allow.
     """
     match = re.fullmatch(r"TF-(\d+[×x]\d+(?:\+\d+[×x]\d+)*)-(\d+)/(\d+)", notation)
     if match is None:

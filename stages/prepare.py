@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,15 +30,30 @@ SPLITS = ("train", "val")
 
 
 class DataConfig(Section):
-    """`digits` is scikit-learn's; `folder` is train/<class>/*.{jpg,jpeg,png}, with val/<class>/… beside it or a share
-    of train held out. Images are resized to `image_size` with PIL's box filter (NFM paper section 4)."""
+    """Which images `prepare` writes to sample stores, and in which size."""
 
-    source: Literal["digits", "folder"]
-    image_size: Annotated[int, Field(ge=2, le=4096)]
-    channels: Literal[1, 3]
-    holdout: Annotated[float, Field(gt=0, lt=1)]
-    block_rows: Annotated[int, Field(ge=1, le=1 << 20)]
-    layout: LayoutName = "webdataset"
+    source: Literal["digits", "folder"] = Field(
+        description='"digits": scikit-learn\'s 1,797 images of 8×8 pixels. "folder": the image folder of --data, with '
+        "train/<class>/*.jpg (or .jpeg, .png) and optionally val/<class>/….",
+    )
+    image_size: int = Field(
+        ge=2,
+        le=4096,
+        description="Height and width of the stored images, in pixels. Images of another size are resized with PIL's "
+        "box filter (NFM paper section 4); one that is not square is stretched, not cropped.",
+    )
+    channels: Literal[1, 3] = Field(description="Colour channels of the stored images: 1 is grey, 3 is RGB.")
+    holdout: float = Field(
+        gt=0,
+        lt=1,
+        description="Share of the images of each class that is held out as val. Not used if the image folder has val/.",
+    )
+    block_rows: int = Field(
+        ge=1,
+        le=1 << 20,
+        description="Images in a block. A block of one column is one file, and encode works block by block.",
+    )
+    layout: LayoutName = Field(default="webdataset", description="File layout of the sample stores.")
 
     def given(self, data: Path | None) -> "DataConfig":
         """This config for the images in `data`, where the user named a folder."""

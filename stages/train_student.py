@@ -1,7 +1,7 @@
 """train-student: coupling store → SiT checkpoint."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field, field_validator
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nfm.models.couplings import COUPLINGS, CouplingName
 from nfm.models.labels import drop_labels
 from nfm.models.paths import flow_matching_loss, linear_path, logit_normal
-from nfm.models.sit import SiT, SiTConfig, parse_size
+from nfm.models.sit import SIZE_GRAMMAR, SiT, SiTConfig, parse_size
 from nfm.stages.errors import StageError
 from nfm.stages.section import Section
 from nfm.stages.training import TrainConfig, Trainer, open_stream, world
@@ -20,16 +20,25 @@ from nfm.storage_specs.reading.stream import Source
 
 
 class StudentConfig(Section):
-    """`size` is SiT-{S,B,L,XL}/<patch> or SiT-<depth>x<width>h<heads>/<patch>; `t_mean`, `t_std` are the paper's a
-    and b.
-    """
+    """The SiT student and its training."""
 
-    size: str
-    coupling: CouplingName = "nfm"
-    label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    t_mean: float = -0.2
-    t_std: Annotated[float, Field(gt=0)] = 1.0
-    train: TrainConfig
+    size: str = Field(description="Sizes of the SiT.", json_schema_extra={"grammar": SIZE_GRAMMAR})
+    coupling: CouplingName = Field(
+        default="nfm",
+        description='The noise ε that an image is paired with. "nfm": the z that the teacher made of the image. '
+        '"independent": a new random draw each time, which is plain flow matching.',
+    )
+    label_drop: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Probability that an image is trained without its class label, for classifier-free guidance.",
+    )
+    t_mean: float = Field(
+        default=-0.2, description="Mean a of logit(t): training times t are logit-normal (NFM paper section 4)."
+    )
+    t_std: float = Field(default=1.0, gt=0, description="Standard deviation b of logit(t).")
+    train: TrainConfig = Field(description="Training of the student.")
 
     @field_validator("size")
     @classmethod

@@ -1,13 +1,13 @@
 """train-teacher: sample store → TarFlow checkpoint."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from nfm.models.labels import drop_labels
-from nfm.models.tarflow import TarFlow, TarFlowConfig, bits_per_dim, nll, parse_notation
+from nfm.models.tarflow import NOTATION_GRAMMAR, TarFlow, TarFlowConfig, bits_per_dim, nll, parse_notation
 from nfm.stages.errors import StageError
 from nfm.stages.section import Section
 from nfm.stages.training import TrainConfig, Trainer, open_stream, world
@@ -21,13 +21,24 @@ VAL_BATCH = 512
 
 
 class TeacherConfig(Section):
-    """`notation` as in the paper: TF-blocks×depth+…-channels/patch."""
+    """The TarFlow teacher and its training."""
 
-    notation: str
-    head_dim: Annotated[int, Field(ge=1)] = 64
-    eta: Annotated[float, Field(gt=0)]
-    label_drop: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    train: TrainConfig
+    notation: str = Field(
+        description="Sizes of the TarFlow in the paper's notation (NFM paper section 4).",
+        json_schema_extra={"grammar": NOTATION_GRAMMAR},
+    )
+    head_dim: int = Field(
+        default=64, ge=1, description="Channels of one attention head. Must divide the width in `notation`."
+    )
+    eta: float = Field(
+        gt=0,
+        description="η, the amount of noise added to the data: the teacher sees x + η·ε′, with x in [-1, 1] and ε′ "
+        "standard normal.",
+    )
+    label_drop: float = Field(
+        default=0.1, ge=0, lt=1, description="Probability that an image is trained without its class label."
+    )
+    train: TrainConfig = Field(description="Training of the teacher.")
 
     @field_validator("notation")
     @classmethod

@@ -28,25 +28,50 @@ from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState, View
 from nfm.storage_specs.storage.documents import list_differences
 
-Positive = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
-    """Budget and optimizer. Counts are in images; `batch_size` is the global one."""
+    """Budget and optimizer of one network. Budgets and intervals are counted in images, not in steps or epochs."""
 
-    images: Positive
-    batch_size: Positive
-    lr: Annotated[float, Field(gt=0)]
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    warmup_images: Annotated[int, Field(ge=0)]
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    log_images: Positive
-    checkpoint_images: Positive
-    window_blocks: Positive | None = None  # blocks shuffled together; None: the whole store
-    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    images: int = Field(ge=1, description="Budget: training images that the network sees, over all epochs.")
+    batch_size: int = Field(ge=1, description="Images in one step, of all processes together.")
+    lr: float = Field(gt=0, description="Learning rate of AdamW at the end of the warm-up.")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        default="constant",
+        description='Learning rate over the budget: "constant", or "cosine", half a cosine from `lr` down to lr / 20.',
+    )
+    warmup_images: int = Field(ge=0, description="Images over which the learning rate rises linearly from 0.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="β₁ and β₂ of AdamW.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
+    clip: float = Field(
+        default=1.0, gt=0, description="Largest L2 norm of the gradient. A longer gradient is scaled down to it."
+    )
+    ema: float = Field(
+        default=0.9999,
+        ge=0,
+        lt=1,
+        description="Decay β, per step, of the exponential moving average of the weights, which is the network that is "
+        "kept. Early steps use min(β, (1 + step) / (10 + step)).",
+    )
+    log_images: int = Field(ge=1, description="Images between two points of the recorded loss curve.")
+    checkpoint_images: int = Field(
+        ge=1,
+        description="Images between two checkpoints, from which the same command continues. The teacher is validated "
+        "at each.",
+    )
+    window_blocks: int | None = Field(
+        default=None,
+        ge=1,
+        description="Blocks of the store whose rows are shuffled together. Without it: all blocks. A window keeps the "
+        "part of a remote store that is needed at a time small.",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=1 << 31,
+        description="Seed of the initial weights, the order of the images and all random draws of training.",
+    )
 
 
 # Loss of a batch: (network, batch, generator) to per-sample losses (B,).
