@@ -1,6 +1,7 @@
-"""Couplings: which noise endpoint ε a student sees for a data point x. Everything else in its training is the same.
+"""Couplings: which noise ε a student is shown with an image x. Everything else in its training is the same.
 
-A coupling turns the (x, z / σ_f) pairs of a store into the pairs that the flow-matching loss regresses on.
+A coupling is a function of x, z / σ_f (both (B, C, H, W), from the store) and a random generator. It returns ε
+(B, C, H, W), the end of the path that starts at x.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ def nfm(x: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def independent(x: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
-    """ε ~ N(0, I), drawn anew each time: plain flow matching (section 2.1.1)."""
+    """ε ~ N(0, I), a new draw each time: plain flow matching (NFM paper section 2.1.1)."""
     return torch.randn(x.shape, generator=generator).to(x.device)
 
 

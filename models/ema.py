@@ -7,7 +7,10 @@ from torch import nn
 
 
 class EMA:
-    """θ_ema ← β·θ_ema + (1 - β)·θ after each step, with β warmed up as min(decay, (1 + step) / (10 + step))."""
+    """θ_ema ← β·θ_ema + (1 - β)·θ after each step, where β = min(decay, (1 + step) / (10 + step)).
+
+    `network` is a copy of the network with the averaged parameters, in evaluation mode.
+    """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
@@ -15,7 +18,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
+        """Average in the parameters of `network` after step number `step` (0 is the first)."""
         beta = min(self.decay, (1 + step) / (10 + step))
-        ours, theirs = self.network.state_dict(), network.state_dict()
-        floating = [name for name, value in ours.items() if value.is_floating_point()]
-        torch._foreach_lerp_([ours[name] for name in floating], [theirs[name] for name in floating], 1 - beta)
+        averages = self.network.state_dict()
+        values = network.state_dict()
+        names = [name for name, value in averages.items() if value.is_floating_point()]
+        torch._foreach_lerp_([averages[name] for name in names], [values[name] for name in names], 1 - beta)

@@ -15,22 +15,23 @@ class VelocityField(Protocol):
 
 
 class ReversedTime(nn.Module):
-    """A network of the published SiT convention (t = 1 data, v = x - ε) as a velocity field of ours."""
+    """Turns a network of the published SiT convention (t = 1 is data, v = x - ε) into a field of this project's, where
+    t = 0 is data and v = ε - x."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        result: Tensor = -self.network(x, 1 - t, y)
+        result: Tensor = -self.network(x, 1 - t, y)  # (B, C, H, W)
         return result
 
 
 class Guided(nn.Module):
-    """Classifier-free guidance: v_∅ + w·(v_c - v_∅) on all channels; w = 1 is the plain conditional field.
+    """Classifier-free guidance: v_∅ + w·(v_c - v_∅), where w is `weight`; w = 1 is the conditional field itself.
 
-    `guided_channels` limits it to the first few channels, and leaves the rest conditional: the published SiT code
-    guides three of four latent channels, and its numbers can be reproduced only that way.
+    With `guided_channels`, only that many first channels are guided, and the others stay conditional. The published SiT
+    code guides three of four latent channels, and its numbers can be reproduced only that way.
     """
 
     def __init__(self, field: VelocityField, weight: float, guided_channels: int | None = None) -> None:
@@ -42,9 +43,10 @@ class Guided(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if self.weight == 1:
             return self.field(x, t, y)
-        null = torch.full_like(y, NULL_LABEL)
-        conditional, unconditional = self.field(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-        guided = unconditional + self.weight * (conditional - unconditional)
+        null = torch.full_like(y, NULL_LABEL)  # (B,)
+        both = self.field(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))  # (2B, C, H, W)
+        conditional, unconditional = both.chunk(2)  # (B, C, H, W) each
+        guided = unconditional + self.weight * (conditional - unconditional)  # (B, C, H, W)
         if self.guided_channels is None:
             return guided
         return torch.cat([guided[:, : self.guided_channels], conditional[:, self.guided_channels :]], dim=1)

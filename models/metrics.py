@@ -1,4 +1,4 @@
-"""What the evaluation measures: curvature, z-space structure, Fréchet distance."""
+"""Measurements of the evaluation: curvature, distances in z-space, Fréchet distance."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 def curvature(trajectory: Trajectory) -> Tensor:
     """κ = E_i[‖x_1 - x_m - v^(i)‖²] / n per sample, shape (B,) (NFM paper section 4.1.1; Lee et al., 2023).
 
-    x_1 is the noise, x_m the sample, v^(i) the velocity the network predicted at the start of step i. It is zero for
-    straight paths, and comparable only within one solver and schedule.
+    x_1 is the noise, x_m the sample, and v^(i) the velocity that the network predicted at the start of step i. κ is
+    zero for straight paths. Values of different solvers or schedules cannot be compared.
     """
-    chord = trajectory.start - trajectory.x
-    return torch.stack([(chord - v).square().mean(dim=(1, 2, 3)) for v in trajectory.velocities]).mean(dim=0)
+    chord = trajectory.start - trajectory.x  # (B, C, H, W)
+    deviations = [(chord - v).square().mean(dim=(1, 2, 3)) for v in trajectory.velocities]  # (B,) for each step
+    return torch.stack(deviations).mean(dim=0)
 
 
 def rms_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def rms_distance(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ZSpace:
-    """Average distances of the three groups of Table 1, over pairs of representations of shape (B, C, H, W)."""
+    """Mean distances of the three kinds of pairs in Table 1 of the NFM paper."""
 
     different_x_different_noise: float
     same_x_different_noise: float
@@ -37,7 +38,7 @@ class ZSpace:
 
 
 def z_space(x1_e1: Tensor, x1_e2: Tensor, x2_e1: Tensor, x2_e2: Tensor) -> ZSpace:
-    """Distances between representations of images x1, x2 under noises ε1, ε2, all (B, C, H, W)."""
+    """The distances of Table 1, from representations (B, C, H, W) of images x1 and x2 under noises ε1 and ε2."""
     return ZSpace(
         different_x_different_noise=rms_distance(x1_e1, x2_e2).mean().item(),
         same_x_different_noise=rms_distance(x1_e1, x1_e2).mean().item(),
@@ -46,22 +47,23 @@ def z_space(x1_e1: Tensor, x1_e2: Tensor, x2_e1: Tensor, x2_e2: Tensor) -> ZSpac
 
 
 class PixelFeatures(nn.Module):
-    """Pixels themselves as features, for images too small for Inception. Never call the result FID."""
+    """The pixels themselves as features, (B, C·H·W), for images too small for Inception. Such a distance is not FID."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.num_features = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1)
+        return x.flatten(1)  # (B, C·H·W)
 
 
 def frechet_metric(features: nn.Module | int) -> "FrechetInceptionDistance":
-    """torchmetrics' Fréchet distance in float64, over our features or (an int) over Inception's of that width.
+    """torchmetrics' Fréchet distance in float64, over the outputs of a module, or over Inception features of a width.
 
-    `update(images, real=…)` takes float images in [-1, 1] for our features, uint8 images for Inception.
+    `update(images, real=…)` takes float images in [-1, 1] for a module, and uint8 images for Inception. Raises
+    ModuleNotFoundError for Inception where torch-fidelity is not installed.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance  # seconds to import, and only evaluation needs it
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds to import; only evaluation needs it
 
     metric = FrechetInceptionDistance(feature=features, reset_real_features=False, normalize=False)
     metric.set_dtype(torch.float64)

@@ -19,15 +19,17 @@ class PathSample:
 
 def linear_path(x: Tensor, epsilon: Tensor, t: Tensor) -> PathSample:
     """x_t = (1 - t)·x + t·ε and v = ε - x: t = 0 is data, t = 1 is noise."""
-    t_ = t.view(-1, 1, 1, 1)
-    return PathSample((1 - t_) * x + t_ * epsilon, t, epsilon - x)
+    t_image = t.view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    x_t = (1 - t_image) * x + t_image * epsilon  # (B, C, H, W)
+    return PathSample(x_t, t, epsilon - x)
 
 
 def logit_normal(batch: int, generator: torch.Generator, a: float = -0.2, b: float = 1.0) -> Tensor:
-    """t = sigmoid(a + b·N(0, 1)), shape (batch,) (section 4; Esser et al., 2024)."""
+    """t = sigmoid(a + b·N(0, 1)), shape (batch,) (NFM paper section 4; Esser et al., 2024)."""
     return torch.sigmoid(a + b * torch.randn(batch, generator=generator))
 
 
 def flow_matching_loss(field: VelocityField, path: PathSample, y: Tensor) -> Tensor:
-    """Mean squared velocity error per dimension, shape (B,): ‖g(x_t, c, t) - v‖² / n."""
-    return (field(path.x_t, path.t, y).float() - path.v).square().mean(dim=(1, 2, 3))
+    """Mean squared error of the velocity per dimension, shape (B,): ‖g(x_t, c, t) - v‖² / n (equation 1)."""
+    predicted = field(path.x_t, path.t, y).float()  # (B, C, H, W)
+    return (predicted - path.v).square().mean(dim=(1, 2, 3))

@@ -19,18 +19,21 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 
 @dataclass(frozen=True)
 class SiTConfig:
+    """All that fixes the shapes of a SiT. Raises ValueError for sizes that do not fit each other."""
+
     channels: int  # image channels C
-    image_size: int  # H = W
-    patch: int
-    width: int
-    depth: int
-    heads: int
-    num_classes: int
-    mlp_ratio: int = 4
+    image_size: int  # H = W, in pixels
+    patch: int  # side of a patch, in pixels; each patch is one token
+    width: int  # channels D of the transformer
+    depth: int  # transformer layers
+    heads: int  # attention heads of each layer
+    num_classes: int  # without the dropped label ∅
+    mlp_ratio: int = 4  # width of the MLP's hidden layer / D
     learn_sigma: bool = False  # published networks carry C unused output channels
 
     def __post_init__(self) -> None:
-        if min(self.channels, self.image_size, self.patch, self.width, self.depth, self.heads, self.num_classes) < 1:
+        sizes = (self.channels, self.image_size, self.patch, self.width, self.depth, self.heads, self.num_classes)
+        if min(sizes) < 1:
             raise ValueError("got a size below 1; expected positive sizes")
         if self.image_size % self.patch:
             raise ValueError(
@@ -79,7 +82,8 @@ def parse_size(name: str) -> dict[str, Any]:
 def sincos_position(width: int, side: int) -> Tensor:
     """Fixed 2-D sine-cosine embedding of a side × side grid, (1, side², width), as in MAE and DiT."""
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.outer(torch.arange(side, dtype=torch.float64), omega)  # (side, width/4)
+    positions = torch.arange(side, dtype=torch.float64)
+    angles = torch.outer(positions, omega)  # (side, width/4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width/2)
     columns = axis[None, :, :].expand(side, side, -1)  # the published order: column index first
     rows = axis[:, None, :].expand(side, side, -1)
@@ -87,10 +91,13 @@ def sincos_position(width: int, side: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: tokens x (B, T, D) scaled by 1 + scale (B, D) and moved by shift (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class PatchEmbedding(nn.Module):
+    """One token a patch: a linear map of its pixels."""
+
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
@@ -101,7 +108,9 @@ class PatchEmbedding(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    FREQUENCIES = 256
+    """Sines and cosines of the time, and a small MLP."""
+
+    FREQUENCIES = 256  # sines and cosines together
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -109,13 +118,16 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.FREQUENCIES // 2
-        omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # (128,)
         angles = t.float()[:, None] * omega  # (B, 128)
-        result: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))  # (B, D)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, 256)
+        result: Tensor = self.mlp(waves)  # (B, D)
         return result
 
 
 class LabelEmbedding(nn.Module):
+    """One learned vector a class, and one for the dropped label ∅."""
+
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, width)  # last row: ∅
@@ -125,6 +137,8 @@ class LabelEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -133,23 +147,28 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, head_dim) each
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, head_dim)
         result: Tensor = self.proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
         return result
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU (tanh approximation) between them."""
+
     def __init__(self, width: int, ratio: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, width * ratio)
         self.fc2 = nn.Linear(width * ratio, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # (B, T, D)
+        hidden = F.gelu(self.fc1(x), approximate="tanh")  # (B, T, ratio·D)
+        result: Tensor = self.fc2(hidden)  # (B, T, D)
         return result
 
 
 class SiTBlock(nn.Module):
+    """A transformer layer whose norms and residual branches are modulated by the condition c (adaLN-Zero)."""
+
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
@@ -161,11 +180,13 @@ class SiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (B, D) each
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (B, T, D)
-        result: Tensor = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        result: Tensor = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (B, T, D)
         return result
 
 
 class FinalLayer(nn.Module):
+    """A modulated norm, and a linear map from each token to the values of its patch."""
+
     def __init__(self, config: SiTConfig, out_dim: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
@@ -173,12 +194,14 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        result: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))  # (B, T, P)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # (B, D) each
+        result: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))  # (B, T, out_dim)
         return result
 
 
 class SiT(nn.Module):
+    """The velocity network g(x_t, c, t). A new one predicts zero."""
+
     pos_embed: Tensor
 
     def __init__(self, config: SiTConfig) -> None:
@@ -214,7 +237,7 @@ class SiT(nn.Module):
         """(B, T, patch·patch·C) to (B, C, H, W), channels last within a patch as in the published code."""
         p = self.config.patch
         grid = tokens.unflatten(2, (p, p, self.out_channels)).unflatten(1, (self.side, self.side))  # (B, h, w, p, q, C)
-        image: Tensor = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        image: Tensor = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, h·p, w·q)
         return image
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -224,7 +247,7 @@ class SiT(nn.Module):
         for block in self.blocks:
             h = block(h, c)  # (B, T, D)
         v = self.unpatchify(self.final_layer(h, c))  # (B, C or 2C, H, W)
-        return v[:, : self.config.channels]
+        return v[:, : self.config.channels]  # (B, C, H, W)
 
 
 def forward_flops(config: SiTConfig) -> int:

@@ -21,8 +21,8 @@ ScheduleName = Literal["t", "t2"]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The solution x (B, C, H, W) at the last time, the start, and the velocity the field predicted at the start of
-    each step, for the curvature."""
+    """What a solver returns: `x` at the last time, `start` at the first time, and for each step the velocity that the
+    field predicted at its start, from which the curvature is computed. All are (B, C, H, W)."""
 
     x: Tensor
     start: Tensor
@@ -34,20 +34,23 @@ Solver = Callable[[VelocityField, Tensor, Tensor, Sequence[float]], Trajectory]
 
 
 def schedule(name: ScheduleName, steps: int) -> list[float]:
-    """`t`: {1, 1 - δt, …, δt, 0}; `t2`: the squares of it; δt = 1/steps (section 4)."""
+    """`steps` + 1 times from 1 to 0 (NFM paper section 4). `t`: 1, 1 - δt, …, δt, 0 with δt = 1/steps; `t2`: their
+    squares."""
     power = {"t": 1, "t2": 2}[name]
     return [(1 - i / steps) ** power for i in range(steps)] + [0.0]
 
 
-def _at(x: Tensor, t: float) -> Tensor:
+def time_batch(x: Tensor, t: float) -> Tensor:
+    """The time t for every row of x (B, C, H, W): shape (B,)."""
     return torch.full((len(x),), t, device=x.device)
 
 
 def euler(field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float]) -> Trajectory:
     """x ← x - Δt·v(x, t) (Euler, 1768). NFE = steps."""
-    start, velocities = x, []
+    start = x
+    velocities = []
     for t, t_next in pairwise(times):
-        v = field(x, _at(x, t), y)
+        v = field(x, time_batch(x, t), y)
         velocities.append(v)
         x = x - (t - t_next) * v
     return Trajectory(x, start, tuple(velocities), nfe=len(velocities))
@@ -55,14 +58,17 @@ def euler(field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float]) ->
 
 def heun(field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float]) -> Trajectory:
     """Heun's second-order method, Euler for the last step (Karras et al., 2022, algorithm 1). NFE = 2·steps - 1."""
-    start, velocities, nfe = x, [], 0
+    start = x
+    velocities = []
+    nfe = 0
     for t, t_next in pairwise(times):
-        v = field(x, _at(x, t), y)
+        v = field(x, time_batch(x, t), y)
         velocities.append(v)
         nfe += 1
         x_next = x - (t - t_next) * v
         if t_next > 0:
-            x_next = x - (t - t_next) * 0.5 * (v + field(x_next, _at(x, t_next), y))
+            v_next = field(x_next, time_batch(x, t_next), y)
+            x_next = x - (t - t_next) * 0.5 * (v + v_next)
             nfe += 1
         x = x_next
     return Trajectory(x, start, tuple(velocities), nfe)
@@ -86,21 +92,23 @@ def dopri5(
     field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float], rtol: float = 1e-5, atol: float = 1e-5
 ) -> Trajectory:
     """Adaptive Dormand–Prince 5(4) from times[0] to times[-1], with one step size for the whole batch (Hairer,
-    Nørsett & Wanner, section II.4). NFE counts every evaluation, those of rejected steps too.
+    Nørsett & Wanner, section II.4). NFE counts all evaluations, also those of rejected steps.
 
-    Raises FloatingPointError when the step size vanishes, as it does for a field that is not finite.
+    Raises FloatingPointError if the field is not finite, or so stiff that the step size vanishes.
     """
-    start, velocities = x, []
-    t, end = times[0], times[-1]
+    start = x
+    velocities = []
+    t = times[0]
+    end = times[-1]
     h = (t - end) / 20
-    k = [field(x, _at(x, t), y)]
+    k = [field(x, time_batch(x, t), y)]
     nfe = 1
     while t - end > 1e-9:
         h = min(h, t - end)
         k = k[:1]
         for stage in range(1, 7):
             x_next = x - h * torch.stack([a * v for a, v in zip(_A[stage], k, strict=True)]).sum(dim=0)
-            k.append(field(x_next, _at(x, t - _C[stage] * h), y))
+            k.append(field(x_next, time_batch(x, t - _C[stage] * h), y))
         nfe += 6
         error = h * torch.stack([e * v for e, v in zip(_E, k, strict=True)]).sum(dim=0)
         scale = atol + rtol * torch.maximum(x.abs(), x_next.abs())
@@ -109,8 +117,13 @@ def dopri5(
             raise FloatingPointError(f"the velocity field is not finite near t = {t:.6f}")
         if ratio <= 1:
             velocities.append(k[0])
-            t, x, k = t - h, x_next, k[-1:]  # first same as last
-        h *= min(5.0, max(0.2, 0.9 * ratio**-0.2)) if ratio > 0 else 5.0
+            t = t - h
+            x = x_next
+            k = k[-1:]  # the last stage of a step is the first of the next
+        growth = 5.0
+        if ratio > 0:
+            growth = min(5.0, max(0.2, 0.9 * ratio**-0.2))
+        h *= growth
         if not h > 1e-9:
             raise FloatingPointError(
                 f"dopri5 step size vanished at t = {t:.6f}: the velocity field is too stiff for its tolerances"
@@ -141,6 +154,7 @@ class Sampler:
         return f"{self.solver}{self.nfe}" + (":t" if self.schedule == "t" else "")
 
     def __call__(self, field: VelocityField, noise: Tensor, y: Tensor) -> Trajectory:
+        """Integrate from noise (B, C, H, W) at t = 1 to images at t = 0, with labels y (B,)."""
         steps = (self.nfe + 1) // 2 if self.solver == "heun" else self.nfe
         trajectory = SOLVERS[self.solver](field, noise, y, schedule(self.schedule, steps))
         assert trajectory.nfe == self.nfe

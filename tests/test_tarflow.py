@@ -133,6 +133,14 @@ def test_decode_inverts_encode(y: Tensor | None) -> None:
     torch.testing.assert_close(flow.decode(flow(x, y).z, y), x, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("guide", [Guide(), Guide(weight=0.5)])
+def test_decoding_reports_each_of_its_steps(guide: Guide) -> None:
+    flow = small()
+    steps: list[int] = []
+    flow.sample(torch.zeros(3, 2, 4, 4), torch.tensor([0, 1, 2]), guide, steps.append)
+    assert sum(steps) == flow.config.decode_steps == 3 * (4 - 1)
+
+
 def test_a_dropped_label_is_the_mean_class_in_both_directions() -> None:
     flow = small()
     x = torch.rand(2, 2, 4, 4, generator=torch.Generator().manual_seed(3))
