@@ -1,1 +1,1 @@
-"""How files are kept: on any file system, whole or not at all, in a cache, under one driver; and what goes wrong."""
+"""Files on any file system, each written completely or not at all; the cache; the lease; JSON documents; the errors."""

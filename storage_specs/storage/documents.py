@@ -1,4 +1,4 @@
-"""JSON documents: strict models, checked on reading; canonical bytes; seals; and in what two of them differ."""
+"""JSON documents: strict models that are checked on reading, one canonical spelling, and a sha256 inside a document."""
 
 import hashlib
 import json
@@ -8,58 +8,74 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nfm.storage_specs.storage.errors import StoreError
 
+MAX_VALUE_LENGTH = 60  # characters of a value in a message
+
 
 class StrictModel(BaseModel):
+    """Base of all documents: immutable, without conversion between types, and an unknown key is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def canonical_json(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
-
-
-def sealed_json(value: dict[str, Any]) -> bytes:
-    """A document with the sha256 of itself, for files that no other file vouches for."""
-    return canonical_json(value | {"sha256": hashlib.sha256(canonical_json(value)).hexdigest()})
 
 
 T = TypeVar("T", bound=StrictModel)
 
 
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys, one-space indent and ASCII only: equal values give equal bytes. NaN and infinity raise
+    ValueError."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
 def parse_json(model: type[T], data: bytes, name: str) -> T:
-    """`data` as `model`, or a StoreError that names the file and the first field that is wrong."""
+    """The document in `data`, checked against `model`.
+
+    Raises StoreError with the file's `name` and the first wrong field.
+    """
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "document"
-        raise StoreError(f"{name}: {where}: {first['msg']}; the file is damaged or of another version") from error
+        field = ".".join(str(part) for part in first["loc"]) or "document"
+        raise StoreError(f"{name}: {field}: {first['msg']}; the file is damaged or of another version") from error
+
+
+def sealed_json(value: dict[str, Any]) -> bytes:
+    """Canonical JSON of `value` with an extra key "sha256", the hash of `value` itself. It is for files whose hash no
+    other file holds."""
+    return canonical_json(value | {"sha256": hashlib.sha256(canonical_json(value)).hexdigest()})
 
 
 def parse_sealed_json(model: type[T], data: bytes, name: str) -> T:
-    """What `sealed_json` wrote, or a StoreError that names the file."""
+    """The document that `sealed_json` wrote, checked against its own sha256 and against `model`.
+
+    Raises StoreError with the file's `name` if either does not match.
+    """
     try:
         value = json.loads(data)
         digest = value.pop("sha256")
-        whole = digest == hashlib.sha256(canonical_json(value)).hexdigest()
+        intact = digest == hashlib.sha256(canonical_json(value)).hexdigest()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise StoreError(f"{name}: it is not what was written there; the file is damaged")
+        intact = False
+    if not intact:
+        raise StoreError(f"{name}: its sha256 is not the one that it states; the file is damaged")
     return parse_json(model, canonical_json(value), name)
 
 
-def list_differences(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """The fields in which two specs differ, as `path: theirs → ours`."""
-    found: list[str] = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        a, b = ours.get(key), theirs.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += list_differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key} is {_short(b)} there and {_short(a)} here")
-    return found
+def list_differences(requested: dict[str, Any], existing: dict[str, Any], prefix: str = "") -> list[str]:
+    """One phrase for each field in which two JSON documents differ, such as "data.rows is 70 there and 71 here", where
+    "there" is `existing` and "here" is `requested`."""
+    differences: list[str] = []
+    for key in sorted(requested.keys() | existing.keys()):
+        requested_value, existing_value = requested.get(key), existing.get(key)
+        if isinstance(requested_value, dict) and isinstance(existing_value, dict):
+            differences += list_differences(requested_value, existing_value, f"{prefix}{key}.")
+        elif requested_value != existing_value:
+            differences.append(
+                f"{prefix}{key} is {_shortened_json(existing_value)} there and {_shortened_json(requested_value)} here"
+            )
+    return differences
 
 
-def _short(value: Any) -> str:
+def _shortened_json(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 3] + "…"

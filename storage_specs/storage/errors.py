@@ -1,4 +1,4 @@
-"""The error that every fault of a store ends in."""
+"""The errors of stores and of the storage that holds them."""
 
 
 class StoreError(ValueError):
@@ -6,8 +6,8 @@ class StoreError(ValueError):
 
 
 class StorageError(StoreError):
-    """Storage cannot be reached, or refuses. It says nothing about what is stored there."""
+    """Storage cannot be reached or refuses access. This says nothing about the files that it holds."""
 
 
 class OutageError(StorageError):
-    """Storage was away for longer than anything waits: the same command continues once it answers."""
+    """Storage did not answer for RETRY_SECONDS. The same command continues once it answers again."""

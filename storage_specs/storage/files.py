@@ -1,4 +1,4 @@
-"""Files under one root, on any fsspec file system, written so that a crash leaves either nothing or all of a file."""
+"""Files in one folder of any fsspec file system. Each is written completely or not at all, also in a crash."""
 
 import errno
 import hashlib
@@ -26,77 +26,95 @@ from nfm.storage_specs.storage.errors import OutageError, StorageError, StoreErr
 
 T = TypeVar("T")
 
-IO_THREADS = 8  # that read or write files of one store at a time
-RETRY_SECONDS = 300.0  # how long a server may be away before a run gives up
+IO_THREADS = 8  # threads that read or write files of one store at a time
+RETRY_SECONDS = 300.0  # how long requests to a server that fails are repeated
+_FIRST_PAUSE = 0.1  # seconds between two attempts, doubled each time up to the next
 _LONGEST_PAUSE = 10.0
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-# Errors of the libraries under fsspec that are no OSError; a library that was not imported cannot have raised one.
-_TRANSIENT = (
+_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+# Errors that another attempt would not change.
+_PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+# Errors of the libraries under fsspec that are no OSError, as (module, class). They are looked up in `sys.modules`: a
+# library that was not imported cannot have raised one.
+_LIBRARY_TRANSIENT_ERRORS = (
     ("aiohttp", "ClientError"),
     ("botocore.exceptions", "HTTPClientError"),
     ("botocore.exceptions", "ConnectionError"),
     ("gcsfs.retry", "HttpError"),
 )
-_REFUSED = (("botocore.exceptions", "BotoCoreError"), ("google.auth.exceptions", "GoogleAuthError"))
+_LIBRARY_CREDENTIAL_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("google.auth.exceptions", "GoogleAuthError"))
 
 
 def sha256(data: bytes | NDArray[np.uint8]) -> str:
+    """The SHA-256 of bytes or of a contiguous byte array, as 64 hexadecimal digits."""
     return hashlib.sha256(data if isinstance(data, bytes) else data.data).hexdigest()
 
 
 def check_relative_path(path: str) -> str:
-    """`path` if it stays inside its root, else StoreError: paths in a manifest are another team's input."""
+    """Return `path`. Raises StoreError unless it is a plain relative path that stays inside the folder it is joined to:
+    the paths in a manifest may come from another team."""
     parts = path.split("/")
-    if not path or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
+    has_bad_character = "\\" in path or "\0" in path
+    has_bad_part = any(part in ("", ".", "..") for part in parts)
+    if not path or has_bad_character or has_bad_part:
         raise StoreError(f"got path {path!r} in a store; expected a plain relative path inside the store")
     return path
 
 
-def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:
+def _imported_classes(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:
+    """Those of the (module, class) names whose module was imported."""
     return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
 
 
-def _transient() -> tuple[type[Exception], ...]:
-    return (OSError, *_loaded(_TRANSIENT))
+def _transient_errors() -> tuple[type[Exception], ...]:
+    """Errors of a file system that another attempt may not meet."""
+    return (OSError, *_imported_classes(_LIBRARY_TRANSIENT_ERRORS))
 
 
-def _refused() -> tuple[type[Exception], ...]:
-    return _loaded(_REFUSED)
+def _credential_errors() -> tuple[type[Exception], ...]:
+    """Errors of a file system about credentials or profiles."""
+    return _imported_classes(_LIBRARY_CREDENTIAL_ERRORS)
 
 
 class Root:
-    """One directory, local or remote, and the files in it by relative path.
+    """A folder, local or remote, and the files in it by relative path.
 
-    `options` are those of the fsspec file system (`endpoint_url`, `profile`, `anon`, …). What fails for a moment on a
-    remote one is tried again for RETRY_SECONDS, then raises StoreError.
+    `options` are those of the fsspec file system (`endpoint_url`, `profile`, `anon`, …). A request to a remote file
+    system that fails is repeated for RETRY_SECONDS; then OutageError is raised, a StoreError. Setting `stop_retrying`
+    ends the repetitions at once, when nobody needs the result any more.
     """
 
     def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
+        """Raises StoreError if there is no file system for the URL."""
         self.url = url.rstrip("/") or "/"
         try:
             self.fs, self.path = fsspec.core.url_to_fs(self.url, **(options or {}))
         except (ValueError, ImportError, TypeError) as error:
             raise StoreError(f"cannot open {url!r}: {error}") from error
         self.local = isinstance(self.fs, LocalFileSystem)
-        self.stop_retrying = Event()  # set when nobody waits any more: trying again ends
+        self.stop_retrying = Event()
 
     def full_path(self, path: str) -> str:
+        """The path in the file system of a file below this folder. Raises StoreError for a path that leaves it."""
         return posixpath.join(self.path, check_relative_path(path))
 
     def _retry(self, path: str, action: Callable[[], T]) -> T:
-        """`action()`, again and again with growing pauses while a remote file system is in trouble."""
+        """The result of `action()`. On a remote file system it is called again, with growing pauses, until it succeeds.
+
+        Raises OutageError after RETRY_SECONDS or once `stop_retrying` is set, and StorageError if the server refuses
+        access. An error that another attempt would not change, such as FileNotFoundError, is raised as it is.
+        """
         if self.local:
             return action()
-        deadline, pause = time.monotonic() + RETRY_SECONDS, 0.1
+        deadline = time.monotonic() + RETRY_SECONDS
+        pause = _FIRST_PAUSE
         while True:
             try:
                 return action()
-            except _FINAL:
+            except _PERMANENT_ERRORS:
                 raise
-            except _transient() as error:
-                status = getattr(error, "status", None)  # of HTTP
-                if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
+            except _transient_errors() as error:
+                http_status = getattr(error, "status", None)
+                if isinstance(http_status, int) and 400 <= http_status < 500 and http_status not in (408, 429):
                     raise StorageError(
                         f"{self.url}/{path}: {error}; expected a server that gives access to it"
                     ) from error
@@ -105,20 +123,22 @@ class Root:
                         f"{self.url}/{path}: {error or type(error).__name__}; tried for {RETRY_SECONDS:.0f} s. "
                         "The same command continues once the storage answers"
                     ) from error
-                self.stop_retrying.wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  (spreads clients, hides nothing)
+                spread = random.uniform(0.5, 1.0)  # noqa: S311  (so that many clients do not all come back at once)
+                self.stop_retrying.wait(pause * spread)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            except _refused() as error:
+            except _credential_errors() as error:
                 raise StorageError(
-                    f"{self.url}: {error}; expected credentials in the environment or a profile, or storage options "
-                    "such as anon=true"
+                    f"{self.url}: {error}; expected credentials in the environment or a profile, "
+                    "or storage options such as anon=true"
                 ) from error
 
     def exists(self, path: str) -> bool:
+        """Whether there is a file or a folder at `path`."""
         self.fs.invalidate_cache()
         return bool(self._retry(path, lambda: self.fs.exists(self.full_path(path))))
 
     def list_names(self, folder: str) -> list[str]:
-        """Sorted file names directly in `folder`; empty if there is none."""
+        """Sorted names of what is directly in `folder`; empty if there is no such folder."""
         self.fs.invalidate_cache()
         try:
             entries = self._retry(folder, lambda: self.fs.ls(self.full_path(folder), detail=False))
@@ -127,101 +147,117 @@ class Root:
         return sorted(posixpath.basename(entry) for entry in entries)
 
     def list_file_sizes(self) -> dict[str, int]:
-        """Bytes of every file below the root, by relative path."""
+        """The size in bytes of every file in this folder and its subfolders, by relative path."""
         self.fs.invalidate_cache()
-        found = self._retry("", lambda: self.fs.find(self.path, detail=True))
-        start = len(self.fs._strip_protocol(self.path).rstrip("/")) + 1
-        return {name[start:]: int(entry["size"]) for name, entry in found.items()}
+        entries = self._retry("", lambda: self.fs.find(self.path, detail=True))
+        prefix_length = len(self.fs._strip_protocol(self.path).rstrip("/")) + 1
+        return {name[prefix_length:]: int(entry["size"]) for name, entry in entries.items()}
 
     def size(self, path: str) -> int | None:
-        """Bytes of a file, None if there is no such file."""
+        """The size of a file in bytes; None if there is no such file."""
         self.fs.invalidate_cache()
         try:
             size = self._retry(path, lambda: self.fs.size(self.full_path(path)))
         except FileNotFoundError:
             return None
         if size is None:
-            raise StoreError(f"{self.url}/{path}: got no size from the server, expected one that says it")
+            raise StoreError(f"{self.url}/{path}: got no size from the server, expected one that tells it")
         return int(size)
 
-    def read(self, path: str, limit: int) -> bytes:
-        """The whole of a file of at most `limit` bytes."""
+    def read(self, path: str, max_bytes: int) -> bytes:
+        """The content of a file. Raises StoreError if it is missing, no regular file, or larger than `max_bytes`."""
         if self.local:
-            return self._read_local(path, limit)
+            return self._read_local(path, max_bytes)
         size = self.size(path)
         if size is None:
-            raise StoreError(f"{self.url}/{path} is missing; the store is incomplete or the URL is wrong")
-        if size > limit:
-            raise StoreError(f"{self.url}/{path}: got {size} bytes, expected at most {limit}; this is no file of ours")
+            raise self._missing(path)
+        if size > max_bytes:
+            raise self._too_large(path, size, max_bytes)
         return self.read_range(path, 0, size) if size else b""
 
-    def _read_local(self, path: str, limit: int) -> bytes:
-        name = f"{self.url}/{path}"
+    def _read_local(self, path: str, max_bytes: int) -> bytes:
         try:
-            with (
-                open_regular_file(self.full_path(path)) as (descriptor, size),
-                os.fdopen(descriptor, "rb", closefd=False) as file,
-            ):
-                if size > limit:
-                    raise StoreError(f"{name}: got {size} bytes, expected at most {limit}; this is no file of ours")
-                return file.read(size)
+            with open_regular_file(self.full_path(path)) as (descriptor, size):
+                if size > max_bytes:
+                    raise self._too_large(path, size, max_bytes)
+                with os.fdopen(descriptor, "rb", closefd=False) as file:
+                    return file.read(size)
         except FileNotFoundError as error:
-            raise StoreError(f"{name} is missing; the store is incomplete or the URL is wrong") from error
+            raise self._missing(path) from error
         except OSError as error:
             raise StoreError(
-                f"{name}: {error.strerror}; expected a file (a model is <folder>/model.safetensors)"
+                f"{self.url}/{path}: {error.strerror}; expected a file (a model is <folder>/model.safetensors)"
             ) from error
 
+    def _missing(self, path: str) -> StoreError:
+        return StoreError(f"{self.url}/{path} is missing; the store is incomplete or the URL is wrong")
+
+    def _too_large(self, path: str, size: int, max_bytes: int) -> StoreError:
+        return StoreError(f"{self.url}/{path}: got {size} bytes, expected at most {max_bytes}; this is no file of ours")
+
     def read_range(self, path: str, start: int | None, end: int | None) -> bytes:
-        """Bytes start … end of a file."""
+        """Bytes `start` (inclusive) to `end` (exclusive) of a file; None stands for its beginning or its end. Raises
+        StoreError if the file is missing."""
         try:
             data = self._retry(path, lambda: self.fs.cat_file(self.full_path(path), start=start, end=end))
         except FileNotFoundError as error:
-            raise StoreError(f"{self.url}/{path} is missing; the store is incomplete or the URL is wrong") from error
+            raise self._missing(path) from error
         assert isinstance(data, bytes)
         return data
 
     def write(self, path: str, data: bytes) -> None:
-        """Durable and atomic: a reader sees the old file or the new one, also after a crash."""
-        full = self.full_path(path)
-        if not self.local:
-            if not any(name in self.fs.protocol for name in ("s3", "gs")):  # which have no folders, only buckets
-                self._retry(path, lambda: self.fs.makedirs(posixpath.dirname(full), exist_ok=True))
-            # One PUT, or a multipart upload that completes or does not.
-            self._retry(path, lambda: self.fs.pipe_file(full, data))
+        """Write a file so that it is durable when this returns, and that a reader sees the old file or the new one at
+        any time, also after a crash. Makes missing folders. Raises OSError."""
+        if self.local:
+            self._write_local(self.full_path(path), data)
             return
-        Path(full).parent.mkdir(parents=True, exist_ok=True)
-        temporary = f"{full}.{uuid.uuid4().hex}.tmp"
+        full_path = self.full_path(path)
+        has_folders = not any(name in self.fs.protocol for name in ("s3", "gs"))  # these have buckets alone
+        if has_folders:
+            self._retry(path, lambda: self.fs.makedirs(posixpath.dirname(full_path), exist_ok=True))
+        # One PUT, or a multipart upload, which takes effect as a whole.
+        self._retry(path, lambda: self.fs.pipe_file(full_path, data))
+
+    def _write_local(self, full_path: str, data: bytes) -> None:
+        """Write and flush a temporary file, give it its final name, and flush the folder."""
+        Path(full_path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = f"{full_path}.{uuid.uuid4().hex}.tmp"
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, full)
+            os.replace(temporary, full_path)
         finally:
             Path(temporary).unlink(missing_ok=True)
-        directory = os.open(posixpath.dirname(full), os.O_RDONLY)
+        directory = os.open(posixpath.dirname(full_path), os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
 
     def delete_temporary_files(self, keep: str) -> None:
-        """Delete the temporary files of writers that were killed, but for those of the file `keep`, which lives. Object
-        stores show none."""
-        if self.local:
-            for path in Path(self.path).rglob("*.tmp"):
-                if _TEMPORARY.search(path.name) and not str(path).startswith(self.full_path(keep)):
-                    path.unlink(missing_ok=True)
+        """Delete the temporary files that killed writers left behind. Those of the file `keep` stay, because it may be
+        in the middle of a write. On object stores there are none."""
+        if not self.local:
+            return
+        for path in Path(self.path).rglob("*.tmp"):
+            belongs_to_keep = str(path).startswith(self.full_path(keep))
+            if _TEMPORARY_NAME.search(path.name) and not belongs_to_keep:
+                path.unlink(missing_ok=True)
 
     def delete(self, path: str) -> None:
+        """Delete a file. Raises FileNotFoundError if there is none."""
         self._retry(path, lambda: self.fs.rm_file(self.full_path(path)))
 
 
 @contextmanager
 def open_regular_file(path: str | Path) -> Iterator[tuple[int, int]]:
-    """Descriptor and size of a local file. Raises OSError, also for what is no regular file: of other teams' stores,
-    a pipe would hang and a device never end."""
+    """An open descriptor, for reading, and the size of a local file.
+
+    Raises OSError if there is no file or no regular one: in a store of another team, a pipe would block for ever and a
+    device never end.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         status = os.fstat(descriptor)
@@ -233,14 +269,15 @@ def open_regular_file(path: str | Path) -> Iterator[tuple[int, int]]:
 
 
 def map_file(path: str | Path) -> NDArray[np.uint8]:
-    """A local file as a read-only byte array that the page cache backs. Raises OSError."""
+    """The bytes of a local file as a read-only memory map, (size,). Raises OSError if it cannot be read."""
     with open_regular_file(path) as (descriptor, size):
-        if size == 0:  # which cannot be mapped
+        if size == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype=np.uint8)
         return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), np.uint8)
 
 
 def set_file_system_options(options: dict[str, dict[str, Any]]) -> None:
-    """Options of fsspec file systems by protocol (`s3`, `gs`, `http`, …), for every Root of this process."""
+    """Set options of fsspec file systems by protocol (`s3`, `gs`, `http`, …), for every `Root` made afterwards in this
+    process."""
     for protocol, values in options.items():
         fsspec.config.conf[protocol] = {**fsspec.config.conf.get(protocol, {}), **values}

@@ -1,9 +1,12 @@
-"""The right to drive one output: a second driver is refused while the first one lives.
+"""The right to write one output: a second driver is refused while the first one lives.
 
-A lease is a small file that its holder renews. Whoever finds one waits until it changes (then its holder lives) or has
-not changed for LEASE_SECONDS (then it is dead); no clocks are compared. A holder on this machine whose process is gone
-is known to be dead at once. Object stores have no lock that all of them share, so two drivers that start in the same
-instant may both go on until the next renewal; their bytes are the same, which makes that harmless.
+A lease is a small file that its holder rewrites every RENEW_SECONDS. A driver that finds such a file waits: if the
+file changes, its holder lives, and the driver is refused; if it does not change for LEASE_SECONDS, its holder is dead,
+and the driver takes over. No clocks of two machines are compared. A holder on the same machine whose process is gone is
+known to be dead at once.
+
+Object stores offer no lock that all of them share. Two drivers that start in the same instant may therefore both run
+until the next renewal. They write the same bytes, which makes that harmless.
 """
 
 import os
@@ -23,50 +26,66 @@ from nfm.storage_specs.storage.files import Root
 
 RENEW_SECONDS = 5.0
 LEASE_SECONDS = 30.0
-MAX_BYTES = 1 << 24
+BURST_SECONDS = 0.2  # between two writes of the lease file, however often the units in flight change
+MAX_LEASE_BYTES = 1 << 24
 
 
 class Holder(StrictModel):
-    """Who drives, and what it has in hand."""
+    """The content of a lease file: which process holds the lease, and what it is working on."""
 
-    token: str
-    host: str
+    token: str  # random, of one `Lease` object
+    host: str  # the result of `_machine_id`
     pid: int
-    born: str  # start of the process in clock ticks, so that a later process with its number is not taken for it
-    beat: int
-    in_flight: list[str]  # units begun and not committed when this was written
-    ended: bool  # gave the lease back, with units in hand
+    process_start_time: str  # in clock ticks, so that a later process with the same pid is not taken for the holder
+    renewals: int  # counts the writes, so that every renewal changes the file
+    in_flight: list[str]  # names of units that were started and had no commit record when this was written
+    released: bool  # the holder gave the lease back and left the units in flight unfinished
 
     @property
-    def name(self) -> str:
+    def process_name(self) -> str:
+        """For messages: "process 1234 on host-a"."""
         return f"process {self.pid} on {self.host.partition(' ')[0]}"
 
-    def dead(self) -> bool:
-        """Known to be gone. On another machine nothing is known, unless it said so itself."""
-        return self.ended or (self.host == _machine() != "" and _born(self.pid) != self.born)
+    def is_known_dead(self) -> bool:
+        """Whether the holder released the lease, or was a process of this machine that no longer runs. Nothing is known
+        of processes on other machines."""
+        if self.released:
+            return True
+        if self.host == "" or self.host != _machine_id():
+            return False
+        return _process_start_time(self.pid) != self.process_start_time
 
 
 class Lease:
-    """Held inside a `with` block. `left` is what a holder that died before had in hand.
+    """The lease of the output at `url`, held inside a `with` block. `path` is the lease file, relative to `url`.
 
-    Raises StoreError on entry while another driver lives, and from `check` once another one took over.
+    Entering waits until a previous holder is known to be dead, and raises StoreError if it lives. A thread then renews
+    the lease file; if another driver took over or the file cannot be written, `raise_if_lost` raises StoreError.
+    Leaving deletes the file, except after an error with units in flight: then the file stays, so that the next driver
+    knows these units.
+
+    `previous_in_flight` holds the names of the units that a dead holder left unfinished.
     """
 
     def __init__(self, url: str, path: str) -> None:
-        self.root = Root(url)  # its own, so that it alone gives up at the end
+        self.root = Root(url)  # not shared: when the lease ends, only its own requests stop retrying
         self.path = path
-        self.token, self.beat, self.in_flight = uuid.uuid4().hex, 0, list[str]()
+        self.token = uuid.uuid4().hex
+        self.renewals = 0
+        self.in_flight: list[str] = []
         self.previous_in_flight: list[str] = []
-        self._lost: StoreError | None = None  # why this one must stop
-        self._taken = False  # by another driver
-        self._stop, self._changed = threading.Event(), threading.Event()
+        self._error: StoreError | None = None  # why the lease was lost
+        self._taken_over = False  # by another driver
+        self._stop = threading.Event()
+        self._in_flight_changed = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="nfm-lease", daemon=True)
 
     def __enter__(self) -> Self:
-        there = self._read()
-        if there is not None:
-            self._wait_for_death(there)
-            self.previous_in_flight = self.in_flight = there.in_flight
+        existing = self._read()
+        if existing is not None:
+            self._wait_until_dead(existing)
+            self.previous_in_flight = existing.in_flight
+            self.in_flight = existing.in_flight
         self._write()
         self._thread.start()
         return self
@@ -75,97 +94,116 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._changed.set()
+        self._in_flight_changed.set()
         if error is not None:
-            self.root.stop_retrying.set()  # what ended the block may be that storage is away
+            self.root.stop_retrying.set()  # the block may have ended because storage does not answer
         self._thread.join()
-        if self._taken:
+        if self._taken_over:
             return
-        with suppress(FileNotFoundError, *((OSError, StoreError) if error is not None else ())):
-            try:
-                if error is not None and self.in_flight:
-                    self._write(ended=True)
-                    return
-            except OSError:
-                pass  # a full disk, which does not keep a file from being deleted
-            self.root.delete(self.path)
+        if error is None:
+            with suppress(FileNotFoundError):
+                self.root.delete(self.path)
+            return
+        with suppress(OSError, StoreError):  # the caller is to see `error`, not what follows from it
+            self._release()
 
-    def set_in_flight(self, in_flight: Iterable[str]) -> None:
-        """Tell the next driver what to count as begun, should this one die."""
-        self.in_flight = sorted(in_flight)
-        self._changed.set()
+    def _release(self) -> None:
+        """Leave a file that says that the lease is released and which units are in flight, or delete the file."""
+        if self.in_flight:
+            try:
+                self._write(released=True)
+                return
+            except OSError:
+                pass  # such as a full disk, on which a file can still be deleted
+        self.root.delete(self.path)
+
+    def set_in_flight(self, units: Iterable[str]) -> None:
+        """Set the names of the units that are being worked on. The next driver finds them if this one dies."""
+        self.in_flight = sorted(units)
+        self._in_flight_changed.set()
 
     def raise_if_lost(self) -> None:
-        if self._lost is not None:
-            raise self._lost
+        """Raise StoreError if another driver took over, or if the lease file could not be renewed."""
+        if self._error is not None:
+            raise self._error
 
-    def _wait_for_death(self, there: Holder) -> None:
-        since = time.monotonic()
-        while not there.dead() and time.monotonic() - since < LEASE_SECONDS:
+    def _wait_until_dead(self, holder: Holder) -> None:
+        """Return when the holder is dead or its file is gone. Raises StoreError if the file changes meanwhile."""
+        start = time.monotonic()
+        while not holder.is_known_dead() and time.monotonic() - start < LEASE_SECONDS:
             time.sleep(RENEW_SECONDS / 5)
-            now = self._read()
-            if now is None:
+            current = self._read()
+            if current is None:
                 return
-            if now != there:
+            if current != holder:
                 raise StoreError(
-                    f"{self.root.url}: {now.name} is encoding into it; wait until it ends, or stop it: the same "
-                    "command then continues"
+                    f"{self.root.url}: {current.process_name} is encoding into it; wait until it ends, or stop it: "
+                    "the same command then continues"
                 )
 
     def _read(self) -> Holder | None:
+        """The content of the lease file; None if there is no such file, or none that this version can read."""
         if not self.root.exists(self.path):
             return None
         try:
-            return parse_json(Holder, self.root.read(self.path, MAX_BYTES), f"{self.root.url}/{self.path}")
+            return parse_json(Holder, self.root.read(self.path, MAX_LEASE_BYTES), f"{self.root.url}/{self.path}")
         except StorageError:
             raise
-        except StoreError:  # deleted between the two looks, or no lease of ours
+        except StoreError:  # the file was deleted after `exists`, or is no lease
             return None
 
-    def _write(self, ended: bool = False) -> None:
+    def _write(self, released: bool = False) -> None:
         holder = Holder(
             token=self.token,
-            host=_machine(),
+            host=_machine_id(),
             pid=os.getpid(),
-            born=_born(os.getpid()),
-            beat=self.beat,
+            process_start_time=_process_start_time(os.getpid()),
+            renewals=self.renewals,
             in_flight=self.in_flight,
-            ended=ended,
+            released=released,
         )
         self.root.write(self.path, canonical_json(holder.model_dump(mode="json")))
-        self.beat += 1
+        self.renewals += 1
 
     def _renew(self) -> None:
-        """Every RENEW_SECONDS, and soon after a change."""
+        """The thread: write the file every RENEW_SECONDS, and soon after the units in flight changed."""
         while not self._stop.is_set():
-            self._changed.wait(RENEW_SECONDS)
-            self._changed.clear()
+            self._in_flight_changed.wait(RENEW_SECONDS)
+            self._in_flight_changed.clear()
             if self._stop.is_set():
                 return
             try:
-                there = self._read()
-                if there is not None and there.token != self.token:
-                    self._taken = True
-                    self._lost = StoreError(f"{self.root.url}: {there.name} took over encoding into it; this one stops")
+                current = self._read()
+                if current is not None and current.token != self.token:
+                    self._taken_over = True
+                    self._error = StoreError(
+                        f"{self.root.url}: {current.process_name} took over encoding into it; this one stops"
+                    )
                     return
                 self._write()
             except StoreError as error:
-                self._lost = error
+                self._error = error
                 return
             except OSError:
-                pass  # a disk that is full for now: at worst another driver takes over, which the next look tells
-            self._stop.wait(0.2)  # changes come in bursts
+                pass  # the disk may be full for a while; if another driver takes over meanwhile, the next read tells
+            self._stop.wait(BURST_SECONDS)
 
 
-def _machine() -> str:
-    """This machine since its start, and the name space of its process numbers: host names repeat."""
-    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {boot.read_text().strip()} {space.readlink()}" if boot.exists() else ""
+def _machine_id() -> str:
+    """Identity of this machine since it started: host name, boot id and the name space of its process numbers (host
+    names repeat between machines, process numbers between containers). Empty where the system does not tell."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    pid_namespace = Path("/proc/self/ns/pid")
+    if not boot_id.exists():
+        return ""
+    return f"{socket.gethostname()} {boot_id.read_text().strip()} {pid_namespace.readlink()}"
 
 
-def _born(pid: int) -> str:
-    """When a process started, in clock ticks since boot; empty if there is none."""
+def _process_start_time(pid: int) -> str:
+    """When a process started, in clock ticks since boot; empty if there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return ""
+    after_name = stat.rpartition(")")[2].split()  # a process name may contain spaces and brackets
+    return after_name[19]  # field 22 of proc(5), `starttime`
