@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,6 +39,7 @@ from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.object_store import ObjectStore
 from tests.tools.small_run import Run
 from tests.tools.stores import LAYOUT_NAMES, content, ignore_progress, tree, without_times
+from tests.tools.waiting import PATIENCE, wait_for
 
 
 @pytest.fixture
@@ -52,8 +53,44 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def s3(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     """The running S3 server, with its endpoint in the configuration as a run has it."""
     monkeypatch.setitem(fsspec.config.conf, "s3", {})
-    set_file_system_options({"s3": object_store.options})
+    set_file_system_options({"s3": object_store.options | {"config_kwargs": {"retries": {"max_attempts": 0}}}})
+    monkeypatch.setattr(files, "RETRY_SECONDS", PATIENCE)  # a server that is slow is not away
     return object_store
+
+
+@pytest.fixture
+def failure(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once any remote operation has failed and is about to be tried again."""
+    failure = threading.Event()
+
+    class Pause(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            failure.set()
+            return super().wait(timeout)
+
+    monkeypatch.setattr(files, "Event", Pause)  # on which every Root waits between its attempts
+    return failure
+
+
+@contextmanager
+def outage(server: ObjectStore, begin: threading.Event, failure: threading.Event) -> Iterator[threading.Event]:
+    """Beside the block, the server is killed once `begin` is set, and started again once a client has met its absence.
+    Gives an event that is set when it has been killed."""
+    killed = threading.Event()
+
+    def kill_and_start() -> None:
+        assert begin.wait(PATIENCE)
+        server.kill()
+        killed.set()
+        try:
+            assert failure.wait(PATIENCE), "nobody met the outage"
+        finally:
+            server.start()
+
+    with ThreadPoolExecutor(1) as executor:
+        done = executor.submit(kill_and_start)
+        yield killed
+        done.result()
 
 
 def cached(cache: Path) -> list[Path]:
@@ -108,23 +145,28 @@ def test_a_window_needs_only_a_small_cache(
         CouplingStream(url, 40, seed=3, window_blocks=4)
 
 
-def test_reading_goes_on_when_the_server_was_killed(s3: ObjectStore, run: Run, cache: Path) -> None:
+def test_reading_goes_on_when_the_server_was_killed(
+    s3: ObjectStore, run: Run, cache: Path, failure: threading.Event
+) -> None:
     local = Store(run.couplings["webdataset"])
     url = f"{s3.bucket('killed-reading')}/couplings"
     copy_store(local, url, ignore_progress, None)
     expected = batches(CouplingStream(local.url, 16, seed=1, window_blocks=1), 60)
     stream = CouplingStream(url, 16, seed=1, window_blocks=1)
     found = [next(stream) for _ in range(5)]
-    s3.kill()
-    start = time.monotonic()
-    threading.Timer(3.0, s3.start).start()
-    found += [next(stream) for _ in range(55)]
-    assert time.monotonic() - start > 3, "the server was away while files were wanted"
+    begin = threading.Event()
+    with outage(s3, begin, failure) as killed:
+        begin.set()
+        assert killed.wait(PATIENCE)
+        found += [next(stream) for _ in range(55)]
     stream.close()
     assert same(found, expected)
 
 
-def test_writing_goes_on_when_the_server_was_killed(s3: ObjectStore, run: Run, cache: Path) -> None:
+def test_writing_goes_on_when_the_server_was_killed(
+    s3: ObjectStore, run: Run, cache: Path, failure: threading.Event
+) -> None:
+    """It is killed while the second block is written, and at the latest before the last one."""
     local = Store(run.couplings["webdataset"])
     url = f"{s3.bucket('killed-writing')}/couplings"
     writer = StoreWriter(url, local.spec)
@@ -140,14 +182,14 @@ def test_writing_goes_on_when_the_server_was_killed(s3: ObjectStore, run: Run, c
             writing.write_stored_draw(k, z, noise, error)
         writing.commit()
 
-    start = time.monotonic()
-    threading.Timer(0.3, s3.kill).start()
-    restarted = threading.Timer(3.5, s3.start)
-    restarted.start()
-    for block in range(local.spec.blocks):
-        write(block)
-    assert time.monotonic() - start > 3, "the server was away while blocks were written"
-    restarted.join()
+    begin = threading.Event()
+    with outage(s3, begin, failure) as killed:
+        for block in range(local.spec.blocks):
+            if block == 1:
+                begin.set()
+            if block == local.spec.blocks - 1:
+                assert killed.wait(PATIENCE)
+            write(block)
     assert not writer.list_missing_units()
     writer.finalize()
     assert Store(url).dataset.id == local.dataset.id
@@ -249,9 +291,15 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_is_oldest(cache: Path) -> N
         root.write(str(i), data)
     limited = Cache(max_bytes=450_000)
 
+    def clock() -> int:
+        """The time that the file system gives to files, by which the order of use is known."""
+        probe = cache.with_name("probe")
+        probe.touch()
+        return probe.stat().st_mtime_ns
+
     def fetch(i: int) -> Path:
         path = limited.fetch(root, str(i), 100_000, sha256(contents[i]))
-        time.sleep(0.01)  # the order of use is told by the clock of the file system
+        wait_for(lambda: clock() > path.stat().st_mtime_ns, "the next tick of the file system's clock")
         return path
 
     paths = [fetch(i) for i in range(4)]
@@ -274,7 +322,7 @@ def test_processes_share_a_cache(s3: ObjectStore, run: Run, cache: Path) -> None
     command = [sys.executable, "-c", script, url, json.dumps(s3.options)]
     environment = {**os.environ, "NFM_CACHE": str(cache)}
     readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
-    sums = {reader.communicate(timeout=120)[0] for reader in readers}
+    sums = {reader.communicate(timeout=PATIENCE)[0] for reader in readers}
     assert len(sums) == 1 and float(sums.pop())
     assert all(sha256(path.read_bytes()) == path.name for path in cached(cache))
 
@@ -316,33 +364,49 @@ def test_a_failed_part_leaves_nothing_that_still_writes(cache: Path, monkeypatch
     """Of many ranges one fails at once and the others come late: none may write into a file opened since."""
     size = 4 * PART_BYTES
     root = Root("memory://parts")
+    opened_since = threading.Event()
+    late = deque[int]()
 
     def read_range(self: Root, path: str, start: int, end: int) -> bytes:
         if start == 0:
             raise StoreError("gone")
-        time.sleep(0.3)
+        late.append(start)
+        opened_since.wait(0.2)  # set by then only where the fetch did not wait for this part
         return b"?" * (end - start)
 
     monkeypatch.setattr(Root, "read_range", read_range)
+    parts = Cache()
     with pytest.raises(StoreError, match="gone"):
-        Cache().fetch(root, "file", size, "0" * 64)
+        parts.fetch(root, "file", size, "0" * 64)
     with open(cache / "other", "w+b") as other:
         other.write(b"mine")
         other.flush()
-        time.sleep(0.6)
+        opened_since.set()
+        parts._parts.shutdown()  # waits for all threads
+        assert len(late) == 3
         assert os.fstat(other.fileno()).st_size == 4
 
 
-def test_closing_does_not_wait_for_a_server_that_is_away(s3: ObjectStore, run: Run, cache: Path) -> None:
+def test_closing_does_not_wait_for_a_server_that_is_away(
+    s3: ObjectStore, run: Run, cache: Path, failure: threading.Event
+) -> None:
+    """Which would be tried for as long as PATIENCE."""
     url = f"{s3.bucket('closing')}/couplings"
     copy_store(Store(run.couplings["webdataset"]), url, ignore_progress, None)
     stream = CouplingStream(url, 16, seed=1, window_blocks=1)
     next(stream)
+
+    def read_on() -> None:
+        with suppress(StoreError, ValueError, CancelledError):  # away, or closed
+            deque(stream, maxlen=0)
+
     s3.kill()
     try:
-        time.sleep(1)
-        start = time.monotonic()
-        stream.close()
-        assert time.monotonic() - start < 20  # the client's own attempts, not ours of five minutes
+        threading.Thread(target=read_on, daemon=True).start()
+        assert failure.wait(PATIENCE)
+        closing = threading.Thread(target=stream.close, daemon=True)
+        closing.start()
+        closing.join(PATIENCE / 2)
+        assert not closing.is_alive()
     finally:
         s3.start()
