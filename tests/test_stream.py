@@ -10,13 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.storage_specs.format.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec
-from nfm.storage_specs.reading.batches import Buffers
-from nfm.storage_specs.reading.order import MIXTURE_PERIOD, epoch_draws, epoch_order, permutation, source_seed
+from nfm.storage_specs.format.schema import LayoutName
+from nfm.storage_specs.reading.batches import BufferPool
+from nfm.storage_specs.reading.order import (
+    MIXTURE_PERIOD,
+    choose_epoch_draws,
+    derive_source_seed,
+    make_epoch_order,
+    permutation,
+)
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState, View
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.writing.writer import StoreWriter
+from tests.tools.random_couplings import write_random_couplings
 from tests.tools.small_run import Run
 
 
@@ -35,13 +41,13 @@ def test_frozen_permutation() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_an_epoch_shows_every_row_once(window: int | None) -> None:
-    rows = epoch_order(100, 16, seed=0, epoch=3, window_blocks=window).rows
+    rows = make_epoch_order(100, 16, seed=0, epoch=3, window_blocks=window).rows
     assert sorted(rows.tolist()) == list(range(100))
-    assert not np.array_equal(rows, epoch_order(100, 16, seed=0, epoch=4, window_blocks=window).rows)
+    assert not np.array_equal(rows, make_epoch_order(100, 16, seed=0, epoch=4, window_blocks=window).rows)
 
 
 def test_a_window_holds_few_blocks_at_a_time() -> None:
-    blocks = epoch_order(160, 16, seed=0, epoch=0, window_blocks=2).rows // 16
+    blocks = make_epoch_order(160, 16, seed=0, epoch=0, window_blocks=2).rows // 16
     for window in blocks.reshape(-1, 32):
         assert len(set(window.tolist())) == 2
 
@@ -51,9 +57,9 @@ def test_the_shuffle_is_one(window: int | None) -> None:
     """Rank correlation with the stored order, and neighbours from one block, as chance would have them; in windows,
     within each window."""
     n, block_rows = 20_000, 200
-    order = epoch_order(n, block_rows, seed=0, epoch=0, window_blocks=window)
+    order = make_epoch_order(n, block_rows, seed=0, epoch=0, window_blocks=window)
     correlations = []
-    for start, end, blocks in zip(order.starts[:-1], order.starts[1:], order.windows, strict=True):
+    for start, end, blocks in zip(order.window_starts[:-1], order.window_starts[1:], order.windows, strict=True):
         rows = order.rows[start:end]
         assert set((rows // block_rows).tolist()) == set(blocks.tolist())
         ranks = np.argsort(np.argsort(rows))
@@ -70,7 +76,7 @@ def test_the_shuffle_is_one(window: int | None) -> None:
 
 def test_k_epochs_show_each_draw_of_each_block_once() -> None:
     for cycle in (0, 2):
-        draws = np.stack([epoch_draws(50, 4, seed=7, epoch=4 * cycle + turn) for turn in range(4)])
+        draws = np.stack([choose_epoch_draws(50, 4, seed=7, epoch=4 * cycle + turn) for turn in range(4)])
         assert (np.sort(draws, axis=0) == np.arange(4)[:, None]).all()
         assert len({tuple(order) for order in draws.T.tolist()}) > 10, "blocks take their draws in different orders"
 
@@ -132,41 +138,6 @@ def test_sizes_that_do_not_fit_are_refused(run: Run, batch: int, rank: int, worl
         CouplingStream(run.couplings["webdataset"], batch, 0, rank=rank, world_size=world)
 
 
-def couplings(url: str, layout: LayoutName, shape: tuple[int, int, int], rows: int, draws: int, seed: int = 0) -> None:
-    """A store of random numbers."""
-    noise = NoiseSpec(law="philox-as241-v1", seed=0, dtype="float16", stored=False)
-    teacher = TeacherSpec(architecture={}, sha256="0" * 64, training={})
-    coupling = CouplingSpec(
-        draws=draws,
-        eta=0.1,
-        precision="fp32",
-        z_dtype="float16",
-        z_scale_sha256=None,
-        noise=noise,
-        teacher=teacher,
-        source="0" * 64,
-    )
-    spec = Spec(
-        kind="couplings",
-        layout=layout,
-        rows=rows,
-        block_rows=32,
-        shape=shape,
-        num_classes=3,
-        class_names=["a", "b", "c"],
-        preprocessing={},
-        coupling=coupling,
-    )
-    writer, rng = StoreWriter(url, spec), np.random.default_rng(seed)
-    writer.initialize()
-    for block in range(spec.blocks):
-        here = spec.rows_of(block)
-        x = rng.integers(0, 256, (here, *shape), dtype=np.uint8)
-        z = rng.standard_normal((draws, here, *shape), dtype=np.float32)
-        writer.write_block(block, {"x": x, "label": rng.integers(0, 3, here)}, z, None)
-    writer.finalize()
-
-
 @pytest.mark.parametrize("layout", ["webdataset", "zarr"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (1, 8, 8), (4, 33, 31)])
 @pytest.mark.parametrize("rows", [31, 97])
@@ -174,7 +145,7 @@ def test_any_shape_and_length_is_gathered_as_stored(
     tmp_path: Path, layout: LayoutName, shape: tuple[int, int, int], rows: int
 ) -> None:
     """The one strided matrix over all files against the slow and obvious."""
-    couplings(str(tmp_path), layout, shape, rows, draws=3)
+    write_random_couplings(str(tmp_path), layout, shape, rows, draws=3)
     store = Store(str(tmp_path))
     with closing(CouplingStream(store.url, 2 * rows + 5, seed=1, window_blocks=2)) as stream:
         batch = next(stream)
@@ -190,7 +161,7 @@ def test_any_shape_and_length_is_gathered_as_stored(
 def test_a_mixture_has_its_weights_and_each_store_its_own_sequence(tmp_path: Path) -> None:
     urls = [f"{tmp_path}/{i}" for i in range(3)]
     for i, (url, rows) in enumerate(zip(urls, (97, 40, 64), strict=True)):
-        couplings(url, "zarr" if i == 1 else "webdataset", (1, 4, 4), rows, draws=2, seed=i)
+        write_random_couplings(url, "zarr" if i == 1 else "webdataset", (1, 4, 4), rows, draws=2, seed=i)
     sources = [Source(url, weight) for url, weight in zip(urls, (5.0, 2.0, 1.0), strict=True)]
     with closing(CouplingStream(sources, 100, seed=4)) as stream:
         found = [next(stream) for _ in range(2 * MIXTURE_PERIOD // 100)]
@@ -200,7 +171,7 @@ def test_a_mixture_has_its_weights_and_each_store_its_own_sequence(tmp_path: Pat
     assert torch.bincount(source).tolist() == [12500, 5000, 2500]
     assert torch.unique(source[:50]).tolist() == [0, 1, 2], "mixed, not one after the other"
     for i, url in enumerate(urls):
-        with closing(CouplingStream(url, 1250, seed=source_seed(4, i))) as alone:
+        with closing(CouplingStream(url, 1250, seed=derive_source_seed(4, i))) as alone:
             single = next(alone)
         for name in ("x", "z", "label", "index", "draw"):
             whole = torch.cat([getattr(batch, name) for batch in found])[source == i][:1250]
@@ -218,21 +189,21 @@ def test_weights_that_are_none_are_refused(run: Run, weights: tuple[float, float
 
 
 def test_stores_of_other_shapes_do_not_mix(run: Run, tmp_path: Path) -> None:
-    couplings(str(tmp_path), "zarr", (1, 4, 4), 40, draws=2)
+    write_random_couplings(str(tmp_path), "zarr", (1, 4, 4), 40, draws=2)
     with pytest.raises(StoreError, match="another shape"):
         CouplingStream([Source(run.couplings["zarr"]), Source(str(tmp_path))], 8, seed=0)
 
 
 def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it() -> None:
-    buffers = Buffers()
-    first = buffers.take(4, 3, torch.float32)
+    pool = BufferPool()
+    first = pool.allocate(4, 3, torch.float32)
     address, part = first.data_ptr(), first[1:2]
-    assert buffers.take(4, 3, torch.float32).data_ptr() != address
+    assert pool.allocate(4, 3, torch.float32).data_ptr() != address
     del first
-    assert buffers.take(4, 3, torch.float32).data_ptr() != address, "a view still shows it"
+    assert pool.allocate(4, 3, torch.float32).data_ptr() != address, "a view still shows it"
     part += 1
     del part
-    assert address in {tensor.data_ptr() for tensor in [buffers.take(4, 3, torch.float32) for _ in range(3)]}
+    assert address in {tensor.data_ptr() for tensor in [pool.allocate(4, 3, torch.float32) for _ in range(3)]}
 
 
 def test_batches_kept_by_the_caller_do_not_change(run: Run) -> None:
@@ -295,7 +266,7 @@ EXITS = {"end": "", "error": "raise SystemExit(3)", "exception": "1 / 0", "held"
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> str:
     url = str(tmp_path_factory.mktemp("large"))
-    couplings(url, "zarr", (3, 32, 32), 2048, draws=1)
+    write_random_couplings(url, "zarr", (3, 32, 32), 2048, draws=1)
     return url
 
 
@@ -303,7 +274,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_program_may_end_with_a_stream_open(large: str, name: str) -> None:
     """No thread reads memory that the end of the interpreter takes away: a batch is under way when it comes."""
     script = (
-        "import sys\nfrom storage_specs.stream import CouplingStream\n"
+        "import sys\nfrom nfm.storage_specs.reading.stream import CouplingStream\n"
         f"s = CouplingStream(sys.argv[1], 8192, 0)\nfor _ in range(3): next(s)\n{EXITS[name]}"
     )
     done = subprocess.run([sys.executable, "-c", script, large], capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Making one batch: buffers, the rows of one store or of a mixture, and the conversion to float32."""
+"""Making one batch: its memory, the samples of one store or of a mixture of stores, the conversion to float32."""
 
 import weakref
 from dataclasses import dataclass, replace
@@ -9,115 +9,168 @@ from numpy.typing import NDArray
 
 from nfm.storage_specs.format.pixels import scale_pixels
 from nfm.storage_specs.reading.order import Mixture
-from nfm.storage_specs.reading.rows import RowReader
+from nfm.storage_specs.reading.rows import RowReader, SampleBuffers
 
 
 @dataclass(frozen=True)
 class Batch:
-    """x (B, C, H, W) float32 in [-1, 1]; z / σ_f (B, C, H, W) float32, empty for the view "samples"; label and index
-    (B,) int64; draw (B,) int64, -1 for the view "samples"; source (B,) int64, which store of a mixture.
+    """B samples.
 
-    Of a stream with `stored`, x is uint8 and z as the files hold it, until `CouplingStream.to_float`.
+    For the view "samples", z is empty and draw is -1. For a stream with `stored`, x is uint8 and z has the dtype and
+    the values of the files, until `CouplingStream.to_float` converts them.
     """
 
-    x: torch.Tensor
-    z: torch.Tensor
-    label: torch.Tensor
-    index: torch.Tensor
-    draw: torch.Tensor
-    source: torch.Tensor
+    x: torch.Tensor  # (B, C, H, W) float32 in [-1, 1]
+    z: torch.Tensor  # (B, C, H, W) float32: z / σ_f
+    label: torch.Tensor  # (B,) int64
+    index: torch.Tensor  # (B,) int64: the row of the store
+    draw: torch.Tensor  # (B,) int64: which noise draw z comes from
+    source: torch.Tensor  # (B,) int64: which store of a mixture the sample comes from, 0 if there is only one
 
     def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; from pinned memory, the copy runs in the background."""
         return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
 
-class Buffers:
-    """Memory for batches, used again once nobody holds the batch: fresh memory costs a page fault every 4 KiB.
+class BufferPool:
+    """Memory for batches, which is reused when no tensor shares it any more.
 
-    With CUDA, torch does the same for pinned memory.
+    New memory would cost a page fault for every 4 KiB. With CUDA, memory is pinned, and torch has such a pool itself.
     """
 
     def __init__(self) -> None:
         self._pinned = torch.cuda.is_available()
-        self._free: dict[int, list[NDArray[np.uint8]]] = {}
-        self._lent: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}  # by size in bytes
+        self._in_use: dict[int, weakref.ref[NDArray[np.uint8]]] = {}  # by the id of the reference
 
-    def take(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor (rows, columns) with arbitrary content."""
         if self._pinned:
             return torch.empty(rows, columns, dtype=dtype, pin_memory=True)
-        size = rows * columns * dtype.itemsize
-        free = self._free.setdefault(size, [])
-        memory = free.pop() if free else np.empty(size, dtype=np.uint8)
-        shown = memory.view()  # what the tensor holds on to; its end is the end of all tensors that share the memory
+        num_bytes = rows * columns * dtype.itemsize
+        free = self._free.setdefault(num_bytes, [])
+        memory = free.pop() if free else np.empty(num_bytes, dtype=np.uint8)
+        # The tensor, and every tensor made from it, keeps this view alive, but not `memory`. When the last of them is
+        # gone, so is the view, and `reclaim` is called.
+        view = memory.view()
 
-        def give_back(reference: weakref.ref[NDArray[np.uint8]]) -> None:
-            del self._lent[id(reference)]
+        def reclaim(reference: weakref.ref[NDArray[np.uint8]]) -> None:
+            del self._in_use[id(reference)]
             free.append(memory)
 
-        lent = weakref.ref(shown, give_back)
-        self._lent[id(lent)] = lent  # a reference that is itself garbage calls nobody
-        return torch.from_numpy(shown).view(dtype).view(rows, columns)
+        reference = weakref.ref(view, reclaim)
+        self._in_use[id(reference)] = reference  # Python calls `reclaim` only if the reference itself is alive
+        return torch.from_numpy(view).view(dtype).view(rows, columns)
 
 
 class BatchMaker:
-    """Any batch of the endless sequence, for one rank of several."""
+    """Makes any batch of the global sequence, for rank `rank` of `world_size`.
+
+    `readers` are the stores of `mixture`, in its order. `batch_size` is that of the global batch, a multiple of
+    `world_size`. With `stored`, batches hold the values of the files.
+    """
 
     def __init__(
         self, readers: list[RowReader], mixture: Mixture, batch_size: int, rank: int, world_size: int, stored: bool
     ) -> None:
         self._readers, self._mixture, self._stored = readers, mixture, stored
-        self._share = batch_size // world_size
-        self._offset = rank * self._share
+        self._rank_batch_size = batch_size // world_size
+        self._rank_offset = rank * self._rank_batch_size
         self._shape = readers[0].spec.shape
         self._dim = readers[0].spec.dim
-        self._buffers = Buffers()
+        self._pool = BufferPool()
 
-    def make(self, start: int) -> Batch:
-        """This rank's slice of the global batch that starts at sample `start`."""
-        share, dim = self._share, self._dim
-        start += self._offset
-        source = np.zeros(share, dtype=np.int64)
-        column = self._readers[0].z
-        x = self._buffers.take(share, dim, torch.uint8 if self._stored else torch.float32)
-        z = None
-        if column is not None:
-            z = self._buffers.take(share, dim, column.dtype if self._stored else torch.float32)
-        label, index, draw = (torch.empty(share, dtype=torch.int64) for _ in range(3))
+    def make_batch(self, start: int) -> Batch:
+        """This rank's slice of the global batch that begins at sample `start`. Raises StoreError for a bad file."""
+        rank_start = start + self._rank_offset
+        size = self._rank_batch_size
+        buffers = self._allocate_buffers(size)
         if len(self._readers) == 1:
-            self._readers[0].read(start, self._stored, x, z, label, index, draw)
+            source = np.zeros(size, dtype=np.int64)
+            self._readers[0].read(rank_start, buffers)
         else:
-            source, before = self._mixture.sources(start, share), self._mixture.counts(start)
-            for number, reader in enumerate(self._readers):
-                here = torch.from_numpy(np.flatnonzero(source == number))
-                if len(here):
-                    parts = [tensor[: len(here)].clone() for tensor in (x, label, index, draw)]
-                    z_part = None if z is None else z[: len(here)].clone()
-                    reader.read(int(before[number]), self._stored, parts[0], z_part, *parts[1:])
-                    for whole, part in zip((x, label, index, draw), parts, strict=True):
-                        whole[here] = part
-                    if z is not None and z_part is not None:
-                        z[here] = z_part
+            source = self._mixture.choose_sources(rank_start, size)
+            self._read_mixture(rank_start, source, buffers)
         return Batch(
-            x=x.view(share, *self._shape),
-            z=torch.empty(0, *self._shape) if z is None else z.view(share, *self._shape),
-            label=label,
-            index=index,
-            draw=draw,
+            x=buffers.x.view(size, *self._shape),
+            z=torch.empty(0, *self._shape) if buffers.z is None else buffers.z.view(size, *self._shape),
+            label=buffers.label,
+            index=buffers.index,
+            draw=buffers.draw,
             source=torch.from_numpy(source),
         )
 
+    def _allocate_buffers(self, size: int) -> SampleBuffers:
+        """Memory for `size` samples."""
+        x_dtype = torch.uint8 if self._stored else torch.float32
+        z = None
+        z_column = self._readers[0].z
+        if z_column is not None:
+            z_dtype = z_column.dtype if self._stored else torch.float32
+            z = self._pool.allocate(size, self._dim, z_dtype)
+        return SampleBuffers(
+            x=self._pool.allocate(size, self._dim, x_dtype),
+            z=z,
+            label=torch.empty(size, dtype=torch.int64),
+            index=torch.empty(size, dtype=torch.int64),
+            draw=torch.empty(size, dtype=torch.int64),
+            as_stored=self._stored,
+        )
+
+    def _read_mixture(self, start: int, source: NDArray[np.int64], buffers: SampleBuffers) -> None:
+        """Fill the buffers with the samples from `start` on, whose stores are `source`, (B,)."""
+        samples_before = self._mixture.count_samples_before(start)
+        for number, reader in enumerate(self._readers):
+            positions = torch.from_numpy(np.flatnonzero(source == number))
+            if len(positions) == 0:
+                continue
+            part = _allocate_like(buffers, len(positions))
+            reader.read(int(samples_before[number]), part)
+            buffers.x[positions] = part.x
+            if buffers.z is not None and part.z is not None:
+                buffers.z[positions] = part.z
+            buffers.label[positions] = part.label
+            buffers.index[positions] = part.index
+            buffers.draw[positions] = part.draw
+
     def to_float(self, batch: Batch) -> Batch:
-        """A batch of this maker with x in [-1, 1] and z / σ_f as float32, where it is; itself, unless `stored`."""
+        """A batch of this maker with x in [-1, 1] and z / σ_f, float32 on the device of the batch.
+
+        Without `stored` batches are so already, and the batch itself is returned.
+        """
         if not self._stored:
             return batch
         x = scale_pixels(batch.x, out=torch.empty_like(batch.x, dtype=torch.float32))
-        z = torch.empty_like(batch.z, dtype=torch.float32)
-        for number, reader in enumerate(self._readers if len(z) else ()):
-            here = slice(None) if len(self._readers) == 1 else batch.source == number
-            part = batch.z[here].flatten(1)
-            z[here] = reader.scale_z(part, out=torch.empty_like(part, dtype=torch.float32)).view(-1, *self._shape)
+        if len(batch.z) == 0:
+            z = torch.empty_like(batch.z, dtype=torch.float32)
+        elif len(self._readers) == 1:
+            z = self._scale_z(self._readers[0], batch.z)
+        else:
+            z = torch.empty_like(batch.z, dtype=torch.float32)
+            for number, reader in enumerate(self._readers):
+                from_reader = batch.source == number
+                z[from_reader] = self._scale_z(reader, batch.z[from_reader])
         return replace(batch, x=x, z=z)
 
+    def _scale_z(self, reader: RowReader, stored_z: torch.Tensor) -> torch.Tensor:
+        """z / σ_f, (B, C, H, W) float32, of samples of one store from their z as its files hold it."""
+        rows = stored_z.flatten(1)
+        scaled = reader.scale_z(rows, out=torch.empty_like(rows, dtype=torch.float32))
+        return scaled.view(-1, *self._shape)
+
     def close(self) -> None:
+        """Close all readers."""
         for reader in self._readers:
             reader.close()
+
+
+def _allocate_like(buffers: SampleBuffers, size: int) -> SampleBuffers:
+    """Ordinary memory for `size` samples in the dtypes of the buffers."""
+    return SampleBuffers(
+        x=torch.empty_like(buffers.x[:size]),
+        z=None if buffers.z is None else torch.empty_like(buffers.z[:size]),
+        label=torch.empty_like(buffers.label[:size]),
+        index=torch.empty_like(buffers.index[:size]),
+        draw=torch.empty_like(buffers.draw[:size]),
+        as_stored=buffers.as_stored,
+    )

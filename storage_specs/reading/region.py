@@ -1,5 +1,7 @@
-"""Many files as one array: an address range with a slot for each file, so that rows from any number of files come with
-one gather and no loop over files.
+"""The fast way to read rows: many files mapped side by side into one range of addresses.
+
+The whole range is one strided tensor, so rows of any number of files come with one `torch.index_select`, without a loop
+over files.
 """
 
 import ctypes
@@ -12,97 +14,172 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.reading.mapped_rows import RowPlacement, check_file_size
 from nfm.storage_specs.storage.files import open_regular_file
 
-# What Python's mmap module, which cannot map at a given address, leaves out; the same on Linux and macOS.
+# What Python's mmap module, which cannot map a file at a given address, leaves out. The values are those of Linux (on
+# every processor that torch is built for) and of macOS.
 _MAP_FIXED = 0x10
 _PROT_NONE = 0
-_MADV_POPULATE_READ = 22  # Linux 5.14; elsewhere it fails, and pages come one by one
-_FAILED = ctypes.c_void_p(-1).value
+_MADV_POPULATE_READ = 22  # Linux 5.14; an older one refuses it, and then pages are mapped one by one on first use
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+def _load_libc() -> ctypes.CDLL | None:
+    """The C library with the functions that this module calls, or None where the platform has no such library."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [
+            ctypes.c_void_p,  # address
+            ctypes.c_size_t,  # length
+            ctypes.c_int,  # protection
+            ctypes.c_int,  # flags
+            ctypes.c_int,  # file descriptor
+            ctypes.c_long,  # offset in the file: off_t where addresses have 64 bits
+        ]
+        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    except (OSError, TypeError, AttributeError):  # no library under this name (Windows), or none with these functions
+        return None
+    return libc
+
+
+_libc = _load_libc()
+
+
+def supports_region(placement: RowPlacement) -> bool:
+    """Whether `RegionRows` can read such a column on this machine. That takes
+
+    - a C library with `mmap`, `munmap` and `madvise`, and Linux or macOS, whose constants are written down here;
+    - addresses of 64 bits: 32 hold hardly one store, and `off_t` has another size there;
+    - a little-endian processor, since values are read in place as the files hold them;
+    - rows that are aligned to their dtype, in the file and in the step between rows (see `RegionRows`). Rows of both
+      layouts are, on pages of any size that is a power of two.
+
+    Whether the address space is large enough shows only when it is reserved: see AddressSpaceError.
+    """
+    itemsize = placement.dtype.itemsize
+    return (
+        _libc is not None
+        and sys.platform in ("linux", "darwin")
+        and sys.maxsize > 2**32
+        and sys.byteorder == "little"
+        and placement.offset % itemsize == 0
+        and _step_bytes(placement) % itemsize == 0
+    )
+
+
+def _step_bytes(placement: RowPlacement) -> int:
+    """The largest number of bytes that divides both the stride of rows and the distance between files."""
+    return int(np.gcd(placement.stride, mmap.PAGESIZE))
+
+
+class AddressSpaceError(OSError):
+    """The address space that is left to this process, or that any process can have, is too small for all files."""
 
 
 class Region:
-    """Address space for `slots` files of at most `file_bytes` each; costs nothing before files are mapped into it.
+    """A reserved range of addresses with `num_slots` slots, each for a file of at most `file_bytes`.
 
-    Rows may only be read from slots that are mapped: the caller keeps count, for anything else is a segmentation fault.
+    It takes no memory before files are mapped into it. To read a slot into which no file is mapped is a segmentation
+    fault: the caller must keep account. Raises AddressSpaceError if the range cannot be reserved.
     """
 
-    def __init__(self, slots: int, file_bytes: int) -> None:
-        self.slot_bytes = -(-file_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        total, address = slots * self.slot_bytes, _FAILED
-        if total < sys.maxsize:
-            address = _libc.mmap(None, total, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-        if address == _FAILED:
-            raise StoreError(f"{slots} files of {file_bytes} bytes are more than there is address space for")
+    def __init__(self, num_slots: int, file_bytes: int) -> None:
+        assert _libc is not None
+        self._libc = _libc
+        num_pages = -(-file_bytes // mmap.PAGESIZE)
+        self.slot_bytes = num_pages * mmap.PAGESIZE
+        total_bytes = num_slots * self.slot_bytes
+        message = f"{num_slots} files of {file_bytes} bytes are more than there is address space for"
+        if total_bytes >= sys.maxsize:
+            raise AddressSpaceError(message)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        address = self._libc.mmap(None, total_bytes, _PROT_NONE, flags, -1, 0)
+        if address == _MAP_FAILED:
+            raise AddressSpaceError(message)
         assert address is not None
-        self._address = address
-        memory = (ctypes.c_uint8 * total).from_address(address)
-        # When the last array or tensor that shows it is gone; not at exit, where a thread may still read.
-        weakref.finalize(memory, _libc.munmap, address, total).atexit = False
-        self._bytes: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
+        self._address: int = address
+        memory = (ctypes.c_uint8 * total_bytes).from_address(address)
+        # Unmapped when the last array or tensor that shares the memory is gone; never at exit, where a thread may
+        # still be reading.
+        finalizer = weakref.finalize(memory, self._libc.munmap, address, total_bytes)
+        finalizer.atexit = False
+        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
 
-    def map(self, slot: int, path: Path, size: int) -> NDArray[np.uint8]:
-        """The file's bytes, now also in its slot. Raises StoreError if it has another size, which the manifest said and
-        the region was made for; OSError if it cannot be opened."""
-        assert 0 < size <= self.slot_bytes
-        address = self._address + slot * self.slot_bytes
-        with open_regular_file(path) as (descriptor, found):
-            if found != size:
-                raise StoreError(
-                    f"{path}: got {found} bytes, expected {size}; the file is truncated or overlong, repair or copy it "
-                    "again"
-                )
-            mapped = _libc.mmap(address, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0)
-            if mapped != address:
-                raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())} (mmap)", str(path))
-        _libc.madvise(address, size, _MADV_POPULATE_READ)
-        data = self._bytes[slot * self.slot_bytes :][:size]
+    def map_file(self, slot: int, path: Path, file_bytes: int) -> NDArray[np.uint8]:
+        """Map a file into a slot, in place of what is there. Returns and raises what `MappedRows.map_file` does."""
+        assert 0 < file_bytes <= self.slot_bytes
+        start = slot * self.slot_bytes
+        address = self._address + start
+        with open_regular_file(path) as (descriptor, actual_bytes):
+            check_file_size(path, actual_bytes, file_bytes)
+            flags = mmap.MAP_SHARED | _MAP_FIXED
+            mapped_address = self._libc.mmap(address, file_bytes, mmap.PROT_READ, flags, descriptor, 0)
+            if mapped_address != address:
+                error_number = ctypes.get_errno()
+                raise OSError(error_number, f"{os.strerror(error_number)} (mmap)", str(path))
+        if sys.platform == "linux":
+            self._libc.madvise(address, file_bytes, _MADV_POPULATE_READ)
+        data = self.bytes[start : start + file_bytes]
         data.flags.writeable = False
         return data
 
-    def unmap(self, slot: int) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    def unmap_file(self, slot: int) -> None:
+        """Give the memory of a slot back, and keep its addresses reserved."""
         address = self._address + slot * self.slot_bytes
-        assert _libc.mmap(address, self.slot_bytes, _PROT_NONE, flags, -1, 0) == address
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        reserved_address = self._libc.mmap(address, self.slot_bytes, _PROT_NONE, flags, -1, 0)
+        assert reserved_address == address
 
 
-class Rows:
-    """The rows of all slots of a region as one matrix, whose row numbers `locate` gives.
+class RegionRows:
+    """Implements `MappedRows` with a Region, all of which is one matrix of rows. See `supports_region`.
 
-    A matrix has one stride, files have page-aligned slots and their own stride, so the matrix steps by a unit that
-    divides both; its rows overlap, and most of them are never asked for.
+    Within a file, rows follow each other at one stride; files begin at multiples of the page size. A matrix has only
+    one step from row to row. So the matrix steps by a number of bytes that divides both, and all rows of all files are
+    among its rows; `locate` says where. Its other rows, which overlap them, are never read.
+
+    Raises AddressSpaceError if the address space is too small for all files at once.
     """
 
-    def __init__(self, region: Region, dtype: torch.dtype, dim: int, offset: int, stride: int) -> None:
-        self._unit = int(np.gcd(stride, mmap.PAGESIZE))
-        assert self._unit % dtype.itemsize == 0
-        self._slot_units, self._row_units = region.slot_bytes // self._unit, stride // self._unit
-        self._memory = torch.from_numpy(region._bytes)[offset:]
-        row_bytes = dim * dtype.itemsize
-        count = (len(self._memory) - row_bytes) // self._unit + 1
-        whole = self._memory[: len(self._memory) // dtype.itemsize * dtype.itemsize].view(dtype)
-        steps = (self._unit // dtype.itemsize, 1)
-        self._matrix = torch.as_strided(whole, (count, dim), steps, whole.storage_offset())
-        probes = -(-(row_bytes - 1) // mmap.PAGESIZE) + 1  # bytes of a row, at most a page apart
-        self._probes = torch.arange(probes) * ((row_bytes - 1) // max(1, probes - 1))
+    def __init__(self, placement: RowPlacement) -> None:
+        self._region = Region(placement.num_slots, placement.file_bytes)
+        itemsize, row_bytes = placement.dtype.itemsize, placement.row_bytes
+        self._step_bytes = _step_bytes(placement)
+        self._steps_per_slot = self._region.slot_bytes // self._step_bytes
+        self._steps_per_row = placement.stride // self._step_bytes
+        self._bytes = torch.from_numpy(self._region.bytes)[placement.offset :]
+        num_values = len(self._bytes) // itemsize
+        values = self._bytes[: num_values * itemsize].view(placement.dtype)
+        num_steps = (len(self._bytes) - row_bytes) // self._step_bytes + 1
+        self._matrix = torch.as_strided(
+            values, (num_steps, placement.dim), (self._step_bytes // itemsize, 1), values.storage_offset()
+        )
+        # Bytes of a row, from its first to its last, no two further apart than a page: at least one in each page.
+        num_gaps = -(-(row_bytes - 1) // mmap.PAGESIZE)
+        gap_bytes = (row_bytes - 1) // max(1, num_gaps)
+        self._probe_offsets = torch.arange(num_gaps + 1) * gap_bytes
 
-    def locate(self, slot: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:
-        return slot * self._slot_units + row * self._row_units
+    def map_file(self, slot: int, path: Path, file_bytes: int) -> NDArray[np.uint8]:
+        return self._region.map_file(slot, path, file_bytes)
 
-    def gather(self, where: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """The rows `where` (B,) into `out` (B, n).
+    def unmap_file(self, slot: int) -> None:
+        self._region.unmap_file(slot)
 
-        A byte of each of their pages is read first. These reads do not wait for each other, so the processor looks the
-        pages up side by side, and the gather, which is a third faster for it, finds them looked up: files have pages of
-        4 KiB, and random rows no two in one.
+    def locate(self, slots: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return slots * self._steps_per_slot + rows * self._steps_per_row
+
+    def gather(self, positions: Tensor, out: Tensor) -> Tensor:
+        """As `MappedRows.gather`.
+
+        It first reads one byte in each page of these rows and throws the bytes away. These reads do not wait for each
+        other, so the processor looks up many pages at a time; the copy that follows finds them looked up, and is a
+        third faster. (Files have pages of 4 KiB, and random rows hardly ever share one.)
         """
-        torch.index_select(self._memory, 0, torch.add(self._probes, where[:, None], alpha=self._unit).view(-1))
-        return torch.index_select(self._matrix, 0, where, out=out)
+        probes = torch.add(self._probe_offsets, positions[:, None], alpha=self._step_bytes)
+        torch.index_select(self._bytes, 0, probes.view(-1))
+        return torch.index_select(self._matrix, 0, positions, out=out)

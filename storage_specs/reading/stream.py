@@ -10,19 +10,19 @@ from typing import Any, Literal
 
 from nfm.storage_specs.format.schema import Kind
 from nfm.storage_specs.reading.batches import Batch, BatchMaker
-from nfm.storage_specs.reading.order import Mixture, source_seed
+from nfm.storage_specs.reading.order import Mixture, derive_source_seed
 from nfm.storage_specs.reading.rows import RowReader
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.cache import Cache
 from nfm.storage_specs.storage.errors import StoreError
 
 View = Literal["samples", "pairs"]
-AHEAD = 2  # batches under preparation; more would only spread over more memory
+PREFETCH_BATCHES = 2  # made ahead of the caller; more would not be faster, only take more memory
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where the global sequence stands: `position` samples into `epoch`."""
+    """How far a stream has come: its next batch begins `position` samples into epoch `epoch`."""
 
     epoch: int = 0
     position: int = 0
@@ -30,26 +30,35 @@ class StreamState:
 
 @dataclass(frozen=True)
 class Source:
-    """A store of a mixture, with the share of samples that comes from it (relative to the other weights)."""
+    """A store of a mixture."""
 
     url: str
-    weight: float = 1.0
-    options: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0  # its share of the samples, relative to the other weights
+    options: dict[str, Any] = field(default_factory=dict)  # of its fsspec file system
 
 
 class CouplingStream:
-    """Batches of a coupling store ("pairs": x with one draw of z) or of any store ("samples": x alone), or of a mixture
-    of several with the same shape and classes.
+    """Endless shuffled batches of a store, or of a mixture of stores that agree in shape and classes.
 
-    `batch_size` is the global batch, of which rank r of `world_size` gets its r-th slice, so the global sequence does
-    not depend on the number of readers. Epochs follow each other without a gap: a batch may span two of them; an epoch
-    of a mixture is as many samples as its stores have rows. `window_blocks` bounds what must be at hand at a time (see
-    order.py), and with it the cache a remote store needs; it changes the order. Batches are prepared in the background;
-    memory is pinned where CUDA is. With `stored`, values come as the files hold them, less than half the bytes to bring
-    to an accelerator, and `to_float` does there what is otherwise done here (stores of a mixture that differ in z's
-    dtype give float32 all the same). Set `state` to continue a sequence.
+    `url` is the URL of a store, or a list of `Source`s. The view "pairs" needs coupling stores, and gives x with one
+    draw of z; "samples" takes any store, and gives x alone. See `Batch` for shapes and ranges.
 
-    Raises StoreError for a broken store, ValueError for sizes that do not fit.
+    `batch_size` is the size of the global batch, of which rank `rank` of `world_size` gets its slice, number `rank`. So
+    the global sequence does not depend on the number of readers. Epochs follow each other without a gap: a batch may
+    span two of them. An epoch of a mixture has as many samples as its stores have rows. `state` says how far the stream
+    has come; set it to continue from there.
+
+    `window_blocks` is the number of blocks that are shuffled together (see order.py); without it, all are. Only the
+    files of one window must be on the local disk at a time, so it bounds the cache that a remote store needs. It
+    changes the order.
+
+    Batches are made in the background, in pinned memory where CUDA is available. With `stored`, x and z come in the
+    dtypes and values of the files, less than half the bytes to copy to an accelerator; `to_float` converts them on
+    their device. (Stores of a mixture whose z differ in dtype give float32 all the same.) `options` are those of the
+    fsspec file system of `url`.
+
+    Raises StoreError if a store is missing, damaged or of the wrong kind, also from `next`; ValueError for sizes or
+    weights that do not fit.
     """
 
     def __init__(
@@ -64,10 +73,10 @@ class CouplingStream:
         options: dict[str, Any] | None = None,
         stored: bool = False,
     ) -> None:
-        if batch_size < 1 or batch_size % world_size or not 0 <= rank < world_size:
+        if batch_size < 1 or batch_size % world_size != 0 or not 0 <= rank < world_size:
             raise ValueError(
-                f"got global batch {batch_size} for rank {rank} of {world_size}; expected a positive multiple of "
-                "the world size"
+                f"got global batch {batch_size} for rank {rank} of {world_size}; "
+                "expected a positive multiple of the world size"
             )
         if window_blocks is not None and window_blocks < 1:
             raise ValueError(f"got window_blocks {window_blocks}; expected at least 1")
@@ -78,115 +87,149 @@ class CouplingStream:
         self.stores = [Store(source.url, kind, source.options, cache) for source in sources]
         mixture = Mixture([source.weight for source in sources], seed)
         self.spec = self.stores[0].spec
-        for store in self.stores[1:]:
-            for name in ("shape", "class_names"):
-                if getattr(store.spec, name) != getattr(self.spec, name):
-                    raise StoreError(f"{store.url}: got another {name} than in {self.stores[0].url}; a mixture has one")
+        self._check_stores_agree()
         if view == "pairs" and len({store.spec.dtype("z") for store in self.stores}) > 1:
             stored = False  # one tensor has one dtype
         self._readers = [
-            RowReader(store, source_seed(seed, number), view == "pairs", window_blocks)
+            RowReader(store, derive_source_seed(seed, number), view == "pairs", window_blocks)
             for number, store in enumerate(self.stores)
         ]
-        self._check_room(cache)
-        self._epoch_rows = sum(store.spec.rows for store in self.stores)
-        self._maker = BatchMaker(self._readers, mixture, batch_size, rank, world_size, stored)
-        self._next = 0  # the first sample that __next__ has not given out
-        self._start()
+        self._share_cache(cache)
+        self._epoch_samples = sum(store.spec.rows for store in self.stores)
+        self._batch_maker = BatchMaker(self._readers, mixture, batch_size, rank, world_size, stored)
+        self._next_sample = 0  # at which the next batch that __next__ returns begins
+        self._start_producer()
 
-    def _start(self) -> None:
-        self._producer = Producer(self._maker)
-        self._finalizer = weakref.finalize(self, _shut_down, self._producer, self._maker)
+    def _check_stores_agree(self) -> None:
+        """Raise StoreError unless all stores have the shape and the classes of the first."""
+        first = self.stores[0]
+        for store in self.stores[1:]:
+            for name in ("shape", "class_names"):
+                if getattr(store.spec, name) != getattr(first.spec, name):
+                    raise StoreError(
+                        f"{store.url}: got another {name} than in {first.url}; expected stores of one {name} in a "
+                        "mixture"
+                    )
 
-    def _check_room(self, cache: Cache) -> None:
-        """Raise StoreError unless the cache holds a window of the remote stores."""
-        remote = [reader for reader in self._readers if not reader.store.root.local]
-        needed = sum(reader.window_bytes for reader in remote)
-        if needed > cache.max_bytes:
+    def _share_cache(self, cache: Cache) -> None:
+        """Tell the readers of remote stores how many of their windows the cache holds.
+
+        Raises StoreError if it does not hold one window of each.
+        """
+        remote_readers = [reader for reader in self._readers if not reader.store.root.local]
+        needed_bytes = sum(reader.window_bytes for reader in remote_readers)
+        if needed_bytes > cache.max_bytes:
             raise StoreError(
-                f"{remote[0].store.url}: a window needs {needed / 1e9:.2f} GB, the cache holds "
-                f"{cache.max_bytes / 1e9:.2f} GB; raise storage.cache_gb, or set a smaller window_blocks"
+                f"{remote_readers[0].store.url}: a window needs {needed_bytes / 1e9:.2f} GB, "
+                f"the cache holds {cache.max_bytes / 1e9:.2f} GB; "
+                "raise storage.cache_gb, or set a smaller window_blocks"
             )
-        for reader in remote:
-            reader.use_cache(cache.max_bytes / needed)
+        for reader in remote_readers:
+            reader.set_cache_share(cache.max_bytes / needed_bytes)
+
+    def _start_producer(self) -> None:
+        self._producer = BatchProducer(self._batch_maker)
+        self._finalizer = weakref.finalize(self, _shut_down, self._producer, self._batch_maker)
 
     @property
     def state(self) -> StreamState:
-        return StreamState(*divmod(self._next, self._epoch_rows))
+        """Where the next batch begins."""
+        epoch, position = divmod(self._next_sample, self._epoch_samples)
+        return StreamState(epoch, position)
 
     @state.setter
     def state(self, state: StreamState) -> None:
-        if state.epoch < 0 or not 0 <= state.position < self._epoch_rows:
-            raise ValueError(f"got {state}; expected a position below {self._epoch_rows}")
+        """Continue from a state. Raises ValueError if no stream of this data has it, or if the stream is closed."""
+        if state.epoch < 0 or not 0 <= state.position < self._epoch_samples:
+            raise ValueError(f"got {state}; expected a position below {self._epoch_samples}")
         if not self._finalizer.alive:
             raise ValueError("the stream is closed")
-        self._producer.stop()
+        self._producer.stop()  # discards the batches that it has made
         self._finalizer.detach()
-        self._next = state.epoch * self._epoch_rows + state.position
-        self._start()
+        self._next_sample = state.epoch * self._epoch_samples + state.position
+        self._start_producer()
 
     def __iter__(self) -> "CouplingStream":
         return self
 
     def __next__(self) -> Batch:
-        while self._producer.asked < AHEAD:
-            self._producer.ask(self._next + self._producer.asked * self.batch_size)
-        batch = self._producer.get()
-        self._next += self.batch_size
+        while self._producer.num_pending < PREFETCH_BATCHES:
+            self._producer.request(self._next_sample + self._producer.num_pending * self.batch_size)
+        batch = self._producer.wait_for_batch()
+        self._next_sample += self.batch_size
         return batch
 
     def to_float(self, batch: Batch) -> Batch:
-        """A batch of this stream with x in [-1, 1] and z / σ_f as float32, where it is; itself, unless `stored`."""
-        return self._maker.to_float(batch)
+        """A batch of this stream with x in [-1, 1] and z / σ_f, float32 on the device of the batch.
+
+        Without `stored` batches are so already, and the batch itself is returned.
+        """
+        return self._batch_maker.to_float(batch)
 
     def close(self) -> None:
-        """Stop the threads, and wait for the one that reads; a stream that is garbage does so by itself."""
+        """Stop the threads, and wait for the one that makes batches. Also happens when the stream is garbage."""
         self._finalizer()
 
 
-class Producer:
-    """A thread that makes batches ahead of the caller. It ends with its stream, or with the program."""
+class BatchProducer:
+    """A thread that makes the batches that were requested, in the order of the requests.
 
-    def __init__(self, maker: BatchMaker) -> None:
-        self._requests: SimpleQueue[int | None] = SimpleQueue()
+    The thread ends with `stop`, or with the program.
+    """
+
+    def __init__(self, batch_maker: BatchMaker) -> None:
+        self._requests: SimpleQueue[int | None] = SimpleQueue()  # first samples of batches; None ends the thread
         self._results: SimpleQueue[Batch | Exception] = SimpleQueue()
-        self._thread = Thread(target=_produce, args=(maker, self._requests, self._results), daemon=True)
+        self._thread = Thread(
+            target=_make_batches, args=(batch_maker, self._requests, self._results), daemon=True, name="nfm-batches"
+        )
         self._thread.start()
         self._failure: Exception | None = None
-        self.asked = 0  # batches that were asked for and not yet given out
+        self.num_pending = 0  # batches that were requested and not yet returned
 
-    def ask(self, start: int) -> None:
+    def request(self, start: int) -> None:
+        """Ask for the batch that begins at sample `start`."""
         self._requests.put(start)
-        self.asked += 1
+        self.num_pending += 1
 
-    def get(self) -> Batch:
-        """The next batch that was asked for. After a failure there is no other: the failure is raised again."""
-        result = self._failure or self._results.get()
+    def wait_for_batch(self) -> Batch:
+        """The oldest pending batch. Raises what making it raised, and then the same again on every further call."""
+        if self._failure is not None:
+            raise self._failure
+        result = self._results.get()
         if isinstance(result, Exception):
             self._failure = result
             raise result
-        self.asked -= 1
+        self.num_pending -= 1
         return result
 
     def stop(self) -> None:
+        """Discard what is pending and wait for the thread to end. Raises nothing if it was stopped before."""
         with suppress(Empty):
             while True:
                 self._requests.get_nowait()
         self._requests.put(None)
-        if current_thread() is not self._thread:  # in which a garbage collection may end up here
+        # A garbage collection may run in any thread, and so call this in the very thread that is to end.
+        if current_thread() is not self._thread:
             self._thread.join()
         self._failure = ValueError("the stream is closed")
 
 
-def _produce(maker: BatchMaker, requests: "SimpleQueue[int | None]", results: "SimpleQueue[Batch | Exception]") -> None:
+def _make_batches(
+    batch_maker: BatchMaker, requests: "SimpleQueue[int | None]", results: "SimpleQueue[Batch | Exception]"
+) -> None:
+    """What the thread of a BatchProducer runs. It must not refer to the producer, which would then never be garbage."""
     while (start := requests.get()) is not None:
         try:
-            results.put(maker.make(start))
+            results.put(batch_maker.make_batch(start))
         except Exception as error:
-            results.put(error)  # raised where the batch is asked for
+            results.put(error)  # raised in the thread that waits for the batch
 
 
-def _shut_down(producer: Producer, maker: BatchMaker) -> None:
-    """For a stream that is garbage, or that the end of the program found open: no thread may read when memory goes."""
-    maker.close()
+def _shut_down(producer: BatchProducer, batch_maker: BatchMaker) -> None:
+    """Stop all threads of a stream that was closed, is garbage, or is open at the end of the program.
+
+    At the end of the program, no thread may read memory while the interpreter takes it away.
+    """
+    batch_maker.close()
     producer.stop()

@@ -20,7 +20,7 @@ import torch
 from nfm.pipeline.config import load_config
 from nfm.stages.prepare import prepare
 from nfm.stages.train_student import train_student
-from nfm.storage_specs.reading.order import epoch_draws
+from nfm.storage_specs.reading.order import choose_epoch_draws
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
 from nfm.storage_specs.storage.files import IO_THREADS, set_file_system_options
@@ -123,7 +123,7 @@ def remote(root: Path, rounds: int, seconds: float, core: int) -> dict[str, Any]
 
 def _first_epoch(store: Store) -> dict[str, int]:
     """The files that the first epoch of seed 0 reads, with their bytes."""
-    draws = epoch_draws(store.spec.blocks, store.spec.draws, 0, 0)
+    draws = choose_epoch_draws(store.spec.blocks, store.spec.draws, 0, 0)
     files = store.files.items()
     return {record.path: record.bytes for key, record in files if key.draw in (-1, draws[key.block])}
 

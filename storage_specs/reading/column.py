@@ -1,0 +1,110 @@
+"""One column of a store (x or z): its files, which of them are mapped, and rows from any of them."""
+
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nfm.storage_specs.format.manifest import FileKey
+from nfm.storage_specs.reading.mapped_rows import MappedRows, RowPlacement
+from nfm.storage_specs.reading.memmap_rows import MemmapRows
+from nfm.storage_specs.reading.region import AddressSpaceError, RegionRows, supports_region
+from nfm.storage_specs.reading.store import Store
+
+
+def create_mapped_rows(placement: RowPlacement) -> MappedRows:
+    """The fast reader where it can be had, else the plain one, which gives the same rows.
+
+    The fast one is had where `supports_region` says so and the address space holds all files of the column at once. It
+    may not: `ulimit -v` bounds it, and 47 bits of address are 128 TiB. The plain reader is sound then, because it takes
+    address space only for files that are mapped, each at the size that was checked when it was opened, and reserves
+    nothing on the word of the spec. If even that is too much, mapping a file raises OSError.
+    """
+    if supports_region(placement):
+        try:
+            return RegionRows(placement)
+        except AddressSpaceError:
+            return MemmapRows(placement)
+    return MemmapRows(placement)
+
+
+class Column:
+    """The files of one column, for all blocks (and draws), with rows of n = C·H·W values.
+
+    `name` is "x", which has one file for each block, or "z", which has one for each block and draw; `draws` is the
+    number of draws, 1 for x.
+    """
+
+    def __init__(self, store: Store, name: str, dtype: torch.dtype, draws: int) -> None:
+        self.store, self.spec = store, store.spec
+        self.name, self.dtype = name, dtype
+        offset, stride = store.layout.row_placement(self.spec, name)
+        self._rows = create_mapped_rows(
+            RowPlacement(
+                num_slots=self.spec.blocks * draws,
+                file_bytes=store.layout.file_size(self.spec, name, self.spec.block_rows),
+                file_rows=self.spec.block_rows,
+                offset=offset,
+                stride=stride,
+                dim=self.spec.dim,
+                dtype=dtype,
+            )
+        )
+        self._mapped: OrderedDict[FileKey, None] = OrderedDict()  # an ordered set: the file used longest ago is first
+        self._parsed: set[FileKey] = set()
+        self._buffer = torch.empty(0, dtype=dtype)
+
+    def _slot(self, key: FileKey) -> int:
+        draw = max(key.draw, 0)  # a file of x has draw -1
+        return draw * self.spec.blocks + key.block
+
+    def is_mapped(self, key: FileKey) -> bool:
+        """Whether rows of this file can be gathered."""
+        return key in self._mapped
+
+    def map_file(self, key: FileKey) -> NDArray[np.int64] | None:
+        """Map a file, and check its content unless that was done before. Call `mark_used` afterwards.
+
+        Returns the labels that the file holds, (rows,): those of x in the WebDataset layout, on the first call for the
+        file; otherwise None. Safe to call from several threads for different files. Raises StoreError, naming the file,
+        if it is missing or damaged.
+        """
+        slot, file_bytes = self._slot(key), self.store.files[key].bytes
+        data = self.store.use_local_file(key, lambda path: self._rows.map_file(slot, path, file_bytes))
+        if key in self._parsed:
+            return None
+        columns = self.store.parse_columns(key, data, sha256_checked=not self.store.root.local)
+        self._parsed.add(key)
+        return columns.get("label")
+
+    def mark_used(self, key: FileKey) -> None:
+        """Note that a file is mapped, and that it is the one used last."""
+        self._mapped[key] = None
+        self._mapped.move_to_end(key)
+
+    def unmap_unused(self, used: set[FileKey], max_mapped: int) -> None:
+        """Unmap the files used longest ago until at most `max_mapped` are mapped, but none of those in `used`."""
+        num_excess = max(0, len(self._mapped) - max_mapped)
+        unused = [key for key in self._mapped if key not in used]
+        for key in unused[:num_excess]:
+            self._rows.unmap_file(self._slot(key))
+            del self._mapped[key]
+
+    def locate(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None) -> Tensor:
+        """The positions, (B,) int64, that `gather` takes for these rows of the store, (B,), and draws, (B,) or None."""
+        blocks, rows_in_file = np.divmod(rows, self.spec.block_rows)
+        slots = blocks if draws is None else draws * self.spec.blocks + blocks
+        return torch.from_numpy(self._rows.locate(slots, rows_in_file))
+
+    def gather(self, positions: Tensor, out: Tensor | None) -> Tensor:
+        """The rows at these positions, (B, n) in the dtype of the files, whose files must be mapped.
+
+        They are copied into `out`; if that is None, into memory of the column, which the next call overwrites.
+        """
+        if out is None:
+            if len(self._buffer) < len(positions):
+                self._buffer = torch.empty(len(positions), self.spec.dim, dtype=self.dtype)
+            out = self._buffer[: len(positions)]
+        return self._rows.gather(positions, out)

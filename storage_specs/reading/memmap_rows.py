@@ -1,0 +1,72 @@
+"""The plain way to read rows: one memory-mapped array for each file, and a loop over the files of a batch."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nfm.storage_specs.reading.mapped_rows import RowPlacement, check_file_size
+from nfm.storage_specs.storage.files import open_regular_file
+
+
+class MemmapRows:
+    """Implements `MappedRows` with nothing that depends on the platform.
+
+    It needs no more address space than the mapped files take, and does not depend on the byte order of the machine, nor
+    on how rows are aligned. A row that was never mapped is a KeyError or an IndexError.
+    """
+
+    def __init__(self, placement: RowPlacement) -> None:
+        self._placement = placement
+        self._rows_by_slot: dict[int, NDArray[Any]] = {}
+
+    def map_file(self, slot: int, path: Path, file_bytes: int) -> NDArray[np.uint8]:
+        data = _map_bytes(path, file_bytes)
+        self._rows_by_slot[slot] = self._view_rows(data)
+        return data
+
+    def unmap_file(self, slot: int) -> None:
+        del self._rows_by_slot[slot]
+
+    def locate(self, slots: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return slots * self._placement.file_rows + rows
+
+    def gather(self, positions: Tensor, out: Tensor) -> Tensor:
+        slots, rows = np.divmod(positions.numpy(), self._placement.file_rows)
+        # NumPy has no bfloat16, so values are copied as unsigned integers of the same size.
+        target = out.view(torch.uint8).numpy().view(f"=u{self._placement.dtype.itemsize}")
+        for slot in np.unique(slots).tolist():
+            in_file = np.flatnonzero(slots == slot)
+            target[in_file] = self._rows_by_slot[slot][rows[in_file]]
+        return out
+
+    def _view_rows(self, data: NDArray[np.uint8]) -> NDArray[Any]:
+        """The rows in the bytes of a file, (rows, n), as little-endian unsigned integers."""
+        placement = self._placement
+        itemsize = placement.dtype.itemsize
+        fitting_rows = (len(data) - placement.offset - placement.row_bytes) // placement.stride + 1
+        num_rows = min(fitting_rows, placement.file_rows)  # what follows the last row may be as long as a row
+        return np.ndarray(
+            (num_rows, placement.dim), f"<u{itemsize}", data, placement.offset, (placement.stride, itemsize)
+        )
+
+
+def _map_bytes(path: Path, file_bytes: int) -> NDArray[np.uint8]:
+    """The bytes of a file, read-only, mapped into memory. Raises as `MappedRows.map_file` does.
+
+    By torch, since `np.memmap` would keep a file descriptor for each file: a process may have only about a thousand
+    (`ulimit -n`), and a large store has more files.
+    """
+    with open_regular_file(path) as (_, actual_bytes):  # refuses what is no regular file
+        check_file_size(path, actual_bytes, file_bytes)
+        try:
+            data = torch.from_file(str(path), shared=False, size=file_bytes, dtype=torch.uint8).numpy()
+        except RuntimeError as error:
+            path.stat()  # raises FileNotFoundError if the file was deleted in between
+            raise OSError(errno.EIO, str(error), str(path)) from error
+    data.flags.writeable = False
+    return data
