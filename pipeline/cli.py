@@ -6,6 +6,7 @@ Every command imports what it needs when it runs, so that `nfm --help` answers a
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -27,8 +28,29 @@ USER_ERRORS = (ConfigError, StageError, StoreError, OSError)
 EXIT_FAILED, EXIT_USER, EXIT_RESUMABLE, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
-def configured(command: Callable[..., None]) -> Callable[..., None]:
-    """The options every stage shares; the command gets the resolved `config`, with `shortcuts` applied last."""
+class Shortcut(click.Option):
+    """An option that overrides one key of the config, as `--set key=value` does."""
+
+    def __init__(self, *declarations: Any, key: str, **settings: Any) -> None:
+        settings["help"] += f" Short for --set {key}=…"
+        super().__init__(*declarations, **settings)
+        self.key = key
+
+
+def required_option(*declarations: str, **settings: Any) -> Callable[..., Any]:
+    """An option that the command needs, and that --dry-run does not ask for."""
+    settings["help"] += "  [required]"
+    return click.option(*declarations, callback=_require, **settings)
+
+
+def _require(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    if value in (None, ()) and not context.params["dry_run"]:
+        raise click.MissingParameter(ctx=context, param=option)
+    return value
+
+
+def config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --preset and --set; the command gets the resolved `config`. Its shortcuts are applied after --set."""
 
     @click.option(
         "--preset",
@@ -41,18 +63,37 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
         "overrides",
         multiple=True,
         metavar="SECTION.KEY=VALUE",
-        help="Override one value of the preset; may be repeated.",
+        help="Override one key of the preset; may be repeated. nfm config prints all keys.",
     )
-    @click.option("--dry-run", is_flag=True, help="Print the resolved config and stop.")
     @functools.wraps(command)
-    def wrapped(preset: str, overrides: tuple[str, ...], dry_run: bool, **arguments: Any) -> None:
+    def wrapped(preset: str, overrides: tuple[str, ...], **arguments: Any) -> None:
         from nfm.pipeline.config import load_config
 
-        shortcuts = {key: arguments.pop(name) for name, key in SHORTCUTS.items() if name in arguments}
-        chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
-        config = load_config(preset, [*overrides, *chosen])
+        shortcuts = []
+        for option in click.get_current_context().command.params:
+            if isinstance(option, Shortcut):
+                value = arguments.pop(str(option.name))
+                if value is not None:
+                    shortcuts.append(f"{option.key}={value}")
+        command(config=load_config(preset, [*overrides, *shortcuts]), **arguments)
+
+    return wrapped
+
+
+def stage_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that all stages share: those of the config, and --dry-run."""
+
+    @config_options
+    @click.option(
+        "--dry-run",
+        is_flag=True,
+        is_eager=True,  # parsed first: the other options depend on it
+        help="Print the resolved config as TOML, which --preset reads, and stop.",
+    )
+    @functools.wraps(command)
+    def wrapped(config: Config, dry_run: bool, **arguments: Any) -> None:
         if dry_run:
-            click.echo(config.model_dump_json(indent=2))
+            print_config(config)
         else:
             config.storage.apply()
             command(config=config, **arguments)
@@ -60,18 +101,10 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-SHORTCUTS = {
-    "layout": "encode.layout",
-    "draws": "encode.draws",
-    "z_dtype": "encode.z_dtype",
-    "noise": "encode.noise",
-    "precision": "encode.precision",
-    "max_bad": "encode.max_bad",
-    "device": "encode.device",
-    "workers": "encode.workers",
-    "cpus_per_worker": "encode.cpus_per_worker",
-    "coupling": "student.coupling",
-}
+def print_config(config: Config) -> None:
+    from nfm.pipeline.config_docs import config_toml
+
+    click.echo(config_toml(config), nl=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -84,14 +117,21 @@ def nfm() -> None:
     """
 
 
+@nfm.command("config")
+@config_options
+def config_command(config: Config) -> None:
+    """All keys of the config, with meaning, values and default: a TOML file to save, change and give to --preset."""
+    print_config(config)
+
+
 @nfm.command()
-@configured
+@stage_options
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
     help="Image folder: train/<class>/*.jpg, and optionally val/<class>/*.jpg.",
 )
-@click.option("--out", required=True, help="Where the sample stores train and val are written.")
+@required_option("--out", help="Where the sample stores train and val are written.")
 @click.option(
     "--skip-bad-images", is_flag=True, help="Leave out images that do not decode, and count them, instead of stopping."
 )
@@ -104,9 +144,9 @@ def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) 
 
 
 @nfm.command()
-@configured
-@click.option("--samples", required=True, help="What prepare wrote.")
-@click.option("--out", required=True, help="Folder of the checkpoint; model.safetensors is the finished teacher.")
+@stage_options
+@required_option("--samples", help="What prepare wrote.")
+@required_option("--out", help="Folder of the checkpoint; model.safetensors is the finished teacher.")
 def train_teacher(config: Config, samples: str, out: str) -> None:
     """Sample store → TarFlow teacher, chosen by held-out likelihood."""
     from nfm.stages.train_teacher import train_teacher as run
@@ -119,56 +159,104 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
 
 
 @nfm.command()
-@configured
-@click.option("--samples", required=True, help="The sample store to encode: the train folder of what prepare wrote.")
-@click.option("--teacher", required=True, help="model.safetensors of a teacher.")
-@click.option("--out", required=True, help="Where the coupling store is written.")
-@click.option("--layout", type=click.Choice(["webdataset", "zarr"]), help="Short for --set encode.layout=…")
+@stage_options
+@required_option("--samples", help="The sample store to encode: the train folder of what prepare wrote.")
+@required_option("--teacher", help="model.safetensors of a teacher.")
+@required_option("--out", help="Where the coupling store is written.")
+@click.option(
+    "--layout", cls=Shortcut, key="encode.layout", type=click.Choice(["webdataset", "zarr"]), help="File layout."
+)
 @click.option(
     "--z-dtype",
+    cls=Shortcut,
+    key="encode.z_dtype",
     type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
-    help="Short for --set encode.z_dtype=…; nfm store info shows what it costs.",
+    help="Number format of z; nfm store info shows what it costs.",
 )
-@click.option("--noise", type=click.Choice(["stored", "derived"]), help="Short for --set encode.noise=…")
+@click.option(
+    "--noise",
+    cls=Shortcut,
+    key="encode.noise",
+    type=click.Choice(["stored", "derived"]),
+    help="Whether the noise is written, or computed again by readers.",
+)
 @click.option(
     "--draws",
+    cls=Shortcut,
+    key="encode.draws",
     type=click.IntRange(min=1),
-    help="Noise draws an image; more than a store has are added to it. Short for --set encode.draws=…",
+    help="Noise draws for each image; if the store has fewer, the others are added.",
 )
 @click.option(
-    "--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="Of the teacher; --set encode.precision=…"
+    "--precision",
+    cls=Shortcut,
+    key="encode.precision",
+    type=click.Choice(["fp32", "tf32", "bf16"]),
+    help="Arithmetic of the teacher.",
 )
 @click.option(
-    "--max-bad", type=click.IntRange(min=0), help="Go on past this many pairs whose z is not finite, to name them all."
+    "--max-bad",
+    cls=Shortcut,
+    key="encode.max_bad",
+    type=click.IntRange(min=0),
+    help="Go on until more than this many pairs have a z that is not finite, to name them all.",
 )
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Of the workers; by default what the cluster has.")
-@click.option("--workers", type=click.IntRange(min=1), help="At most so many, also where the cluster has more room.")
-@click.option("--cpus-per-worker", type=click.IntRange(min=1), help="CPU cores of each worker.")
+@click.option(
+    "--device",
+    cls=Shortcut,
+    key="encode.device",
+    type=click.Choice(["cuda", "cpu"]),
+    help="Device of the workers; without it, what the cluster has.",
+)
+@click.option(
+    "--workers",
+    cls=Shortcut,
+    key="encode.workers",
+    type=click.IntRange(min=1),
+    help="Largest number of workers, also if the cluster has room for more.",
+)
+@click.option(
+    "--cpus-per-worker",
+    cls=Shortcut,
+    key="encode.cpus_per_worker",
+    type=click.IntRange(min=1),
+    help="CPU cores of each worker.",
+)
 @click.option("--json-progress", "as_json", is_flag=True, help="Progress and summary as JSON lines on stdout.")
-@click.option("--estimate", is_flag=True, help="Time a few batches on one worker, print what the job will cost, stop.")
+@click.option(
+    "--estimate", is_flag=True, help="Time the teacher on one worker, print what the job costs and saves, and stop."
+)
 def encode(config: Config, samples: str, teacher: str, out: str, as_json: bool, estimate: bool) -> None:
     """Sample store + teacher → coupling store, on all GPUs of a Ray cluster (RAY_ADDRESS) or of this machine.
 
     Exit code 75: told to end (SIGTERM), or the cluster is lost; the same command continues.
     """
-    from nfm.pipeline import encode_job
+    from nfm.pipeline.encode_estimate import estimate_job
+    from nfm.pipeline.encode_job import encode_couplings
     from nfm.pipeline.encode_report import print_summary
 
     if estimate:
-        click.echo(encode_job.estimate(config.encode, samples, teacher, out, config.storage))
+        report = estimate_job(config.encode, config.student, samples, teacher, out, config.storage, as_json)
+        click.echo(json.dumps(report.as_document()) if as_json else report.describe())
         return
-    summary = encode_job.encode_couplings(config.encode, samples, teacher, out, config.storage, as_json)
+    summary = encode_couplings(config.encode, samples, teacher, out, config.storage, as_json)
     print_summary(summary, out, config.student.train.images, as_json)
 
 
 @nfm.command()
-@configured
-@click.option("--couplings", "urls", required=True, multiple=True, help="A coupling store; several are a mixture.")
+@stage_options
+@required_option("--couplings", "urls", multiple=True, help="A coupling store; several are a mixture.")
 @click.option(
     "--weight", "weights", multiple=True, type=float, help="Share of each store of a mixture, in their order."
 )
-@click.option("--out", required=True, help="Folder of the checkpoint; model.safetensors is the finished student.")
-@click.option("--coupling", type=click.Choice(["nfm", "independent"]), help="Short for --set student.coupling=…")
+@required_option("--out", help="Folder of the checkpoint; model.safetensors is the finished student.")
+@click.option(
+    "--coupling",
+    cls=Shortcut,
+    key="student.coupling",
+    type=click.Choice(["nfm", "independent"]),
+    help="The noise that an image is paired with: the teacher's, or random.",
+)
 def train_student(config: Config, urls: tuple[str, ...], weights: tuple[float, ...], out: str) -> None:
     """Coupling store → SiT student. Under torchrun, all processes train one student."""
     from nfm.stages.train_student import train_student as run
@@ -211,19 +299,18 @@ def sample(
 
 
 @nfm.command()
-@configured
-@click.option("--samples", required=True, help="What prepare wrote.")
-@click.option("--couplings", required=True, help="The coupling store the students were trained on.")
-@click.option("--teacher", required=True, help="model.safetensors of the teacher.")
-@click.option(
+@stage_options
+@required_option("--samples", help="What prepare wrote.")
+@required_option("--couplings", help="The coupling store the students were trained on.")
+@required_option("--teacher", help="model.safetensors of the teacher.")
+@required_option(
     "--student",
     "students",
     multiple=True,
-    required=True,
     metavar="NAME=URL",
     help="model.safetensors of a student; may be repeated.",
 )
-@click.option("--out", required=True, help="Folder for metrics.json and report.html.")
+@required_option("--out", help="Folder for metrics.json and report.html.")
 def evaluate(config: Config, samples: str, couplings: str, teacher: str, students: tuple[str, ...], out: str) -> None:
     """Teacher and students → metrics.json and a report to look at."""
     from nfm.pipeline.evaluation import evaluate_and_report
@@ -238,7 +325,7 @@ def evaluate(config: Config, samples: str, couplings: str, teacher: str, student
 
 
 @nfm.command()
-@configured
+@stage_options
 @click.option("--data", type=click.Path(path_type=Path), help="Image folder instead of the embedded digits.")
 @click.option("--out", default="runs/demo", show_default=True, help="Folder of the whole run.")
 @click.option(

@@ -1,13 +1,16 @@
-"""The config of a whole run: one typed section a stage, from a TOML preset and `--set section.key=value`."""
+"""The config of a run: a typed section for each stage, read from a TOML preset and overrides `section.key=value`."""
 
+import difflib
 import os
+import reprlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, ValidationError
 
+from nfm.pipeline.config_keys import list_keys, subsection_type, walk_subsections
 from nfm.pipeline.errors import ConfigError
 from nfm.pipeline.presets import preset_names, preset_text
 from nfm.stages.encode import EncodeConfig
@@ -20,15 +23,27 @@ from nfm.storage_specs.storage.files import set_file_system_options
 
 
 class StorageConfig(Section):
-    """How remote stores are reached: options of fsspec file systems by protocol, as in
-    storage.options.s3.endpoint_url; and the cache of their files. None of it changes what is computed."""
+    """How this process reaches remote stores. None of it changes what is computed, and no artifact records it."""
 
-    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    cache: str | None = None  # None: $NFM_CACHE, or nfm under the user's cache directory
-    cache_gb: Annotated[float, Field(gt=0)] | None = None  # None: $NFM_CACHE_GB, or 200
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Options of fsspec file systems by protocol, such as `storage.options.s3.endpoint_url`. They may "
+        "hold keys, and are not recorded in any artifact.",
+    )
+    cache: str | None = Field(
+        default=None,
+        description="Folder that keeps files of remote stores. Without it: `$NFM_CACHE`, or nfm in the user's cache "
+        "directory.",
+    )
+    cache_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest size of that folder, in GB; the least recently used files are removed first. Without it: "
+        "`$NFM_CACHE_GB`, or 200.",
+    )
 
     def apply(self) -> None:
-        """For this process, and the ones it starts."""
+        """Sets the options and the cache for this process and the processes that it starts."""
         set_file_system_options(self.options)
         if self.cache is not None:
             os.environ["NFM_CACHE"] = self.cache
@@ -37,77 +52,148 @@ class StorageConfig(Section):
 
 
 class Config(Section):
-    storage: StorageConfig = StorageConfig()
-    data: DataConfig
-    teacher: TeacherConfig
-    encode: EncodeConfig
-    student: StudentConfig
-    evaluate: EvaluateConfig
+    """All settings of a run."""
+
+    data: DataConfig = Field(description="Images, and the sample stores that prepare makes of them.")
+    teacher: TeacherConfig = Field(description="The TarFlow teacher.")
+    encode: EncodeConfig = Field(description="The couplings that encode writes.")
+    student: StudentConfig = Field(description="The SiT student.")
+    evaluate: EvaluateConfig = Field(description="What evaluate generates and measures.")
+    storage: StorageConfig = Field(
+        default=StorageConfig(), description="How remote stores are reached. Nothing in it changes a result."
+    )
 
 
 def load_config(preset: str, overrides: Sequence[str] = ()) -> Config:
-    """A shipped preset by name, or a TOML file by path, with overrides. Raises ConfigError naming what is wrong."""
-    if preset in preset_names():
-        text = preset_text(preset)
-    elif preset.endswith(".toml") and Path(preset).is_file():
-        text = Path(preset).read_text(encoding="utf-8")
-    else:
-        raise ConfigError(
-            f"got preset {preset!r}; expected one of {', '.join(preset_names())}, or the path of a .toml file"
-        )
-    try:
-        values: dict[str, Any] = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"preset {preset}: not TOML: {error}") from error
+    """Reads a shipped preset by name, or a TOML file by path, and applies overrides `section.key=value` in their order.
+
+    Raises ConfigError naming every key that is missing, unknown or wrong.
+    """
+    values = _read_preset(preset)
     for override in overrides:
-        _apply(values, override)
+        _apply_override(values, override)
+    _add_missing_sections(values, Config)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"preset {preset}: {'; '.join(_explain(fault) for fault in error.errors())}") from error
+        raise ConfigError(_describe_mistakes(f"preset {preset}", error)) from error
 
 
 def load_storage(overrides: Sequence[str]) -> StorageConfig:
-    """`storage.…` overrides alone, for commands that take no preset."""
+    """Reads the section `storage` from overrides alone, for commands that take no preset. Raises ConfigError."""
     values: dict[str, Any] = {"storage": {}}
     for override in overrides:
         if not override.startswith("storage."):
             raise ConfigError(f"got --set {override!r}; expected storage.key=value, as in storage.cache_gb=50")
-        _apply(values, override)
+        _apply_override(values, override)
     try:
         return StorageConfig.model_validate(values["storage"])
     except ValidationError as error:
-        faults = (f"storage.{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise ConfigError("; ".join(faults)) from error
+        raise ConfigError(_describe_mistakes("--set", error, prefix=("storage",))) from error
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
+def _read_preset(preset: str) -> dict[str, Any]:
+    try:
+        if preset in preset_names():
+            text = preset_text(preset)
+        elif preset.endswith(".toml") and Path(preset).is_file():
+            text = Path(preset).read_text(encoding="utf-8")
+        else:
+            kind = ", which is a folder" if Path(preset).is_dir() else ""
+            raise ConfigError(
+                f"got preset {preset!r}{kind}; expected one of {', '.join(preset_names())}, or the path of a .toml file"
+            )
+        return tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"preset {preset}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"preset {preset}: not TOML: {error}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets the key of one override `section.key=value` in nested dicts."""
+    path, equals, text = override.partition("=")
+    parts = path.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
         raise ConfigError(f"got --set {override!r}; expected section.key=value, as in student.train.lr=0.001")
+    section, depth = _innermost_section(parts)
+    if depth == len(parts):
+        example = next(iter(section.model_fields))
+        raise ConfigError(f"got --set {override!r}, but {path} is a section; set its keys, as in {path}.{example}=…")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
-    section = values
+    table = values
     for part in parts[:-1]:
-        section = section.setdefault(part, {})
-        if not isinstance(section, dict):
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
             raise ConfigError(f"got --set {override!r}, but {part} is a value, not a section")
-    section[parts[-1]] = value
+    table[parts[-1]] = value
 
 
-def _explain(fault: Any) -> str:
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        known = ", ".join(_fields_at(fault["loc"][:-1]))
-        return f"unknown key {where}; expected one of {known}"
-    return f"{where}: got {fault['input']!r}; {fault['msg']}"
+def _add_missing_sections(values: dict[str, Any], section: type[Section]) -> None:
+    """Gives absent sections an empty table, so that validation names each of their missing keys."""
+    for name in section.model_fields:
+        subsection = subsection_type(section, name)
+        if subsection is not None:
+            table = values.setdefault(name, {})
+            if isinstance(table, dict):
+                _add_missing_sections(table, subsection)
 
 
-def _fields_at(path: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
-    for part in path:
-        model = model.model_fields[part].annotation
-    return sorted(model.model_fields)
+def _innermost_section(path: Sequence[str | int]) -> tuple[type[Section], int]:
+    """The last section on the path of a key, and how many parts of the path lead to it."""
+    section: type[Section] = Config
+    for depth, part in enumerate(path):
+        subsection = subsection_type(section, str(part))
+        if subsection is None:
+            return section, depth
+        section = subsection
+    return section, len(path)
+
+
+def _describe_mistakes(source: str, error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
+    """One line for a single mistake; for several, a first line and a line for each.
+
+    `prefix` is the path of the section that was validated.
+    """
+    mistakes = [_describe_mistake((*prefix, *detail["loc"]), detail) for detail in error.errors()]
+    hint = "nfm config prints all keys with their meaning"
+    if len(mistakes) == 1:
+        return f"{source}: {mistakes[0]} ({hint})"
+    return "\n  ".join([f"{source}: {len(mistakes)} keys are missing or wrong ({hint}):", *mistakes])
+
+
+def _describe_mistake(path: tuple[str | int, ...], detail: Any) -> str:
+    """What is wrong with the key at `path`, from the details that pydantic gives."""
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    section, depth = _innermost_section(path)
+    if detail["type"] == "extra_forbidden":
+        return _describe_unknown_key(name, section)
+    if depth == len(path):
+        return f"{name}: got {_describe_value(detail['input'])}; expected a section"
+    if detail["type"] == "value_error":
+        return f"{name}: {detail['ctx']['error']}"
+    expected = next(key.values for key in list_keys(section) if key.name == path[depth])
+    if detail["type"] == "missing":
+        return f"{name} is missing; expected {expected}"
+    if detail["type"] == "finite_number":
+        expected = f"finite {expected}"
+    return f"{name}: got {_describe_value(detail['input'])}; expected {expected}"
+
+
+def _describe_unknown_key(name: str, section: type[Section]) -> str:
+    known = [f"{inner.path}.{key.name}" for inner in walk_subsections(Config) for key in list_keys(inner.section)]
+    nearest = difflib.get_close_matches(name, known, n=1)
+    suggestion = f"; the nearest known key is {nearest[0]}" if nearest else ""
+    return f"unknown key {name}{suggestion}; expected one of {', '.join(section.model_fields)}"
+
+
+def _describe_value(value: object) -> str:
+    """A single value as it is, but of a table or an array only the kind: it may be long, and hold secrets."""
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return f"an array of {len(value)}"
+    return reprlib.repr(value)

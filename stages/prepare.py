@@ -34,7 +34,7 @@ class DataConfig(Section):
 
     source: Literal["digits", "folder"] = Field(
         description='"digits": scikit-learn\'s 1,797 images of 8×8 pixels. "folder": the image folder of --data, with '
-        "train/<class>/*.jpg (or .jpeg, .png) and optionally val/<class>/….",
+        "`train/<class>/*.jpg` (or .jpeg, .png) and optionally `val/<class>/*.jpg`.",
     )
     image_size: int = Field(
         ge=2,
@@ -46,7 +46,7 @@ class DataConfig(Section):
     holdout: float = Field(
         gt=0,
         lt=1,
-        description="Share of the images of each class that is held out as val. Not used if the image folder has val/.",
+        description="Share of the images of each class held out as val. Not used if the image folder has `val/`.",
     )
     block_rows: int = Field(
         ge=1,

@@ -1,12 +1,12 @@
 """What users meet: help that reads well, and for each mistake one clear line, exit code 2 and nothing half-written."""
 
-import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,9 +70,9 @@ def test_help_reads_well(call: Nfm, command: tuple[str, ...]) -> None:
 def test_dry_run_prints_the_resolved_config(call: Nfm, tmp_path: Path) -> None:
     code, out, _ = call(
         "encode", "--samples", "a", "--teacher", "b", "--out", f"{tmp_path}/x", "--draws", "5", "--dry-run",
-        "--preset", "imagenet64", "--set", "encode.layout=zarr",
+        "--preset", "imagenet64", "--set", "encode.layout=zarr", "--set", "encode.draws=7",
     )  # fmt: skip
-    resolved = json.loads(out)
+    resolved = tomllib.loads(out)
     assert code == 0
     assert (resolved["encode"]["draws"], resolved["encode"]["layout"]) == (5, "zarr")
     assert resolved["teacher"]["notation"] == "TF-6×2+2×26-1024/2"
@@ -96,6 +96,17 @@ def test_dry_run_prints_the_resolved_config(call: Nfm, tmp_path: Path) -> None:
 )
 def test_config_mistakes(call: Nfm, tmp_path: Path, arguments: list[str], needles: list[str]) -> None:
     is_one_clear_line(call("prepare", "--out", f"{tmp_path}/out", *arguments), *needles)
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_of_several_config_mistakes_is_a_line(call: Nfm, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[data]\nimage_size = 1\n", encoding="utf-8")
+    code, out, err = call("prepare", "--out", f"{tmp_path}/out", "--preset", f"{tmp_path}/mine.toml")
+    assert (code, out) == (2, "")
+    first, *lines = err.splitlines()
+    assert first.startswith(f"error: preset {tmp_path}/mine.toml: {len(lines)} keys are missing or wrong")
+    assert "  data.image_size: got 1; expected integer ≥ 2 and ≤ 4096" in lines
+    assert "  teacher.train.lr is missing; expected number > 0" in lines
     assert not (tmp_path / "out").exists()
 
 
