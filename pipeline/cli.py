@@ -1,6 +1,6 @@
-"""`nfm`: one command a stage, and the demo that runs them all.
+"""The command `nfm`: a subcommand for each stage, and the demo that runs them all.
 
-Every command imports what it needs when it runs, so that `nfm --help` answers at once.
+Each subcommand imports what it needs when it runs, so that `nfm --help` answers at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from nfm.pipeline.config import Config
 
 USER_ERRORS = (ConfigError, StageError, StoreError, OSError)
-EXIT_FAILED, EXIT_USER, EXIT_RESUMABLE, EXIT_INTERRUPTED = 1, 2, 75, 130
+EXIT_FAILED = 1
+EXIT_USER = 2
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_INTERRUPTED = 130
 
 
 class Shortcut(click.Option):
@@ -102,6 +105,7 @@ def stage_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def print_config(config: Config) -> None:
+    """Prints the config as a TOML file with comments."""
     from nfm.pipeline.config_docs import config_toml
 
     click.echo(config_toml(config), nl=False)
@@ -145,7 +149,7 @@ def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) 
 
 @nfm.command()
 @stage_options
-@required_option("--samples", help="What prepare wrote.")
+@required_option("--samples", help="Folder of the sample stores train and val: the --out of prepare.")
 @required_option("--out", help="Folder of the checkpoint; model.safetensors is the finished teacher.")
 def train_teacher(config: Config, samples: str, out: str) -> None:
     """Sample store → TarFlow teacher, chosen by held-out likelihood."""
@@ -160,7 +164,7 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
 
 @nfm.command()
 @stage_options
-@required_option("--samples", help="The sample store to encode: the train folder of what prepare wrote.")
+@required_option("--samples", help="The sample store to encode: train in the --out of prepare.")
 @required_option("--teacher", help="model.safetensors of a teacher.")
 @required_option("--out", help="Where the coupling store is written.")
 @click.option(
@@ -300,8 +304,8 @@ def sample(
 
 @nfm.command()
 @stage_options
-@required_option("--samples", help="What prepare wrote.")
-@required_option("--couplings", help="The coupling store the students were trained on.")
+@required_option("--samples", help="Folder of the sample stores train and val: the --out of prepare.")
+@required_option("--couplings", help="The coupling store that the students were trained on.")
 @required_option("--teacher", help="model.safetensors of the teacher.")
 @required_option(
     "--student",
@@ -342,8 +346,11 @@ nfm.add_command(store)
 
 
 def main() -> None:
-    """Exit codes: 0 done; 2 something the user can mend, said in one line; 1 a run that failed; 75 (EX_TEMPFAIL) told
-    to end or out of machines, and 130 interrupted: the same command continues."""
+    """Runs `nfm` and exits with a code that says how it ended.
+
+    0: done. 1: the run failed. 2: the user can mend it, and the message says how. 75: it was told to end, or lost its
+    machines or its storage. 130: it was interrupted. After 75 and 130, the same command continues.
+    """
     try:
         nfm.main(standalone_mode=False)
     except click.ClickException as error:

@@ -1,5 +1,5 @@
-"""How a command ends when its config is wrong."""
+"""Errors of the pipeline."""
 
 
 class ConfigError(ValueError):
-    """A preset or an override that does not describe a run."""
+    """A preset or an override does not describe a run. The message names every key that is missing or wrong."""

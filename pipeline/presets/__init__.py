@@ -4,6 +4,7 @@ from importlib.resources import files
 
 
 def preset_names() -> list[str]:
+    """Their names, sorted."""
     names = [entry.name for entry in files(__name__).iterdir()]
     return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
