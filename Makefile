@@ -22,7 +22,7 @@ need = $(or $($(1)),$(error $(1)=… is missing: see make help))
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install demo test bench-stream bench-encode docs-pictures soak lint format prepare train-teacher encode-couplings train-student clean
+.PHONY: help install demo test test-all bench-stream bench-encode docs-pictures soak lint format prepare train-teacher encode-couplings train-student clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -43,7 +43,11 @@ demo: $(READY)  ## the whole path on embedded data: runs/demo/report.html (DATA=
 	$(if $(filter 1,$(FRESH)),rm -rf "$(DEMO_OUT)")
 	$(BIN)/nfm demo --preset "$(PRESET)" --out "$(DEMO_OUT)" $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: $(READY)  ## run the tests
+test: $(READY)  ## the quick tests of every subject (3 minutes on 2 cores)
+	@$(BIN)/pytest -m "not long" $(ARGS); status=$$?; \
+	echo "make test-all runs the long tests too: sweeps over faults and hostile stores, whole demos."; exit $$status
+
+test-all: $(READY)  ## all tests (15 minutes)
 	$(BIN)/pytest $(ARGS)
 
 lint: $(READY)  ## ruff and mypy

@@ -6,6 +6,10 @@ from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray spells it so)
+# Seconds until Ray gives a process up that has not started: a busy machine needs longer than Ray expects.
+os.environ["RAY_gcs_server_port_wait_time_s"] = "900"  # noqa: SIM112
+os.environ["RAY_raylet_start_wait_time_s"] = "900"  # noqa: SIM112
+os.environ["RAY_worker_register_timeout_seconds"] = "900"  # noqa: SIM112
 
 import numpy as np
 import pytest

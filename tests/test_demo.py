@@ -77,6 +77,7 @@ def test_metrics_of_other_settings_are_not_reused(demo: Path, config: Config) ->
     run_demo(config, str(demo), None, skip_bad_images=False)
 
 
+@pytest.mark.long
 def test_an_image_folder_instead_of_digits(ray_cluster: None, images: Path, config: Config, tmp_path: Path) -> None:
     halves = config.model_copy(update={"data": config.data.model_copy(update={"holdout": 0.4})})
     run_demo(halves, f"{tmp_path}/out", images, skip_bad_images=False)

@@ -1,6 +1,7 @@
 """The README is executed: its Python as it stands, its `nfm` lines for real on a small demo or as a dry run, its `make`
 targets looked up."""
 
+import os
 import re
 import shlex
 import shutil
@@ -77,7 +78,7 @@ def test_nfm_lines_run(home: Path, monkeypatch: pytest.MonkeyPatch, where: str, 
     """On the small demo where they name it; the rest, for clusters, up to their resolved config."""
     monkeypatch.chdir(home)
     arguments = shlex.split(line.partition("-m nfm ")[2] if line.startswith("torchrun") else line[4:])
-    if "runs/demo" not in line:
+    if "runs/demo" not in line and arguments[0] != "config":
         arguments.append("--dry-run")
     monkeypatch.setattr(sys, "argv", ["nfm", *arguments])
     main()
@@ -93,7 +94,12 @@ def test_make_lines_resolve_to_commands(
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).touch()
     printed = subprocess.run(
-        ["make", "-n", "-o", ".venv/.ready", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        ["make", "-n", "-o", ".venv/.ready", *arguments],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]},  # and not the variables of a make that runs this test
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     commands = [command for command in printed.splitlines() if command.startswith(".venv/bin/nfm ")]
     if arguments[0] in ("encode-couplings", "train-student", "demo"):

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +14,14 @@ import pytest
 from tests.tools.ray_cluster import Cluster
 from tests.tools.small_run import Run
 from tests.tools.stores import content
+from tests.tools.waiting import wait_for
 
 ROOT = Path(__file__).parent.parent
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.long
+@pytest.mark.timeout(5400)
 def test_after_every_fault_the_bytes_are_those_of_a_clean_run() -> None:
     done = subprocess.run([sys.executable, "-m", "tests.tools.faults"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
@@ -39,16 +40,18 @@ def environment() -> Iterator[dict[str, str]]:
         yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{head.dashboard}"}
 
 
+@pytest.mark.long
 def test_the_job_can_be_submitted_to_a_ray_head(environment: dict[str, str], run: Run, tmp_path: Path) -> None:
     """As docs/encode.md says: the working directory travels, the nodes have the dependencies."""
     arguments = ["--samples", f"{run.samples}/train", "--teacher", run.teacher, "--out", str(tmp_path / "out")]
     submit = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", "nfm", "encode", *arguments]
-    for _ in range(30):
+
+    def run_job() -> "subprocess.CompletedProcess[str] | None":
         command = [*submit, "--draws", "3", "--json-progress"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if "No available agent" not in done.stderr:  # the head answers some seconds before it takes jobs
-            break
-        time.sleep(1)
+        return None if "No available agent" in done.stderr else done  # the head answers before it takes jobs
+
+    done = wait_for(run_job, "an agent that takes jobs")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(next(line for line in done.stdout.splitlines() if '"event": "summary"' in line))
     assert (summary["units"], summary["draws"]) == (6, 537)

@@ -38,7 +38,7 @@ from nfm.storage_specs.writing.units import Unit
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.object_store import ObjectStore
 from tests.tools.small_run import Run
-from tests.tools.stores import LAYOUT_NAMES, content, ignore_progress, tree, without_times
+from tests.tools.stores import content, ignore_progress, tree, without_times
 from tests.tools.waiting import PATIENCE, wait_for
 
 
@@ -111,7 +111,7 @@ def same(ours: list[Batch], theirs: list[Batch]) -> bool:
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("layout", ["webdataset", pytest.param("zarr", marks=pytest.mark.long)])
 def test_a_store_on_s3_streams_what_the_local_one_does(
     s3: ObjectStore, run: Run, cache: Path, layout: LayoutName
 ) -> None:
@@ -126,6 +126,7 @@ def test_a_store_on_s3_streams_what_the_local_one_does(
     assert all(sha256(path.read_bytes()) == path.name for path in cached(cache))
 
 
+@pytest.mark.long
 def test_a_window_needs_only_a_small_cache(
     s3: ObjectStore, run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +164,7 @@ def test_reading_goes_on_when_the_server_was_killed(
     assert same(found, expected)
 
 
+@pytest.mark.long
 def test_writing_goes_on_when_the_server_was_killed(
     s3: ObjectStore, run: Run, cache: Path, failure: threading.Event
 ) -> None:
@@ -310,6 +312,7 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_is_oldest(cache: Path) -> N
     assert fetch(1).read_bytes() == contents[1]
 
 
+@pytest.mark.long
 def test_processes_share_a_cache(s3: ObjectStore, run: Run, cache: Path) -> None:
     url = f"{s3.bucket('shared')}/couplings"
     copy_store(Store(run.couplings["zarr"]), url, ignore_progress, None)
@@ -387,6 +390,7 @@ def test_a_failed_part_leaves_nothing_that_still_writes(cache: Path, monkeypatch
         assert os.fstat(other.fileno()).st_size == 4
 
 
+@pytest.mark.long
 def test_closing_does_not_wait_for_a_server_that_is_away(
     s3: ObjectStore, run: Run, cache: Path, failure: threading.Event
 ) -> None:

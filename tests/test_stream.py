@@ -24,6 +24,7 @@ from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState
 from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.random_couplings import write_random_couplings
 from tests.tools.small_run import Run
+from tests.tools.waiting import PATIENCE
 
 
 def keys(stream: CouplingStream, batches: int) -> list[tuple[int, int]]:
@@ -270,12 +271,15 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
-@pytest.mark.parametrize("name", EXITS)
+@pytest.mark.parametrize(
+    "name", ["end", "exception", *(pytest.param(name, marks=pytest.mark.long) for name in ("error", "held"))]
+)
 def test_a_program_may_end_with_a_stream_open(large: str, name: str) -> None:
     """No thread reads memory that the end of the interpreter takes away: a batch is under way when it comes."""
     script = (
         "import sys\nfrom nfm.storage_specs.reading.stream import CouplingStream\n"
         f"s = CouplingStream(sys.argv[1], 8192, 0)\nfor _ in range(3): next(s)\n{EXITS[name]}"
     )
-    done = subprocess.run([sys.executable, "-c", script, large], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, large], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == {"end": 0, "error": 3, "exception": 1, "held": 0}[name], done.stderr
+    assert ("Traceback" in done.stderr) == ("ZeroDivisionError" in done.stderr) == (name == "exception"), done.stderr

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState
 from tests.tools.small_run import Run
+from tests.tools.waiting import wait_for
 
 BATCH = 24
 READER = """
@@ -61,11 +61,12 @@ def run_and_kill(folder: Path, sources: list[dict[str, Any]], window: int | None
         job |= {"log": str(log), "threads": 1 + rank % 2}
         processes.append(subprocess.Popen([sys.executable, "-c", READER, json.dumps(job)]))
     try:
-        deadline = time.monotonic() + 120
-        while min(len(lines(log)) for log in logs) < 12:
+
+        def all_have_read() -> bool:
             assert all(process.poll() is None for process in processes), "a reader died by itself"
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+            return min(len(lines(log)) for log in logs) >= 12
+
+        wait_for(all_have_read, "twelve batches of each reader")
     finally:
         for process in processes:
             process.send_signal(signal.SIGKILL)
@@ -73,7 +74,10 @@ def run_and_kill(folder: Path, sources: list[dict[str, Any]], window: int | None
             process.wait()
 
 
-@pytest.mark.parametrize("kind", ["one store", "windows", "mixture"])
+KINDS = [pytest.param("one store", marks=pytest.mark.long), pytest.param("windows", marks=pytest.mark.long), "mixture"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_killed_readers_resume_the_same_sequence(run: Run, tmp_path: Path, kind: str) -> None:
     urls = list(run.couplings.values())
     weights = {urls[0]: 3.0, urls[1]: 1.0}

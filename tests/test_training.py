@@ -19,6 +19,7 @@ from nfm.stages.train_student import StudentConfig, train_student
 from nfm.stages.train_teacher import train_teacher
 from nfm.stages.training import TrainConfig, Trainer, learning_rate, step_seed
 from tests.tools.small_run import Run
+from tests.tools.waiting import PATIENCE
 
 
 def weights(url: str) -> str:
@@ -222,7 +223,7 @@ def test_two_processes_train_one_student(run: Run, tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    printed = [process.communicate(timeout=120)[0] for process in processes]
+    printed = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert printed[0] == printed[1] != "", "each rank saw other images, and averaged its gradients with the other's"
     network, document = load_network(f"{tmp_path}/model.safetensors", "SiT")

@@ -150,7 +150,7 @@ def test_a_damaged_source_is_not_copied(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
-@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("layout", ["webdataset", pytest.param("zarr", marks=pytest.mark.long)])
 def test_repair_queues_the_bad_blocks_and_the_job_writes_them_again(
     ray_cluster: None, run: Run, tmp_path: Path, layout: LayoutName
 ) -> None:

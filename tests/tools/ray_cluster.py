@@ -12,16 +12,20 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 MARK = "NFM_FAULTS_MARK"  # in the environment of every process of a node, so that no other is killed
-SLOW_FILE = "NFM_FAULTS_SLOW"  # while the file it names is there, each fsync takes as many seconds as the file says
+SLOW_FILE = "NFM_FAULTS_SLOW"  # while the file it names is there, each fsync takes as many seconds as the file says now
 SLOW_FSYNC = """
 import os, time
 _fsync = os.fsync
-def fsync(descriptor):
+def seconds():
     try:
         with open(os.environ["NFM_FAULTS_SLOW"]) as file:
-            time.sleep(float(file.read()))
-    except (FileNotFoundError, ValueError):
-        pass
+            return float(file.read() or 0)
+    except FileNotFoundError:
+        return 0.0
+def fsync(descriptor):
+    start = time.monotonic()
+    while (left := start + seconds() - time.monotonic()) > 0:
+        time.sleep(min(left, 0.01))
     _fsync(descriptor)
 os.fsync = fsync
 """

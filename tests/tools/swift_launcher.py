@@ -22,7 +22,7 @@ from typing import Any
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 SERVERS = ("proxy", "account", "container", "object")
-PATIENCE = 120.0  # seconds; an idle machine needs about five, a busy one many times that
+PATIENCE = 900.0  # seconds; an idle machine needs about five, a busy one many times that
 PR_SET_PDEATHSIG = 1
 
 SWIFT_CONF = """\
@@ -65,7 +65,7 @@ pipeline = catch_errors gatekeeper healthcheck cache listing_formats s3api tempa
 use = egg:swift#proxy
 account_autocreate = true
 allow_account_management = true
-conn_timeout = 10
+conn_timeout = 120
 node_timeout = 120
 recoverable_node_timeout = 120
 error_suppression_interval = 0
@@ -117,7 +117,7 @@ use = egg:swift#account
 pipeline = container-server
 [app:container-server]
 use = egg:swift#container
-conn_timeout = 10
+conn_timeout = 120
 node_timeout = 120
 """,
     "object": """\
@@ -125,7 +125,7 @@ node_timeout = 120
 pipeline = object-server
 [app:object-server]
 use = egg:swift#object
-conn_timeout = 10
+conn_timeout = 120
 node_timeout = 120
 container_update_timeout = 120
 keep_cache_size = 5368709120
