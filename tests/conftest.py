@@ -1,6 +1,7 @@
 """Small real data, shared by the tests: digits as sample stores, a teacher trained for seconds, its couplings."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nfm.stages.prepare import prepare
 from nfm.stages.train_teacher import train_teacher
 from nfm.storage_specs.format.schema import LayoutName
 from tests.tools.object_store import ObjectStore
+from tests.tools.ray_cluster import MARK
 from tests.tools.small_run import SMALL, Run, encode_in_process
 
 
@@ -56,6 +58,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray for all tests that need it."""
     import ray
 
+    os.environ[MARK] = uuid.uuid4().hex  # of its processes
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()

@@ -73,6 +73,13 @@ def test_the_rooms_of_storage_specs_stand_on_each_other(path: Path) -> None:
     assert not rooms - ROOMS[room] - {room}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("**/*.py")), ids=relative)
+def test_no_test_file_imports_another(path: Path) -> None:
+    """What several share lies in tests/tools."""
+    others = [name[1] for name in imports(path) if name[0] == "tests" and name[1].startswith(("test_", "conftest"))]
+    assert not others
+
+
 def test_every_folder_is_a_package_inside_nfm() -> None:
     """By a link, so that a checkout, an editable install and a wheel all have it."""
     links = {path.name: path.readlink() for path in (ROOT / "nfm").iterdir() if path.is_symlink()}

@@ -4,22 +4,29 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 import nfm.pipeline.encode_job as job
 from nfm.models.tarflow import forward_flops
 from nfm.pipeline.cli import main
+from nfm.pipeline.config import StorageConfig
 from nfm.pipeline.encode_report import Summary
+from nfm.pipeline.pool import Pool
 from nfm.stages.encode import load_teacher, output_spec
 from nfm.stages.errors import StageError
 from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage import lease
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.writing.units import Unit
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.lease_holder import lease_holder
+from tests.tools.ray_cluster import MARK, alive, kill
 from tests.tools.small_run import Run, infinite_teacher
 from tests.tools.stores import content
 from tests.tools.waiting import PATIENCE
@@ -52,6 +59,7 @@ def test_only_missing_blocks_are_encoded(run: Run, tmp_path: Path) -> None:
     encode(run, str(tmp_path))  # complete: nothing to do
 
 
+@pytest.mark.long
 def test_more_draws_extend_a_store_to_the_bytes_of_one_made_with_them(run: Run, tmp_path: Path) -> None:
     grown, whole = tmp_path / "grown", tmp_path / "whole"
     encode(run, str(grown), draws=3)
@@ -81,6 +89,24 @@ def test_a_store_stays_readable_until_its_new_draws_are_complete(run: Run, tmp_p
     assert Store(str(tmp_path)).spec.draws == 4
 
 
+def test_a_killed_worker_is_replaced(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed when the first unit is done, one or two are in flight, and others are not begun."""
+    run_pool, killed = Pool.run, list[int]()
+
+    def run_pool_and_kill(pool: Pool, *arguments: Any) -> Iterator[tuple[Any, Any]]:
+        results = run_pool(pool, *arguments)
+        yield next(results)
+        if not killed:
+            killed.extend(alive(os.environ[MARK], "ray::Worker"))
+            kill(killed)
+        yield from results
+
+    monkeypatch.setattr(Pool, "run", run_pool_and_kill)
+    summary = encode(run, str(tmp_path), workers=1)
+    assert killed and summary.worker_deaths == 1
+    assert content(str(tmp_path)) == content(run.couplings["webdataset"])
+
+
 def test_a_second_driver_is_refused_and_harms_nothing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +119,7 @@ def test_a_second_driver_is_refused_and_harms_nothing(
     assert encode(run, str(tmp_path)).units == 6
 
 
+@pytest.mark.long
 def test_bad_pairs_are_named_and_counted(run: Run, tmp_path: Path) -> None:
     teacher, out = infinite_teacher(run, tmp_path, 3), str(tmp_path / "out")
     labels = Store(f"{run.samples}/train").labels()
@@ -106,36 +133,70 @@ def test_bad_pairs_are_named_and_counted(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
-def test_the_estimate_has_the_bytes_and_objects_of_the_store(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job, "TRIAL_SECONDS", 0.1)
-    for layout in ("webdataset", "zarr"):
-        config = run.config.encode.model_copy(update={"layout": layout})
-        text = job.estimate(config, f"{run.samples}/train", run.teacher, str(tmp_path / "out"))
-        totals = Store(run.couplings[layout]).dataset.totals
-        assert f"{totals.files} files of {totals.bytes / 1e9:.4g} GB" in text
-        assert "537 draws to encode in 6 shards of 6" in text
-        assert [line.split()[0] for line in text.splitlines()[1:5]] == ["workers", "1", "8", "64"]
-    assert not (tmp_path / "out").exists(), "an estimate writes nothing"
-    text = job.estimate(run.config.encode, f"{run.samples}/train", run.teacher, run.couplings["webdataset"])
-    assert text.startswith("0 draws to encode")
-
-
 def test_progress_and_summary_for_machines(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--samples", f"{run.samples}/train", "--teacher", run.teacher, "--out", str(tmp_path), "--draws", "3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["nfm", "encode", *arguments, "--json-progress", "--workers", "1"])
         main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["event"] for line in lines[:-1]] == ["progress"] * (len(lines) - 1)
-    last, summary = lines[-2], lines[-1]
-    assert (last["shards"], last["images"], last["workers"], last["retries"]) == (6, 179, 1, 0)
+    statuses = [line["status"] for line in lines if line["event"] == "status"]
+    progress = [line for line in lines if line["event"] == "progress"]
+    assert "waiting for the first worker" in statuses
+    assert len(statuses) + len(progress) == len(lines) - 1
+    assert (progress[0]["phase"], progress[0]["units"], progress[0]["workers"]) == ("encode", 0, 1)
+    last, summary = progress[-1], lines[-1]
+    assert last["phase"] == "check"
+    assert (last["units"], last["units_total"], last["draws"], last["draws_total"]) == (6, 6, 537, 537)
+    assert (last["units_checked"], last["units_to_check"]) == (6, 6)
+    assert (last["workers"], last["retries"], last["seconds_left"]) == (1, 0, 0)
     assert summary["event"] == "summary" and summary["id"] == Store(str(tmp_path)).dataset.id
-    assert (summary["units"], summary["draws"], summary["encoded_again"]) == (6, 537, 0)
+    assert (summary["units"], summary["draws"], summary["units_repeated"]) == (6, 537, 0)
     flops = forward_flops(load_teacher(run.teacher)[0].config)
     assert summary["teacher_flop"] == 537 * flops
     assert summary["student_saves_flop"] == summary["student_images"] * flops
+
+
+def test_resumed_draws_are_not_counted(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encode(run, str(tmp_path))
+    for name in ("dataset.json", "commits/000003.k000-003.json"):
+        (tmp_path / name).unlink()
+    config = run.config.encode.model_copy(update={"workers": 1})
+    capsys.readouterr()
+    job.encode_couplings(config, f"{run.samples}/train", run.teacher, str(tmp_path), as_json=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    progress = [line for line in lines if line["event"] == "progress"]
+    assert {(line["units_total"], line["draws_total"]) for line in progress} == {(1, 3 * 32)}
+    assert progress[-1]["draws"] == 3 * 32
+
+
+def test_draws_of_a_unit_are_reported_while_it_is_encoded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers of a worker that is at the first unit: its draws are counted batch by batch, before its commit."""
+    reports: list[dict[Unit, int]] = []
+    spec, _ = output_spec(run.config.encode, Store(f"{run.samples}/train"), run.teacher, str(tmp_path))
+    StoreWriter(str(tmp_path), spec).initialize()
+    worker = job.Worker(
+        threads=1,
+        storage=StorageConfig(),
+        samples=f"{run.samples}/train",
+        teacher=run.teacher,
+        out=str(tmp_path),
+        spec=spec.model_dump(mode="json"),
+    )
+    worker.ready()
+    forward = worker.encoder.teacher.forward
+
+    def observed_forward(*arguments: Tensor) -> Any:
+        reports.append(worker.draws_done())
+        return forward(*arguments)
+
+    monkeypatch.setattr(worker.encoder.teacher, "forward", observed_forward)
+    worker.encoder.rows = 16  # of the 32 rows of the block
+    unit = Unit(0, 0, 3)
+    assert worker.encode(unit).draws == 3 * 32
+    assert reports == [{unit: 16 * batch} for batch in range(6)]
+    assert worker.draws_done() == {}
 
 
 def test_a_teacher_of_other_images_is_refused(run: Run, tmp_path: Path, images: Path) -> None:
