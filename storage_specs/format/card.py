@@ -1,10 +1,11 @@
-"""The cards of a store, README.md and croissant.json, that travel with it for a team that has none of our code; and the
+"""Descriptions of a store: README.md and croissant.json, which lie in it for a team that has none of our code, and the
 summary for a terminal."""
 
 from typing import Any
 
 from nfm.storage_specs.format.codecs import STORED_MEANING
 from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.names import MANIFEST_FILE, SIGMA_F_FILE
 from nfm.storage_specs.format.schema import Dataset, LayoutName, Spec
 
 _READ_X: dict[LayoutName, str] = {
@@ -32,68 +33,92 @@ z = group["z"]  # (draws, N, C, H, W)
 
 
 def _title(spec: Spec) -> str:
+    """Such as "Couplings: 50000 images 3×32×32, 10 classes"."""
     return f"{spec.kind.capitalize()}: {spec.rows} images {'×'.join(map(str, spec.shape))}, {spec.num_classes} classes"
 
 
-def _meaning(spec: Spec) -> list[str]:
+def _describe_values(spec: Spec) -> list[str]:
+    """Sentences that say what x, z and the noise are and how they are stored."""
     lines = ["x is uint8; x / 127.5 - 1 is the data in [-1, 1]."]
-    if coupling := spec.coupling:
-        noise = coupling.noise
-        lines += [
-            f"z = f(x + η·ε′, label) is the raw output of a {coupling.teacher.architecture.get('name')} teacher for "
-            f"{coupling.draws} draws of ε′ an image, η = {coupling.eta}.",
-            f"z is stored as {coupling.z_dtype}: {STORED_MEANING[coupling.z_dtype]}.",
-            "Divide z by `sigma_f.npy` to train a student on it.",
-            f"ε′ is stored as `noise`, {noise.dtype}, exactly as the teacher saw it."
-            if noise.stored
-            else f"ε′ is not stored: the law {noise.law} gives it back from seed {noise.seed}, image index and draw, "
-            f"rounded to {noise.dtype} as the teacher saw it.",
-        ]
+    coupling = spec.coupling
+    if coupling is None:
+        return lines
+    noise = coupling.noise
+    lines.append(
+        f"z = f(x + η·ε′, label) is the raw output of a {coupling.teacher.architecture.get('name')} teacher for "
+        f"{coupling.draws} draws of ε′ an image, η = {coupling.eta}."
+    )
+    lines.append(f"z is stored as {coupling.z_dtype}: {STORED_MEANING[coupling.z_dtype]}.")
+    lines.append(f"Divide z by `{SIGMA_F_FILE}` to train a student on it.")
+    if noise.stored:
+        lines.append(f"ε′ is stored as `noise`, {noise.dtype}, exactly as the teacher saw it.")
+    else:
+        lines.append(
+            f"ε′ is not stored: the law {noise.law} gives it back from seed {noise.seed}, image index and draw, "
+            f"rounded to {noise.dtype} as the teacher saw it."
+        )
     return lines
 
 
 def readme(dataset: Dataset) -> str:
-    """Markdown that says what the store holds and how stock tools read it."""
+    """README.md of a store: what it holds, and the code with which stock tools read it."""
     spec = dataset.spec
+    code = _READ_X[spec.layout]
+    if spec.coupling:
+        code += _READ_Z[spec.layout]
     lines = [
         f"# {_title(spec)}",
         "",
-        *_meaning(spec),
+        *_describe_values(spec),
         "",
-        f"{dataset.totals.files} files, {dataset.totals.bytes} bytes; `manifest.parquet` lists each with its sha256.",
+        f"{dataset.totals.files} files, {dataset.totals.bytes} bytes; `{MANIFEST_FILE}` lists each with its sha256.",
         "",
         "```python",
-        _READ_X[spec.layout] + (_READ_Z[spec.layout] if spec.coupling else "") + "```",
+        code + "```",
     ]
     return "\n".join(lines) + "\n"
 
 
 def tuples_readme(dataset: Dataset) -> str:
-    """The same for an export of tuples."""
-    z = dataset.spec.coupling.z_dtype if dataset.spec.coupling else ""
-    stored = [line for line in _meaning(dataset.spec) if not line.startswith(("z is stored", "ε′ is"))]
-    return "\n".join(
-        [
-            f"# Tuples of store {dataset.id[:12]}. {_title(dataset.spec)}",
-            "",
-            *stored,
-            f"Every sample of k<draw>/<block>.tar has x.npy, z.npy ({'float32' if z in ('bfloat16', 'int8') else z}), "
-            "noise.npy (ε′ as the teacher saw it) and cls.",
-            "",
-        ]
-    )
+    """README.md of a folder of tuples that were exported from a coupling store."""
+    assert dataset.spec.coupling is not None
+    z_dtype = dataset.spec.coupling.z_dtype
+    exported_dtype = "float32" if z_dtype in ("bfloat16", "int8") else z_dtype
+    # How the store keeps z and ε′ does not apply: the tuples hold both as plain arrays.
+    about_values = [line for line in _describe_values(dataset.spec) if not line.startswith(("z is stored", "ε′ is"))]
+    lines = [
+        f"# Tuples of store {dataset.id[:12]}. {_title(dataset.spec)}",
+        "",
+        *about_values,
+        f"Every sample of k<draw>/<block>.tar has x.npy, z.npy ({exported_dtype}), "
+        "noise.npy (ε′ as the teacher saw it) and cls.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_FILE_FORMATS: dict[LayoutName, tuple[str, str]] = {  # media type, and which files of a folder are meant
+    "webdataset": ("application/x-tar", "**.tar"),
+    "zarr": ("application/x-zarr", "c/**"),
+}
+_MANIFEST_FIELDS = {
+    "column": "sc:Text",
+    "draw": "sc:Integer",
+    "block": "sc:Integer",
+    "first_index": "sc:Integer",
+    "rows": "sc:Integer",
+    "path": "sc:Text",
+    "bytes": "sc:Integer",
+    "sha256": "sc:Text",
+    "squared_error": "sc:Float",
+}
 
 
 def croissant(dataset: Dataset) -> dict[str, Any]:
-    """Croissant 1.0 (MLCommons): the metadata that data set search engines and loaders read."""
+    """croissant.json, the metadata that data set search engines and loaders read: Croissant 1.0 (MLCommons)."""
     spec = dataset.spec
-    encoding, suffix = {"webdataset": ("application/x-tar", "**.tar"), "zarr": ("application/x-zarr", "c/**")}[
-        spec.layout
-    ]
+    media_type, pattern = _FILE_FORMATS[spec.layout]
     kinds = (*LAYOUTS[spec.layout].base_kinds, *spec.planes)
-    types = {"string": "sc:Text", "int32": "sc:Integer", "int64": "sc:Integer", "double": "sc:Float"}
-    columns = {"column": "string", "draw": "int32", "block": "int32", "first_index": "int64", "rows": "int32"}
-    columns |= {"path": "string", "bytes": "int64", "sha256": "string", "squared_error": "double"}
     return {
         "@context": {
             "@language": "en",
@@ -114,15 +139,15 @@ def croissant(dataset: Dataset) -> dict[str, Any]:
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": f"nfm-{spec.kind}-{dataset.id[:12]}",
-        "description": " ".join([f"{_title(spec)}.", *_meaning(spec)]),
+        "description": " ".join([f"{_title(spec)}.", *_describe_values(spec)]),
         "version": dataset.schema_version,
         "identifier": dataset.id,
         "distribution": [
             {
                 "@type": "cr:FileObject",
-                "@id": "manifest.parquet",
-                "name": "manifest.parquet",
-                "contentUrl": "manifest.parquet",
+                "@id": MANIFEST_FILE,
+                "name": MANIFEST_FILE,
+                "contentUrl": MANIFEST_FILE,
                 "encodingFormat": "application/x-parquet",
                 "sha256": dataset.manifest_sha256,
             },
@@ -131,8 +156,8 @@ def croissant(dataset: Dataset) -> dict[str, Any]:
                     "@type": "cr:FileSet",
                     "@id": kind,
                     "name": kind,
-                    "encodingFormat": encoding,
-                    "includes": f"{kind}/{suffix}",
+                    "encodingFormat": media_type,
+                    "includes": f"{kind}/{pattern}",
                 }
                 for kind in kinds
             ),
@@ -148,10 +173,10 @@ def croissant(dataset: Dataset) -> dict[str, Any]:
                         "@type": "cr:Field",
                         "@id": f"files/{name}",
                         "name": name,
-                        "dataType": types[kind],
-                        "source": {"fileObject": {"@id": "manifest.parquet"}, "extract": {"column": name}},
+                        "dataType": data_type,
+                        "source": {"fileObject": {"@id": MANIFEST_FILE}, "extract": {"column": name}},
                     }
-                    for name, kind in columns.items()
+                    for name, data_type in _MANIFEST_FIELDS.items()
                 ],
             }
         ],
@@ -159,17 +184,20 @@ def croissant(dataset: Dataset) -> dict[str, Any]:
 
 
 def bytes_per_row(spec: Spec) -> dict[str, tuple[float, float]]:
-    """By file kind: bytes of the values of one row (its information), and its share of the files' bytes."""
+    """By file kind: the bytes of the values of one row, and its share of the bytes of the file, with headers and
+    padding."""
     layout, rows = LAYOUTS[spec.layout], spec.block_rows
-    found: dict[str, tuple[float, float]] = {}
+    result: dict[str, tuple[float, float]] = {}
     for kind in (*layout.base_kinds, *spec.planes):
-        values = spec.dtype(kind).itemsize * (1 if kind in ("label", "index") else spec.dim)
-        found[kind] = float(values), layout.file_size(spec, kind, rows) / rows
-    return found
+        values_per_row = 1 if kind in ("label", "index") else spec.dim
+        value_bytes = float(spec.dtype(kind).itemsize * values_per_row)
+        result[kind] = (value_bytes, layout.file_size(spec, kind, rows) / rows)
+    return result
 
 
 def summarize(dataset: Dataset, sigma_f_rms: float | None = None) -> str:
-    """The store on a terminal; `sigma_f_rms`, of a coupling store, puts the error of its codec into proportion."""
+    """The summary of a store for a terminal. A coupling store needs `sigma_f_rms`, the root mean square of its σ_f, as
+    the error of the stored z is given relative to it."""
     spec, coupling, totals = dataset.spec, dataset.spec.coupling, dataset.totals
     rows = [
         ("kind", f"{spec.kind}, {spec.layout} layout, schema {dataset.schema_version}"),
@@ -179,33 +207,40 @@ def summarize(dataset: Dataset, sigma_f_rms: float | None = None) -> str:
     if coupling:
         noise, teacher = coupling.noise, coupling.teacher
         assert totals.z_rms_error is not None and sigma_f_rms is not None
-        kept = f"stored as {noise.dtype}" if noise.stored else f"derived, seen as {noise.dtype}"
+        relative_error = totals.z_rms_error / sigma_f_rms
+        noise_form = f"stored as {noise.dtype}" if noise.stored else f"derived, seen as {noise.dtype}"
+        trained_images = teacher.training.get("images")
         rows += [
             ("draws", f"K = {coupling.draws} an image, η = {coupling.eta}"),
-            ("z", f"{coupling.z_dtype}, off by {totals.z_rms_error / sigma_f_rms:.1e} of its rms after the round trip"),
-            ("noise", f"{kept} ({noise.law}, seed {noise.seed})"),
+            ("z", f"{coupling.z_dtype}, off by {relative_error:.1e} of its rms after the round trip"),
+            ("noise", f"{noise_form} ({noise.law}, seed {noise.seed})"),
             (
                 "teacher",
-                f"{teacher.architecture.get('name')} {teacher.sha256[:12]}, trained on "
-                f"{teacher.training.get('images')} images",
+                f"{teacher.architecture.get('name')} {teacher.sha256[:12]}, trained on {trained_images} images",
             ),
             ("source", coupling.source[:12]),
         ]
-    for kind, (values, held) in bytes_per_row(spec).items():
-        one = "pair" if kind in spec.planes else f"image, or {held / spec.draws:.0f} a pair" if coupling else "image"
-        rows.append((f"bytes {kind}", f"{held:.0f} an {one}".replace("an pair", "a pair") + f" (values {values:.0f})"))
+    for kind, (value_bytes, file_bytes) in bytes_per_row(spec).items():
+        if kind in spec.planes:
+            share = f"{file_bytes:.0f} a pair"
+        elif coupling:
+            share = f"{file_bytes:.0f} an image, or {file_bytes / spec.draws:.0f} a pair"
+        else:
+            share = f"{file_bytes:.0f} an image"
+        rows.append((f"bytes {kind}", f"{share} (values {value_bytes:.0f})"))
     if coupling:
         rows.append(("bytes", f"{totals.bytes / (spec.rows * coupling.draws):.0f} a pair in all"))
-    rows.append(("labels", _histogram(dataset)))
+    rows.append(("labels", _label_histogram(dataset)))
     rows.append(("id", dataset.id))
     return "\n".join(f"{name:12}{value}" for name, value in rows)
 
 
-def _histogram(dataset: Dataset, most: int = 20) -> str:
-    """The label counts as bars, the first classes of many."""
+def _label_histogram(dataset: Dataset, max_classes: int = 20) -> str:
+    """A line on the label counts, and a bar for each of the first classes."""
     names = dataset.spec.class_names
     counts = [dataset.totals.label_counts.get(str(label), 0) for label in range(len(names))]
-    top, lines = max(counts), [f"{len(names)} classes, {min(counts)} to {max(counts)} images each"]
-    for name, count in list(zip(names, counts, strict=True))[:most]:
-        lines.append(f"{'':12}{name[:24]:24} {count:8d} {'█' * round(30 * count / top)}")
+    lines = [f"{len(names)} classes, {min(counts)} to {max(counts)} images each"]
+    for name, count in list(zip(names, counts, strict=True))[:max_classes]:
+        bar = "█" * round(30 * count / max(counts))
+        lines.append(f"{'':12}{name[:24]:24} {count:8d} {bar}")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""manifest.parquet: one row a file, exactly the files that the spec calls for, in one order."""
+"""manifest.parquet: one row for each file of the columns. Which files there are, and in which order, follows from the
+spec."""
 
 import io
 import math
@@ -31,65 +32,93 @@ FILE_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class FileKey:
-    """Which file: its column, block, and draw (-1 where the column has none)."""
+    """Names one file of a store: its column, its block, and its draw (-1 where the column has none)."""
 
     column: str
     block: int
     draw: int = -1
 
 
+def count_expected_files(spec: Spec) -> int:
+    """How many files of columns a complete store has."""
+    return spec.blocks * (len(LAYOUTS[spec.layout].base_kinds) + len(spec.planes) * spec.draws)
+
+
+def expected_keys(spec: Spec) -> list[FileKey]:
+    """The files of columns of a complete store, in the order of the manifest."""
+    base = LAYOUTS[spec.layout].base_kinds
+    keys = [FileKey(kind, block) for kind in base for block in range(spec.blocks)]
+    for kind in spec.planes:
+        keys += [FileKey(kind, block, draw) for draw in range(spec.draws) for block in range(spec.blocks)]
+    return keys
+
+
 def max_manifest_bytes(spec: Spec) -> int:
-    """What a manifest takes at most, in its file or in memory."""
+    """Upper bound of the size of a manifest, both of its file and of its values in memory."""
     return (1 << 16) + count_expected_files(spec) * (1024 + 16 * min(spec.num_classes, spec.block_rows))
 
 
 def parse_manifest(data: bytes, spec: Spec, name: str) -> pa.Table:
-    """The table, with a row for each expected file and sound numbers. Raises StoreError."""
-    wanted, most = count_expected_files(spec), max_manifest_bytes(spec)
+    """The table in manifest.parquet, with FILE_SCHEMA and as many rows as the spec has files.
+
+    Raises StoreError with the file's `name` if it is another table, or if its values would take more memory than a
+    manifest can.
+    """
+    expected_rows, max_bytes = count_expected_files(spec), max_manifest_bytes(spec)
     try:
         parquet = pq.ParquetFile(io.BytesIO(data))
-        if parquet.metadata.num_rows != wanted:
-            raise StoreError(f"{name}: got {parquet.metadata.num_rows} files, expected the {wanted} of the spec")
+        if parquet.metadata.num_rows != expected_rows:
+            raise StoreError(f"{name}: got {parquet.metadata.num_rows} files, expected the {expected_rows} of the spec")
         groups = range(parquet.metadata.num_row_groups)
-        if sum(parquet.metadata.row_group(group).total_byte_size for group in groups) > most:
-            raise StoreError(f"{name}: got more than {most} bytes of values, too many for {wanted} files")
+        if sum(parquet.metadata.row_group(group).total_byte_size for group in groups) > max_bytes:
+            raise StoreError(f"{name}: got more than {max_bytes} bytes of values, too many for {expected_rows} files")
         if not parquet.schema_arrow.equals(FILE_SCHEMA):
             raise StoreError(f"{name}: its columns are not those of a manifest; the file is of another version")
         table = parquet.read()
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise StoreError(f"{name}: not a Parquet file: {error}") from error
-    if table.num_rows != wanted or table.nbytes > most:
-        raise StoreError(f"{name}: got {table.nbytes} bytes of values in {table.num_rows} rows, expected {wanted} rows")
+    if table.num_rows != expected_rows or table.nbytes > max_bytes:  # whatever the metadata said
+        raise StoreError(
+            f"{name}: got {table.nbytes} bytes of values in {table.num_rows} rows, expected {expected_rows} rows"
+        )
     if table["label_counts"].null_count:
         raise StoreError(f"{name}: got no label_counts in some row, expected them in each")
     return table
 
 
 def parse_file_records(table: pa.Table, spec: Spec, name: str) -> dict[FileKey, FileRecord]:
-    """The files by key. Raises StoreError unless each is the one expected in its row."""
-    layout = LAYOUTS[spec.layout]
+    """The rows of a manifest by file, in the order of `expected_keys`.
+
+    Raises StoreError with the manifest's `name` unless every row has the column, block, path, size, … that the spec
+    gives for its place, a well-formed sha256, and a squared_error exactly if it is a file of z.
+    """
     fields = ("column", "draw", "block", "first_index", "rows", "path", "bytes")
-    found = zip(*(table[field].to_pylist() for field in fields), strict=True)
-    digests, errors = table["sha256"].to_pylist(), table["squared_error"].to_pylist()
-    sizes: dict[tuple[str, int], int] = {}
+    rows = zip(*(table[field].to_pylist() for field in fields), strict=True)
+    digests = table["sha256"].to_pylist()
+    errors = table["squared_error"].to_pylist()
+    file_sizes: dict[tuple[str, int], int] = {}  # by column and rows; there are few
     files: dict[FileKey, FileRecord] = {}
-    for number, (key, got, digest, error) in enumerate(zip(expected_keys(spec), found, digests, errors, strict=True)):
-        rows = spec.rows_of(key.block)
-        if (key.column, rows) not in sizes:
-            sizes[key.column, rows] = layout.file_size(spec, key.column, rows)
-        path, size = layout.file_path(key.column, key.block, key.draw), sizes[key.column, rows]
-        expected = (key.column, key.draw, key.block, key.block * spec.block_rows, rows, path, size)
-        if got != expected:
-            field = next(field for field, a, b in zip(fields, got, expected, strict=True) if a != b)
-            raise StoreError(
-                f"{name}: row {number} has {field} {str(got[fields.index(field)])[:100]!r}, expected "
-                f"{expected[fields.index(field)]!r} of {path}; its files are not those of the spec, each once"
-            )
+    for number, (key, row, digest, error) in enumerate(zip(expected_keys(spec), rows, digests, errors, strict=True)):
+        num_rows = spec.rows_of(key.block)
+        if (key.column, num_rows) not in file_sizes:
+            file_sizes[key.column, num_rows] = LAYOUTS[spec.layout].file_size(spec, key.column, num_rows)
+        size = file_sizes[key.column, num_rows]
+        path = LAYOUTS[spec.layout].file_path(key.column, key.block, key.draw)
+        expected_row = (key.column, key.draw, key.block, key.block * spec.block_rows, num_rows, path, size)
+        for field, value, expected in zip(fields, row, expected_row, strict=True):
+            if value != expected:
+                raise StoreError(
+                    f"{name}: row {number} has {field} {str(value)[:100]!r}, expected {expected!r} of {path}; "
+                    "its files are not those of the spec, each once"
+                )
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            raise StoreError(f"{name}: the sha256 of {path} is none")
-        if (error is None) != (key.column != "z") or not 0 <= (error or 0) < math.inf:
-            raise StoreError(f"{name}: got squared_error {error} of {path}, expected a number of each file of z alone")
+            raise StoreError(f"{name}: the sha256 of {path} is not 64 hexadecimal digits")
+        has_error = error is not None
+        if has_error != (key.column == "z") or (has_error and not 0 <= error < math.inf):
+            raise StoreError(
+                f"{name}: got squared_error {error} of {path}, expected a number for files of z and none for others"
+            )
         files[key] = FileRecord(
             column=key.column,
             draw=key.draw,
@@ -102,22 +131,8 @@ def parse_file_records(table: pa.Table, spec: Spec, name: str) -> dict[FileKey, 
     return files
 
 
-def count_expected_files(spec: Spec) -> int:
-    """How many files a complete store has; known before anything of that size is made."""
-    return spec.blocks * (len(LAYOUTS[spec.layout].base_kinds) + len(spec.planes) * spec.draws)
-
-
-def expected_keys(spec: Spec) -> list[FileKey]:
-    """The files of a complete store, in manifest order."""
-    base = LAYOUTS[spec.layout].base_kinds
-    keys = [FileKey(kind, block) for kind in base for block in range(spec.blocks)]
-    for kind in spec.planes:
-        keys += [FileKey(kind, block, draw) for draw in range(spec.draws) for block in range(spec.blocks)]
-    return keys
-
-
 def z_rms_error(spec: Spec, files: Iterable[FileRecord]) -> float | None:
-    """Root mean square of z as stored less z as the teacher gave it."""
+    """Root mean square of the difference between z as stored and z as the teacher gave it; None for a sample store."""
     if spec.coupling is None:
         return None
     total = math.fsum(file.squared_error or 0.0 for file in files)

@@ -1,9 +1,11 @@
 """ε′: standard normal noise as a pure function of (seed, image index, draw).
 
-Law `philox-as241-v1`: 32-bit words w of Philox 4x64 with key (seed, 0) and counter (0, 0, draw, index), low word first,
-become u = (w + ½) / 2³² and then Φ⁻¹(u) by Wichura's algorithm AS 241 in float64, rounded to float32. Only + - * / and
-square root touch a value, each correctly rounded by IEEE 754, so the bits are the same on every machine, NumPy version
-and batch size; NumPy's own normal sampler promises that for none of them. The order of these operations is the law too.
+Law `philox-as241-v1`: Philox 4x64 with key (seed, 0) and counter (0, 0, draw, index) gives 32-bit words w, low word
+first. Each becomes u = (w + ½) / 2³² and then Φ⁻¹(u) by Wichura's algorithm AS 241 in float64, rounded to float32.
+
+Only + - * / and square root are applied to a value. IEEE 754 rounds each of them correctly, so the bits are the same on
+every machine, NumPy version and batch size. NumPy's own normal sampler promises none of that. The order of the
+operations below is part of the law.
 """
 
 from typing import Final
@@ -13,6 +15,8 @@ from numpy.typing import NDArray
 
 NOISE_LAW: Final = "philox-as241-v1"
 
+# AS 241 (Wichura 1988), PPND16: coefficients of its rational approximations, lowest power first. Its names are a, b for
+# the centre and c, d for the tail.
 _CENTRE_P = (
     3.3871328727963666080e0,
     1.3314166789178437745e2,
@@ -53,44 +57,55 @@ _TAIL_Q = (
     5.47593808499534494600e-4,
     1.05075007164441684324e-9,
 )
-_LOG = tuple(1 / (2 * k + 1) for k in range(12))  # artanh(s) / s, in s²
+_ARTANH = tuple(1 / (2 * k + 1) for k in range(12))  # artanh(s) / s as a polynomial in s²
 _LN2 = 0.6931471805599453
-_SQRT_HALF = 0x3FE6A09E667F3BCD  # bits of the float64 0.7071067811865476
-_CHUNK = 1 << 16  # values at a time: scratch of 2 MiB stays in a cache, and the GIL is not asked for too often
+_SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # of the float64 0.7071067811865476
+_CHUNK = 1 << 16  # values at a time: 2 MiB of scratch stay in a CPU cache, and the GIL is not taken too often
 
 
-def _polynomial(coefficients: tuple[float, ...], r: NDArray[np.float64], out: NDArray[np.float64]) -> None:
-    np.multiply(r, coefficients[-1], out=out)
+def _polynomial(coefficients: tuple[float, ...], x: NDArray[np.float64], out: NDArray[np.float64]) -> None:
+    """out = Σ coefficients[i] · xⁱ, by Horner's scheme."""
+    np.multiply(x, coefficients[-1], out=out)
     for coefficient in coefficients[-2:0:-1]:
         out += coefficient
-        out *= r
+        out *= x
     out += coefficients[0]
 
 
-def _log(x: NDArray[np.float64], out: NDArray[np.float64], s: NDArray[np.float64], t: NDArray[np.float64]) -> None:
-    """Natural logarithm from exactly rounded operations alone; libm's differs between machines. x, s and t are lost."""
-    bits, power, exponent = x.view(np.int64), s.view(np.int64), t.view(np.int64)
-    np.subtract(bits, _SQRT_HALF, out=exponent)
-    exponent >>= 52
-    np.left_shift(exponent, 52, out=power)
-    bits -= power  # what is left of x is its mantissa, in [√½, √2)
+def _natural_log(
+    x: NDArray[np.float64], out: NDArray[np.float64], scratch_1: NDArray[np.float64], scratch_2: NDArray[np.float64]
+) -> None:
+    """out = ln x for positive x. It consists of correctly rounded operations, unlike the logarithm of libm, which
+    differs between machines. x and both scratch arrays are overwritten.
+
+    With x = 2ᵏ · m, m in [√½, √2) and s = (m - 1) / (m + 1): ln x = k · ln 2 + 2 artanh(s).
+    """
+    bits = x.view(np.int64)
+    exponent = scratch_2.view(np.int64)
+    np.subtract(bits, _SQRT_HALF_BITS, out=exponent)
+    exponent >>= 52  # k
+    shifted_exponent = scratch_1.view(np.int64)
+    np.left_shift(exponent, 52, out=shifted_exponent)
+    bits -= shifted_exponent  # x now holds m
+    s = scratch_1
     np.subtract(x, 1, out=s)
     x += 1
     s /= x  # |s| <= 0.172
     np.multiply(s, s, out=x)
-    _polynomial(_LOG, x, out)
+    _polynomial(_ARTANH, x, out)
     s *= 2
     out *= s
     np.multiply(exponent, _LN2, out=s)
     out += s
 
 
-def _transform(words: NDArray[np.uint32], work: NDArray[np.float64]) -> None:
-    """`normal_from_words` of one chunk, with four rows of scratch."""
-    q, r, value, divisor = work[:, : len(words)]
+def _normal_from_chunk(words: NDArray[np.uint32], scratch: NDArray[np.float64]) -> None:
+    """`normal_from_words` for at most as many words as `scratch`, float64 (4, _CHUNK), has columns."""
+    q, r, value, divisor = scratch[:, : len(words)]
     np.copyto(q, words)
     q -= 2.0**31 - 0.5
     q *= 2.0**-32  # u - ½, exactly
+    # The centre, |q| <= 0.425: Φ⁻¹ = q · P(r) / Q(r) with r = 0.180625 - q². It is computed for all values.
     np.multiply(q, q, out=r)
     np.subtract(0.180625, r, out=r)
     _polynomial(_CENTRE_P, r, value)
@@ -99,11 +114,12 @@ def _transform(words: NDArray[np.uint32], work: NDArray[np.float64]) -> None:
     value /= divisor
     out = words.view(np.float32)
     out[:] = value
+    # The tails: Φ⁻¹ = ± P(r) / Q(r) with r = √(-ln min(u, 1 - u)) - 1.6.
     tail = np.flatnonzero(np.abs(q, out=r) > 0.425)
     q = q[tail]
-    p, r, value, divisor = work[:, : len(tail)]
+    p, r, value, divisor = scratch[:, : len(tail)]
     np.subtract(0.5, np.abs(q, out=p), out=p)  # the smaller of u and 1 - u, exactly
-    _log(p, value, r, divisor)
+    _natural_log(p, value, r, divisor)
     np.sqrt(np.negative(value, out=value), out=r)
     r -= 1.6
     _polynomial(_TAIL_P, r, value)
@@ -113,22 +129,26 @@ def _transform(words: NDArray[np.uint32], work: NDArray[np.float64]) -> None:
 
 
 def normal_from_words(words: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """Φ⁻¹((w + ½) / 2³²) of every word (AS 241, PPND16; its far-tail branch is out of their range), in their place."""
-    work = np.empty((4, min(_CHUNK, len(words))))
+    """Φ⁻¹((w + ½) / 2³²) of every word w, by AS 241 (PPND16). Words are never so small that its far tail is needed.
+
+    `words` (n,) is overwritten: the result (n,) is a view of its memory.
+    """
+    scratch = np.empty((4, min(_CHUNK, len(words))))
     for start in range(0, len(words), _CHUNK):
-        _transform(words[start : start + _CHUNK], work)
+        _normal_from_chunk(words[start : start + _CHUNK], scratch)
     return words.view(np.float32)
 
 
 def standard_normal(seed: int, index: NDArray[np.int64], draw: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """ε′ for images `index` (B,) and one draw: float32 (B, *shape)."""
-    count = int(np.prod(shape))
-    words = np.empty((len(index), -(-count // 2)), dtype="<u8")
-    key, counter = np.array([seed, 0], dtype=np.uint64), np.array([0, 0, draw, 0], dtype=np.uint64)
+    """ε′ of one draw for the images `index` (B,): float32 (B, *shape)."""
+    num_values = int(np.prod(shape))
+    words = np.empty((len(index), -(-num_values // 2)), dtype="<u8")  # 64 bits give two values
+    key = np.array([seed, 0], dtype=np.uint64)
+    counter = np.array([0, 0, draw, 0], dtype=np.uint64)
     philox = np.random.Philox(key=key, counter=counter)
     state = philox.state
     for row, image in zip(words, index.tolist(), strict=True):
         state["state"]["counter"][3] = image
-        philox.state = state  # a tenth of the time of a new Philox
+        philox.state = state  # takes a tenth of the time of a new Philox
         row[:] = philox.random_raw(len(row))
-    return normal_from_words(words.view("<u4")[:, :count].ravel()).reshape(len(index), *shape)
+    return normal_from_words(words.view("<u4")[:, :num_values].ravel()).reshape(len(index), *shape)

@@ -1,5 +1,9 @@
-"""Zarr v3 layout: the columns as arrays of one group, with the sharding codec and no compression. One shard file is one
-block of one draw, so no two writers touch one object; its chunks lie in order, so it is a strided array as well."""
+"""Zarr v3 layout: the columns as arrays of one group, with Zarr's sharding codec and no compression. One shard file is
+one block of one draw, so no two writers write the same file. Its chunks lie in order, so it is a strided array as well.
+
+A shard file is its chunks and then an index: the offset and the length of each chunk as 64-bit integers, and a checksum
+of four bytes.
+"""
 
 from typing import Any
 
@@ -11,11 +15,15 @@ from zarr.storage import MemoryStore
 from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.storage.errors import StoreError
 
-CHUNK_BYTES = 1 << 18  # a chunk is what stock readers fetch at once
-MISSING = np.uint64(2**64 - 1)
+MAX_CHUNK_BYTES = 1 << 18  # a chunk is what stock readers fetch at once
+MISSING_CHUNK = np.uint64(2**64 - 1)  # offset and length of a chunk that the file does not hold
+INDEX_ENTRY_BYTES = 16
+CHECKSUM_BYTES = 4
 
 
 class ZarrLayout:
+    """A file is one shard of the array of its column. See `Layout` for the methods."""
+
     base_kinds: tuple[str, ...] = ("x", "label", "index")
 
     def file_path(self, kind: str, block: int, draw: int) -> str:
@@ -30,29 +38,30 @@ class ZarrLayout:
         return int(np.prod(self.row_shape(spec, kind), dtype=np.int64)) * spec.dtype(kind).itemsize
 
     def chunk_rows(self, spec: Spec, kind: str) -> int:
-        """The largest divisor of the block that keeps a chunk within CHUNK_BYTES."""
-        most = max(1, CHUNK_BYTES // self.row_bytes(spec, kind))
-        return next(rows for rows in range(min(most, spec.block_rows), 0, -1) if spec.block_rows % rows == 0)
+        """Rows of a chunk: the largest divisor of the rows of a block that keeps it within MAX_CHUNK_BYTES."""
+        max_rows = min(max(1, MAX_CHUNK_BYTES // self.row_bytes(spec, kind)), spec.block_rows)
+        return next(rows for rows in range(max_rows, 0, -1) if spec.block_rows % rows == 0)
 
-    def _chunks(self, spec: Spec, kind: str, rows: int) -> tuple[int, int]:
-        """Chunks that hold rows, and all entries of the shard's index."""
-        per_chunk = self.chunk_rows(spec, kind)
-        return -(-rows // per_chunk), spec.block_rows // per_chunk
+    def _count_chunks(self, spec: Spec, kind: str, rows: int) -> tuple[int, int]:
+        """How many chunks of a file with so many rows hold rows, and how many entries its index has."""
+        chunk_rows = self.chunk_rows(spec, kind)
+        return -(-rows // chunk_rows), spec.block_rows // chunk_rows
 
     def file_size(self, spec: Spec, kind: str, rows: int) -> int:
-        used, entries = self._chunks(spec, kind, rows)
-        return used * self.chunk_rows(spec, kind) * self.row_bytes(spec, kind) + 16 * entries + 4
+        num_chunks, num_entries = self._count_chunks(spec, kind, rows)
+        chunk_bytes = self.chunk_rows(spec, kind) * self.row_bytes(spec, kind)
+        return num_chunks * chunk_bytes + INDEX_ENTRY_BYTES * num_entries + CHECKSUM_BYTES
 
-    def _create(self, store: MemoryStore, spec: Spec, kind: str, rows: int, draws: int) -> "zarr.Array[Any]":
-        plane = (draws,) if kind in ("z", "noise") else ()
-        one = (1,) * len(plane)
-        shape = self.row_shape(spec, kind)
+    def _create_array(self, store: MemoryStore, spec: Spec, kind: str, rows: int, draws: int) -> "zarr.Array[Any]":
+        """The empty array of a column with so many rows, and draws if it has any, in a Zarr store in memory."""
+        has_draws = kind in ("z", "noise")
+        row_shape = self.row_shape(spec, kind)
         return zarr.create_array(
             store,
             name=kind,
-            shape=(*plane, rows, *shape),
-            chunks=(*one, self.chunk_rows(spec, kind), *shape),
-            shards=(*one, spec.block_rows, *shape),
+            shape=(*((draws,) if has_draws else ()), rows, *row_shape),
+            chunks=(*((1,) if has_draws else ()), self.chunk_rows(spec, kind), *row_shape),
+            shards=(*((1,) if has_draws else ()), spec.block_rows, *row_shape),
             dtype=spec.dtype(kind),
             compressors=None,
             filters=None,
@@ -63,12 +72,13 @@ class ZarrLayout:
         index = spec.indices(block)
         values = index if kind == "index" else columns[kind]
         assert len(values) == len(index) and values.dtype == spec.dtype(kind)
+        has_draws = kind in ("z", "noise")
         content: dict[str, Any] = {}
         store = MemoryStore(content)
-        with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk of zeros still has its place
-            array = self._create(store, spec, kind, rows=len(index), draws=1)
-            array[...] = values[None] if kind in ("z", "noise") else values
-        file: bytes = content[self.file_path(kind, 0, 0 if kind in ("z", "noise") else -1)].to_bytes()
+        with zarr.config.set({"array.write_empty_chunks": True}):  # else chunks of zeros would be left out
+            array = self._create_array(store, spec, kind, rows=len(index), draws=1)
+            array[...] = values[None] if has_draws else values
+        file: bytes = content[self.file_path(kind, block=0, draw=0 if has_draws else -1)].to_bytes()
         return file
 
     def row_placement(self, spec: Spec, kind: str) -> tuple[int, int]:
@@ -77,13 +87,14 @@ class ZarrLayout:
     def view_columns(self, spec: Spec, kind: str, block: int, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         rows = spec.rows_of(block)
         assert len(data) == self.file_size(spec, kind, rows)
-        used, entries = self._chunks(spec, kind, rows)
+        num_chunks, num_entries = self._count_chunks(spec, kind, rows)
         chunk_bytes = self.chunk_rows(spec, kind) * self.row_bytes(spec, kind)
-        table = np.frombuffer(data[-16 * entries - 4 : -4].tobytes(), dtype="<u8").reshape(entries, 2)
-        expected = np.full((entries, 2), MISSING)
-        expected[:used, 0] = np.arange(used, dtype=np.uint64) * np.uint64(chunk_bytes)
-        expected[:used, 1] = chunk_bytes
-        if not np.array_equal(table, expected):
+        index_bytes = data[-INDEX_ENTRY_BYTES * num_entries - CHECKSUM_BYTES : -CHECKSUM_BYTES].tobytes()
+        index = np.frombuffer(index_bytes, dtype="<u8").reshape(num_entries, 2)
+        expected = np.full((num_entries, 2), MISSING_CHUNK)
+        expected[:num_chunks, 0] = np.arange(num_chunks, dtype=np.uint64) * np.uint64(chunk_bytes)
+        expected[:num_chunks, 1] = chunk_bytes
+        if not np.array_equal(index, expected):
             raise StoreError("its shard index is not that of uncompressed chunks in order")
         values = data[: rows * self.row_bytes(spec, kind)].view(spec.dtype(kind))
         values = values.reshape(rows, *self.row_shape(spec, kind))
@@ -97,7 +108,7 @@ class ZarrLayout:
         zarr.create_group(store)
         kinds = (*self.base_kinds, *spec.planes)
         for kind in kinds:
-            self._create(store, spec, kind, rows=spec.rows, draws=spec.draws)
+            self._create_array(store, spec, kind, rows=spec.rows, draws=spec.draws)
         return {name: content[name].to_bytes() for name in ("zarr.json", *(f"{kind}/zarr.json" for kind in kinds))}
 
     def describe_records(self, spec: Spec) -> dict[str, dict[str, Any]]:

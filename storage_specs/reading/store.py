@@ -21,7 +21,14 @@ from nfm.storage_specs.format.manifest import (
     parse_manifest,
     z_rms_error,
 )
-from nfm.storage_specs.format.names import MAX_METADATA_BYTES
+from nfm.storage_specs.format.names import (
+    COST_FILE,
+    DATASET_FILE,
+    MANIFEST_FILE,
+    MAX_METADATA_BYTES,
+    SIGMA_F_FILE,
+    Z_SCALE_FILE,
+)
 from nfm.storage_specs.format.noise import standard_normal
 from nfm.storage_specs.format.schema import Cost, Dataset, FileRecord, Kind, Spec, content_id, parse_dataset
 from nfm.storage_specs.storage.cache import Cache
@@ -31,35 +38,48 @@ from nfm.storage_specs.storage.files import IO_THREADS, Root, map_file, sha256
 
 T = TypeVar("T")
 
-MAX_OPEN_FILES = 64  # whose columns a Store keeps at hand
+MAX_OPEN_FILES = 64  # that a Store keeps mapped for the next call of `columns`
+CACHE_ATTEMPTS = 3  # to fetch a file that other processes delete from the cache before it is opened
 
 
 class Store:
-    """A complete store at a URL (local path or any fsspec URL). Raises StoreError if there is none, or a broken one."""
+    """A complete store at a URL: a local path or any URL that fsspec knows.
+
+    `kind` is the kind of store that the caller needs; None takes either. `options` are those of the fsspec file system.
+    Files of a remote store are read through `cache`. Raises StoreError if there is no complete store, if it is of
+    another kind, or if its dataset.json is damaged. Other files are checked when they are read.
+    """
 
     def __init__(
         self, url: str, kind: Kind | None = None, options: dict[str, Any] | None = None, cache: Cache | None = None
     ) -> None:
         self.root = Root(url, options)
         self.cache = cache or Cache()
-        if not self.root.exists("dataset.json"):
-            inside = [name for name in ("train", "val") if self.root.exists(f"{name}/dataset.json")]
-            if inside:
-                raise StoreError(f"{url}: got a folder of stores, expected one of them: {url}/{' or '.join(inside)}")
-            raise StoreError(
-                f"{url}: no dataset.json; expected a complete store there (if its job was interrupted, run it again)"
-            )
-        name = f"{self.url}/dataset.json"
-        self.dataset: Dataset = parse_dataset(self.root.read("dataset.json", MAX_METADATA_BYTES), name)
+        if not self.root.exists(DATASET_FILE):
+            raise self._no_store_error()
+        self.dataset: Dataset = parse_dataset(
+            self.root.read(DATASET_FILE, MAX_METADATA_BYTES), f"{self.url}/{DATASET_FILE}"
+        )
         self.spec: Spec = self.dataset.spec
         if kind is not None and self.spec.kind != kind:
             raise StoreError(f"{url}: got a store of {self.spec.kind}, expected one of {kind}")
         self.layout = LAYOUTS[self.spec.layout]
         if self.dataset.records != self.layout.describe_records(self.spec):
             raise StoreError(
-                f"{name}: its records are not those of its spec; the file is damaged or of another version"
+                f"{self.url}/{DATASET_FILE}: its records are not those of its spec; "
+                "the file is damaged or of another version"
             )
-        self._open: OrderedDict[FileKey, Columns] = OrderedDict()
+        self._open_files: OrderedDict[FileKey, Columns] = OrderedDict()  # the one used last at the end
+
+    def _no_store_error(self) -> StoreError:
+        splits = [name for name in ("train", "val") if self.root.exists(f"{name}/{DATASET_FILE}")]
+        if splits:
+            return StoreError(
+                f"{self.url}: got a folder of stores, expected one of them: {self.url}/{' or '.join(splits)}"
+            )
+        return StoreError(
+            f"{self.url}: no dataset.json; expected a complete store there (if its job was interrupted, run it again)"
+        )
 
     @property
     def url(self) -> str:
@@ -67,35 +87,38 @@ class Store:
 
     @cached_property
     def manifest(self) -> pa.Table:
-        """manifest.parquet, one row a file."""
-        name = f"{self.url}/manifest.parquet"
-        data = self.root.read("manifest.parquet", max_manifest_bytes(self.spec))
+        """The table in manifest.parquet. Raises StoreError if the file is not the one of dataset.json."""
+        name = f"{self.url}/{MANIFEST_FILE}"
+        data = self.root.read(MANIFEST_FILE, max_manifest_bytes(self.spec))
         if sha256(data) != self.dataset.manifest_sha256:
             raise StoreError(
-                f"{name}: its sha256 is not the one in dataset.json; the file is damaged, or draws were added to the "
-                "store since it was opened: then open it again"
+                f"{name}: its sha256 is not the one in dataset.json; the file is damaged, "
+                "or draws were added to the store since it was opened: then open it again"
             )
         return parse_manifest(data, self.spec, name)
 
     @cached_property
     def files(self) -> dict[FileKey, FileRecord]:
-        """The manifest: exactly the files that the spec calls for, in its order."""
-        return parse_file_records(self.manifest, self.spec, f"{self.url}/manifest.parquet")
+        """The files of columns, exactly those of the spec, in the order of the manifest. Raises StoreError if the
+        manifest lists others."""
+        return parse_file_records(self.manifest, self.spec, f"{self.url}/{MANIFEST_FILE}")
 
     @cached_property
     def _label_counts(self) -> list[list[tuple[int, int]]]:
-        """By block."""
-        return list(self.manifest["label_counts"][: self.spec.blocks].to_pylist())  # the files of x come first
+        """For each block, how many rows of each label it has according to the manifest."""
+        rows_of_x = self.manifest["label_counts"][: self.spec.blocks]  # the files of x come first
+        return list(rows_of_x.to_pylist())
 
     @cached_property
     def cost(self) -> Cost | None:
-        """What the couplings took to make, where the store says it."""
-        if not self.root.exists("cost.json"):
+        """The seconds that the teacher took to make the couplings; None if the store does not tell."""
+        if not self.root.exists(COST_FILE):
             return None
-        return parse_json(Cost, self.root.read("cost.json", MAX_METADATA_BYTES), f"{self.url}/cost.json")
+        return parse_json(Cost, self.root.read(COST_FILE, MAX_METADATA_BYTES), f"{self.url}/{COST_FILE}")
 
-    def array(self, name: str, digest: str | None) -> NDArray[np.float32]:
-        """A float32 (C, H, W) file beside dataset.json, positive and finite everywhere."""
+    def _read_scale(self, name: str, digest: str | None) -> NDArray[np.float32]:
+        """A float32 (C, H, W) file beside dataset.json, whose values are positive and finite. Raises StoreError if its
+        sha256 is not `digest`."""
         data = self.root.read(name, 4096 + 4 * self.spec.dim)
         url = f"{self.url}/{name}"
         if sha256(data) != digest:
@@ -104,64 +127,68 @@ class Store:
 
     @cached_property
     def sigma_f(self) -> NDArray[np.float32]:
-        """σ_f, float32 (C, H, W): per-dimension root mean square of f over the data set and draws."""
-        return self.array("sigma_f.npy", self.dataset.sigma_f_sha256)
+        """σ_f, float32 (C, H, W): root mean square of z in each dimension, over the data set and draws."""
+        return self._read_scale(SIGMA_F_FILE, self.dataset.sigma_f_sha256)
 
     @cached_property
     def z_scale(self) -> NDArray[np.float32] | None:
         """The step of int8 z in each dimension, float32 (C, H, W); None for other dtypes."""
         assert self.spec.coupling is not None
         digest = self.spec.coupling.z_scale_sha256
-        return self.array("z_scale.npy", digest) if digest else None
+        return self._read_scale(Z_SCALE_FILE, digest) if digest else None
 
     def local_path(self, key: FileKey) -> Path:
-        """A local path of the file: itself, or its copy in the cache."""
+        """A local path of a file: the file itself, or its copy in the cache, which is made if there is none. Another
+        process may delete the copy again; see `use_local_file`."""
         record = self.files[key]
         if self.root.local:
             return Path(self.root.full_path(record.path))
         return self.cache.fetch(self.root, record.path, record.bytes, record.sha256)
 
     def check_local_sizes(self, kinds: tuple[str, ...]) -> None:
-        """Raise StoreError unless the local files of these columns have the sizes that the manifest gives."""
+        """Raise StoreError unless the files of these kinds have the sizes in the manifest. Does nothing for a remote
+        store."""
+        if not self.root.local:
+            return
         for key, record in self.files.items():
-            if self.root.local and key.column in kinds:
-                name = f"{self.url}/{record.path}"
-                try:
-                    found = os.stat(self.root.full_path(record.path)).st_size
-                except OSError as error:
-                    raise StoreError(f"{name}: {error.strerror}; repair or copy the store") from error
-                if found != record.bytes:
-                    raise StoreError(
-                        f"{name}: got {found} bytes, expected {record.bytes}; the file is truncated or overlong, "
-                        "repair "
-                        "or copy it again"
-                    )
+            if key.column not in kinds:
+                continue
+            name = f"{self.url}/{record.path}"
+            try:
+                size = os.stat(self.root.full_path(record.path)).st_size
+            except OSError as error:
+                raise StoreError(f"{name}: {error.strerror}; repair or copy the store") from error
+            if size != record.bytes:
+                raise _wrong_size_error(name, size, record.bytes)
 
     def use_local_file(self, key: FileKey, use: Callable[[Path], T]) -> T:
-        """`use` of a local path of the file. Where another process dropped the file from the cache meanwhile, it is
-        fetched again. Raises StoreError that names the file."""
+        """The result of `use(path)` for the local path of a file. If another process deletes the file from the cache
+        before it is opened, it is fetched again.
+
+        Raises StoreError with the file's name if it is missing or cannot be read.
+        """
         name = f"{self.url}/{self.files[key].path}"
-        for _ in range(3):
+        for _ in range(CACHE_ATTEMPTS):
             try:
                 return use(self.local_path(key))
             except FileNotFoundError:
                 if self.root.local:
                     raise StoreError(f"{name} is missing; repair or copy the store") from None
             except OSError as error:
-                where = "" if self.root.local else f" in the cache {self.cache.directory}"
-                raise StoreError(f"{name}: {error.strerror or error}{where}") from error
+                place = "" if self.root.local else f" in the cache {self.cache.directory}"
+                raise StoreError(f"{name}: {error.strerror or error}{place}") from error
         raise StoreError(f"{name}: the cache {self.cache.directory} drops files as they come; raise storage.cache_gb")
 
     def parse_columns(self, key: FileKey, data: NDArray[np.uint8], sha256_checked: bool) -> Columns:
-        """The columns in the bytes of a file. Raises StoreError, naming it, unless its size, sha256 (which was looked
-        at before, where `sha256_checked`), structure and labels are right and all its numbers finite."""
+        """The columns in `data`, the bytes of a file, as views.
+
+        Raises StoreError with the file's name unless its size, sha256, structure and labels are right and all its
+        numbers are finite. `sha256_checked` says that the sha256 was compared before, such as by the cache.
+        """
         record = self.files[key]
         name = f"{self.url}/{record.path}"
         if len(data) != record.bytes:
-            raise StoreError(
-                f"{name}: got {len(data)} bytes, expected {record.bytes}; the file is truncated or overlong, "
-                "repair or copy it again"
-            )
+            raise _wrong_size_error(name, len(data), record.bytes)
         if not sha256_checked and sha256(data) != record.sha256:
             raise StoreError(f"{name}: its sha256 is not the one in the manifest; repair or copy it again")
         try:
@@ -175,64 +202,74 @@ class Store:
         return columns
 
     def columns(self, key: FileKey) -> Columns:
-        """The columns of one file, mapped and checked."""
-        if key in self._open:
-            self._open.move_to_end(key)
+        """The columns of one file, mapped and checked. The MAX_OPEN_FILES used last are kept."""
+        if key in self._open_files:
+            self._open_files.move_to_end(key)
         else:
-            self._open[key] = self.parse_columns(
-                key, self.use_local_file(key, map_file), sha256_checked=not self.root.local
-            )
-            while len(self._open) > MAX_OPEN_FILES:
-                self._open.popitem(last=False)
-        return self._open[key]
+            data = self.use_local_file(key, map_file)
+            self._open_files[key] = self.parse_columns(key, data, sha256_checked=not self.root.local)
+            while len(self._open_files) > MAX_OPEN_FILES:
+                self._open_files.popitem(last=False)
+        return self._open_files[key]
 
     def column(self, name: str, block: int, draw: int = -1) -> NDArray[Any]:
-        """Column "x", "label", "index", "z" or "noise" of one block (and draw), (rows, …), as it is stored; noise that
-        is not stored is drawn again."""
+        """Column "x", "label", "index", "z" or "noise" of one block, (rows, …), in the dtype of the files. z and noise
+        also need a draw. Noise that the store does not hold is drawn again, which gives the same bits."""
         coupling = self.spec.coupling
         if name == "noise" and coupling is not None and not coupling.noise.stored:
-            drawn = standard_normal(coupling.noise.seed, self.spec.indices(block), draw, self.spec.shape)
-            return drawn.astype(self.spec.dtype("noise"))
-        holder = name if name not in ("label", "index") or name in self.layout.base_kinds else "x"
-        return self.columns(FileKey(holder, block, draw))[name]
+            noise = standard_normal(coupling.noise.seed, self.spec.indices(block), draw, self.spec.shape)
+            return noise.astype(self.spec.dtype("noise"))
+        in_file_of_x = name in ("label", "index") and name not in self.layout.base_kinds
+        file_kind = "x" if in_file_of_x else name
+        return self.columns(FileKey(file_kind, block, draw))[name]
 
     def z(self, block: int, draw: int) -> NDArray[np.float32]:
-        """z of one block and draw, float32 (rows, C, H, W): raw, not divided by σ_f."""
+        """z of one block and draw, float32 (rows, C, H, W), as the teacher gave it but for the rounding of the stored
+        dtype. It is not divided by σ_f."""
         assert self.spec.coupling is not None
         return codecs.decode_z(self.column("z", block, draw), self.spec.coupling.z_dtype, self.z_scale)
 
     def labels(self) -> NDArray[np.int64]:
-        """All labels, (N,)."""
+        """The labels of all rows, (N,)."""
         return np.concatenate([self.column("label", block) for block in range(self.spec.blocks)])
 
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """x of the given rows, uint8 (len(rows), C, H, W)."""
-        out = np.empty((len(rows), *self.spec.shape), dtype=np.uint8)
-        gather(out, rows, self.spec.block_rows, lambda block: self.column("x", block))
-        return out
+        """x of the given rows, uint8 (len(rows), C, H, W). Each block is read once."""
+        images = np.empty((len(rows), *self.spec.shape), dtype=np.uint8)
+        blocks, rows_in_block = np.divmod(rows, self.spec.block_rows)
+        for block in np.unique(blocks).tolist():
+            positions = np.flatnonzero(blocks == block)
+            images[positions] = self.column("x", block)[rows_in_block[positions]]
+        return images
 
     def find_faults(
         self, progress: Callable[[int], None] = lambda _bytes: None
     ) -> Iterator[tuple[FileKey | None, str]]:
-        """Everything wrong with the store, found by reading all of it from where it lies (not from the cache): size,
-        sha256, structure, labels and their counts, finite values; the key is None where no file of the manifest is at
-        fault. `progress` is told how many bytes were read."""
+        """Everything that is wrong with the store, as pairs of a file and a sentence. The file is None where the fault
+        is not that of a file in the manifest.
+
+        Reads all files from where they are (not from the cache) and checks size, sha256, structure, labels and their
+        counts, and that all numbers are finite. `progress` gets the number of bytes of each file that was read. Raises
+        StoreError if the manifest is damaged.
+        """
         for fault in self.find_document_faults():
             yield None, fault
-        counts: Counter[int] = Counter()
-        _, sound = self._label_counts, True
+        total_counts: Counter[int] = Counter()
+        _ = self._label_counts  # read once, before threads use it
+        every_file_is_sound = True
         with ThreadPoolExecutor(IO_THREADS, "nfm-verify") as pool:
-            for key, fault, labels in pool.map(self._examine, self.files):
+            for key, fault, label_counts in pool.map(self._examine_file, self.files):
                 progress(self.files[key].bytes)
-                counts.update(labels)
+                total_counts.update(label_counts)
                 if fault:
-                    sound = False
+                    every_file_is_sound = False
                     yield key, fault
-        if sound and {str(label): count for label, count in counts.items()} != self.dataset.totals.label_counts:
-            yield None, f"{self.url}/dataset.json: its label counts are not those of its files"
+        totals = {str(label): count for label, count in total_counts.items()}
+        if every_file_is_sound and totals != self.dataset.totals.label_counts:
+            yield None, f"{self.url}/{DATASET_FILE}: its label counts are not those of its files"
 
-    def _examine(self, key: FileKey) -> tuple[FileKey, str, dict[int, int]]:
-        """What is wrong with one file, and how many labels of each class it holds."""
+    def _examine_file(self, key: FileKey) -> tuple[FileKey, str, dict[int, int]]:
+        """The key; a sentence on what is wrong with the file, or ""; and the number of rows of each label in it."""
         record = self.files[key]
         try:
             if self.root.local:
@@ -245,26 +282,29 @@ class Store:
         if "label" not in columns:
             return key, "", {}
         labels, counts = np.unique(columns["label"], return_counts=True)
-        here = dict(zip(labels.tolist(), counts.tolist(), strict=True))
-        if dict(self._label_counts[key.block]) != here:
-            return key, f"{self.url}/manifest.parquet: its label counts are not those of {record.path}", here
-        return key, "", here
+        label_counts = dict(zip(labels.tolist(), counts.tolist(), strict=True))
+        fault = ""
+        if dict(self._label_counts[key.block]) != label_counts:
+            fault = f"{self.url}/{MANIFEST_FILE}: its label counts are not those of {record.path}"
+        return key, fault, label_counts
 
     def find_document_faults(self) -> list[str]:
-        """Whether dataset.json, σ_f and the files for stock tools agree with the manifest and the spec."""
+        """What is wrong with dataset.json, σ_f, the int8 scale and the metadata of Zarr: one sentence for each that
+        does not agree with the manifest and the spec. Raises StoreError if the manifest is damaged."""
         faults: list[str] = []
         records, totals = list(self.files.values()), self.dataset.totals
+        dataset_name = f"{self.url}/{DATASET_FILE}"
         if self.dataset.id != content_id(self.spec, [record.sha256 for record in records]):
-            faults.append(f"{self.url}/dataset.json: its id is not that of its files")
-        if (totals.files, totals.bytes) != (len(records), sum(record.bytes for record in records)):
-            faults.append(f"{self.url}/dataset.json: its totals are not those of the manifest")
+            faults.append(f"{dataset_name}: its id is not that of its files")
+        if totals.files != len(records) or totals.bytes != sum(record.bytes for record in records):
+            faults.append(f"{dataset_name}: its totals are not those of the manifest")
         try:
             if self.spec.coupling:
                 _ = self.sigma_f, self.z_scale
         except StoreError as error:
             faults.append(str(error))
-        if totals.z_rms_error != z_rms_error(self.spec, self.files.values()):
-            faults.append(f"{self.url}/dataset.json: its z_rms_error is not that of the manifest")
+        if totals.z_rms_error != z_rms_error(self.spec, records):
+            faults.append(f"{dataset_name}: its z_rms_error is not that of the manifest")
         for path, expected in self.layout.metadata_files(self.spec).items():
             try:
                 intact = self.root.read(path, len(expected)) == expected
@@ -275,9 +315,8 @@ class Store:
         return faults
 
 
-def gather(out: NDArray[Any], rows: NDArray[np.int64], block_rows: int, column: Any) -> None:
-    """out[i] = the row `rows[i]` of the store, reading each block once."""
-    blocks = rows // block_rows
-    for block in np.unique(blocks).tolist():
-        here = np.flatnonzero(blocks == block)
-        out[here] = column(block)[rows[here] - block * block_rows]
+def _wrong_size_error(name: str, size: int, expected_size: int) -> StoreError:
+    return StoreError(
+        f"{name}: got {size} bytes, expected {expected_size}; the file is truncated or overlong, "
+        "repair or copy it again"
+    )

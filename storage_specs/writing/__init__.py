@@ -1,1 +1,1 @@
-"""From arrays to the files of a store, unit by unit; and whole stores from one place or layout to another."""
+"""Writing stores, unit by unit, and moving whole stores to another place or layout."""

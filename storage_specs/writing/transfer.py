@@ -1,4 +1,4 @@
-"""Whole stores from one place or layout to another: convert, copy, repair, and the export of classic tuples."""
+"""Whole stores to another place or layout: convert, copy, repair, and the export of classic WebDataset tuples."""
 
 import tarfile
 from collections.abc import Callable, Iterator
@@ -9,7 +9,17 @@ import numpy as np
 
 from nfm.storage_specs.format.card import tuples_readme
 from nfm.storage_specs.format.manifest import FileKey
-from nfm.storage_specs.format.names import MAX_METADATA_BYTES, SPEC_FILE, Z_SCALE_FILE
+from nfm.storage_specs.format.names import (
+    COST_FILE,
+    CROISSANT_FILE,
+    DATASET_FILE,
+    MANIFEST_FILE,
+    MAX_METADATA_BYTES,
+    README_FILE,
+    SIGMA_F_FILE,
+    SPEC_FILE,
+    Z_SCALE_FILE,
+)
 from nfm.storage_specs.format.schema import Dataset, LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.documents import canonical_json
@@ -19,17 +29,21 @@ from nfm.storage_specs.storage.npy import npy_bytes
 from nfm.storage_specs.writing.units import list_committed_units
 from nfm.storage_specs.writing.writer import StoreWriter
 
-Progress = Callable[[int], None]  # told how many bytes or rows were just done
+Progress = Callable[[int], None]  # is called with the number of bytes or rows that were just completed
 MAX_DOCUMENT_BYTES = 1 << 30
-_EXPORT_FILE = "export.json"
-_COPY_FILE = "copy.json"  # whose copy this will be; gone when it is one
+_EXPORT_FILE = "export.json"  # in a folder of tuples: which store they are from
+_COPY_FILE = "copy.json"  # in an unfinished copy: which store it is of
 
 
 def convert_store(
     store: Store, out: str, layout: LayoutName, progress: Progress, options: dict[str, Any] | None
 ) -> Dataset:
-    """The same store in another layout: same values, totals and times, so that converting back gives the same bytes.
-    Every source file's sha256 is checked. The same call again continues."""
+    """Write the values of `store` in another layout to the URL `out`.
+
+    Totals and cost stay the same, so converting back gives the same bytes. The sha256 of every source file is checked.
+    If it was interrupted, the same call continues. `progress` gets rows. Raises StoreError if the layout is the same,
+    the source is damaged, or `out` holds another store.
+    """
     if layout == store.spec.layout:
         raise StoreError(f"{store.url}: got a store in the {layout} layout already; nfm store copy copies it as it is")
     spec = store.spec.model_copy(update={"layout": layout})
@@ -37,76 +51,96 @@ def convert_store(
     writer.initialize(store.z_scale if spec.coupling else None)
     if writer.is_complete():
         return Store(out, options=options).dataset
-    todo = writer.list_missing_units()
-    progress(spec.rows - sum(spec.rows_of(unit.block) for unit in todo))
-    for unit in todo:
-        writing = writer.unit_writer(unit)
-        writing.write_base({name: store.column(name, unit.block) for name in ("x", "label")})
+    missing_units = writer.list_missing_units()
+    missing_rows = sum(spec.rows_of(unit.block) for unit in missing_units)
+    progress(spec.rows - missing_rows)
+    for unit in missing_units:
+        unit_writer = writer.unit_writer(unit)
+        unit_writer.write_base({name: store.column(name, unit.block) for name in ("x", "label")})
         for draw in unit.draws:
-            planes = {name: store.column(name, unit.block, draw) for name in spec.planes}
-            error = store.files[FileKey("z", unit.block, draw)].squared_error
-            assert error is not None
-            writing.write_stored_draw(draw, np.ascontiguousarray(planes["z"]), planes.get("noise"), error)
-        writing.commit()
+            z = np.ascontiguousarray(store.column("z", unit.block, draw))
+            noise = store.column("noise", unit.block, draw) if "noise" in spec.planes else None
+            squared_error = store.files[FileKey("z", unit.block, draw)].squared_error
+            assert squared_error is not None
+            unit_writer.write_stored_draw(draw, z, noise, squared_error)
+        unit_writer.commit()
         progress(spec.rows_of(unit.block))
     return writer.finalize(store.cost)
 
 
 def export_tuples(store: Store, out: str, progress: Progress, options: dict[str, Any] | None) -> int:
-    """Classic WebDataset shards, k<draw>/<block>.tar, whose every sample has x.npy, z.npy, noise.npy and cls; returns
-    their number. bfloat16 and int8 z are written as the float32 they stand for. The same call again continues."""
+    """Write the pairs of a coupling store as classic WebDataset files, k<draw>/<block>.tar, in which every sample has
+    x.npy, z.npy, noise.npy and cls. Returns the number of files.
+
+    z that is stored as bfloat16 or int8 is written as the float32 it stands for. If it was interrupted, the same call
+    continues. `progress` gets rows. Raises StoreError for a store of samples, or if `out` holds tuples of another
+    store.
+    """
     spec, root = store.spec, Root(out, options)
     if spec.coupling is None:
         raise StoreError(f"{store.url}: got a store of samples, expected one of couplings")
-    claim = canonical_json({"tuples of": store.dataset.id})
-    if root.exists(_EXPORT_FILE):
-        if root.read(_EXPORT_FILE, len(claim) + 1) != claim:
-            raise StoreError(f"{out}: holds tuples of another store; write to another URL, or delete it first")
-    else:
-        root.write(_EXPORT_FILE, claim)
-    there = root.list_file_sizes()
+    _claim_export(store, root)
+    existing = root.list_file_sizes()
     for block in range(spec.blocks):
         for draw in range(spec.draws):
             path = f"k{draw:03d}/{block:06d}.tar"
-            if path not in there:  # a file is there whole or not at all
-                root.write(path, b"".join(_tuples(store, block, draw)))
+            if path not in existing:  # an existing file is complete, as files are written completely or not at all
+                root.write(path, b"".join(_tuples_tar(store, block, draw)))
         progress(spec.rows_of(block))
-    root.write("sigma_f.npy", npy_bytes(store.sigma_f))
-    root.write("README.md", tuples_readme(store.dataset).encode())
+    root.write(SIGMA_F_FILE, npy_bytes(store.sigma_f))
+    root.write(README_FILE, tuples_readme(store.dataset).encode())
     return spec.blocks * spec.draws
 
 
-def _tuples(store: Store, block: int, draw: int) -> Iterator[bytes]:
-    """The tar of one block and draw, piece by piece."""
+def _claim_export(store: Store, target: Root) -> None:
+    """Write into `target` that it holds tuples of `store`. Raises StoreError if it holds those of another store."""
+    claim = canonical_json({"tuples of": store.dataset.id})
+    if not target.exists(_EXPORT_FILE):
+        target.write(_EXPORT_FILE, claim)
+    elif target.read(_EXPORT_FILE, len(claim) + 1) != claim:
+        raise StoreError(f"{target.url}: holds tuples of another store; write to another URL, or delete it first")
+
+
+def _tuples_tar(store: Store, block: int, draw: int) -> Iterator[bytes]:
+    """The tar with the tuples of one block and draw, in pieces: one for each member, and the end."""
     assert store.spec.coupling is not None
-    exact = store.spec.coupling.z_dtype in ("float32", "float16")
-    z = store.column("z", block, draw) if exact else store.z(block, draw)
-    columns = (store.column("x", block), z, store.column("noise", block, draw), store.column("label", block))
-    for index, *values, label in zip(store.spec.indices(block).tolist(), *columns, strict=True):
-        members = dict(
-            zip(("x.npy", "z.npy", "noise.npy"), (npy_bytes(np.asarray(value)) for value in values), strict=True)
-        )
-        for suffix, data in (members | {"cls": str(label).encode()}).items():
+    if store.spec.coupling.z_dtype in ("float32", "float16"):
+        z = store.column("z", block, draw)
+    else:
+        z = store.z(block, draw)
+    x, noise, label = store.column("x", block), store.column("noise", block, draw), store.column("label", block)
+    for row, index in enumerate(store.spec.indices(block).tolist()):
+        members = {
+            "x.npy": npy_bytes(np.asarray(x[row])),
+            "z.npy": npy_bytes(np.asarray(z[row])),
+            "noise.npy": npy_bytes(np.asarray(noise[row])),
+            "cls": str(label[row]).encode(),
+        }
+        for suffix, data in members.items():
             info = tarfile.TarInfo(f"{index:012d}_k{draw:03d}.{suffix}")
             info.size = len(data)
-            yield info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+            padding = bytes(-len(data) % tarfile.BLOCKSIZE)
+            yield info.tobuf(tarfile.USTAR_FORMAT) + data + padding
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
 def copy_store(store: Store, out: str, progress: Progress, options: dict[str, Any] | None) -> int:
-    """The same bytes at another URL, several files at a time, with their commit records; returns how many files were
-    written. What is there already with the right size is kept, and at the end everything is read back and checked:
-    commit records and dataset.json, which make others trust the files, are written only then. Raises StoreError where
-    the source is damaged."""
+    """Copy all files of `store`, with its commit records, to the URL `out`. Returns how many files of columns were
+    written.
+
+    Files that exist there with the right size are kept at first; at the end all files are read back, and those with
+    wrong bytes are written again. Only then commit records and dataset.json are written, as they tell others that the
+    files can be trusted. If it was interrupted, the same call continues. `progress` gets bytes, both of files that were
+    written and of files that were read back. Raises StoreError if the source is damaged, if `out` holds another store,
+    or if the storage returns other bytes than were written.
+    """
     faults = store.find_document_faults()
     if faults:
         raise StoreError(f"{faults[0]} (nothing was copied)")
     target = Root(out, options)
-    _claim(store, target, options)
-    there = target.list_file_sizes()
-    missing = [key for key, record in store.files.items() if there.get(record.path) != record.bytes]
+    _claim_copy(store, target, options)
 
-    def put(key: FileKey) -> None:
+    def copy_file(key: FileKey) -> None:
         record = store.files[key]
         data = store.root.read(record.path, record.bytes)
         if sha256(data) != record.sha256:
@@ -114,75 +148,85 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
         target.write(record.path, data)
         progress(record.bytes)
 
-    def put_document(name: str) -> None:
-        data = store.root.read(name, MAX_DOCUMENT_BYTES)
-        target.write(name, data)
-        if target.read(name, len(data)) != data:
-            raise StoreError(f"{out}/{name}: got other bytes than were written; the storage is not to be trusted")
+    def copy_document(path: str) -> None:
+        data = store.root.read(path, MAX_DOCUMENT_BYTES)
+        target.write(path, data)
+        if target.read(path, len(data)) != data:
+            raise _untrusted_storage(f"{out}/{path}")
 
+    existing = target.list_file_sizes()
+    missing = [key for key, record in store.files.items() if existing.get(record.path) != record.bytes]
     with ThreadPoolExecutor(IO_THREADS, "nfm-copy") as pool:
-        list(pool.map(put, missing))
-        damaged = _bad_copies(store, target, list(store.files), progress, pool)  # the right size and the wrong bytes
-        list(pool.map(put, damaged))
-        still = _bad_copies(store, target, damaged, progress, pool)
-        if still:
-            raise StoreError(
-                f"{out}/{store.files[still[0]].path}: got other bytes than were written; the storage is not to be "
-                "trusted"
-            )
-        commits = _commit_files(store)
-        if commits:
-            target.write(SPEC_FILE, store.spec.canonical())
-        list(
-            pool.map(
-                put_document, [*store.layout.metadata_files(store.spec), "manifest.parquet", *_extras(store), *commits]
-            )
-        )
-    put_document("dataset.json")
+        list(pool.map(copy_file, missing))
+        damaged = _list_bad_copies(store, target, list(store.files), progress, pool)
+        list(pool.map(copy_file, damaged))
+        still_damaged = _list_bad_copies(store, target, damaged, progress, pool)
+        if still_damaged:
+            raise _untrusted_storage(f"{out}/{store.files[still_damaged[0]].path}")
+        commit_files = _list_commit_files(store)
+        if commit_files:
+            target.write(SPEC_FILE, store.spec.to_json())
+        metadata_files = store.layout.metadata_files(store.spec)
+        list(pool.map(copy_document, [*metadata_files, MANIFEST_FILE, *_list_documents(store), *commit_files]))
+    copy_document(DATASET_FILE)
     if target.exists(_COPY_FILE):
         target.delete(_COPY_FILE)
     return len(missing) + len(damaged)
 
 
-def _bad_copies(
+def _untrusted_storage(path: str) -> StoreError:
+    return StoreError(f"{path}: got other bytes than were written; the storage is not to be trusted")
+
+
+def _list_bad_copies(
     store: Store, target: Root, keys: list[FileKey], progress: Progress, pool: ThreadPoolExecutor
 ) -> list[FileKey]:
-    def sound(key: FileKey) -> bool:
+    """Those of the files `keys` whose sha256 in `target` is not the one in the manifest; all of them are read."""
+
+    def is_intact(key: FileKey) -> bool:
         record = store.files[key]
         data = target.read(record.path, record.bytes)
         progress(record.bytes)
         return sha256(data) == record.sha256
 
-    return [key for key, good in zip(keys, pool.map(sound, keys), strict=True) if not good]
+    return [key for key, intact in zip(keys, pool.map(is_intact, keys), strict=True) if not intact]
 
 
-def _commit_files(store: Store) -> list[str]:
-    """What the writer keeps beside the store; a copy of a copy may have none."""
+def _list_commit_files(store: Store) -> list[str]:
+    """The files of Σ z² and the commit records of the units of a store. There are none if the store is a copy of a copy
+    without them."""
     if not store.root.exists(SPEC_FILE):
         return []
-    there = sorted(list_committed_units(store.root))  # also of draws that are being added
-    done = [unit for unit in there if unit.block < store.spec.blocks and unit.stop <= store.spec.draws]
-    sums = [unit.sum_z2_file for unit in done if unit.draws]
-    return [*sums, *(unit.commit_file for unit in done)]
+    units = []
+    for unit in sorted(list_committed_units(store.root)):
+        is_of_dataset = unit.block < store.spec.blocks and unit.stop <= store.spec.draws
+        if is_of_dataset:  # others are of draws that are being added
+            units.append(unit)
+    sum_z2_files = [unit.sum_z2_file for unit in units if unit.draws]
+    return [*sum_z2_files, *(unit.commit_file for unit in units)]
 
 
-def _extras(store: Store) -> list[str]:
-    names = ["README.md", "croissant.json"]
+def _list_documents(store: Store) -> list[str]:
+    """The files beside dataset.json and the manifest that lie in the folder of a store."""
+    names = [README_FILE, CROISSANT_FILE]
     if store.spec.coupling:
-        names.append("sigma_f.npy")
+        names.append(SIGMA_F_FILE)
         if store.spec.coupling.z_scale_sha256:
             names.append(Z_SCALE_FILE)
         if store.cost:
-            names.append("cost.json")
+            names.append(COST_FILE)
     return names
 
 
-def _claim(store: Store, target: Root, options: dict[str, Any] | None) -> None:
-    """Raise StoreError unless `target` is empty, or holds this store or a part of it."""
-    if target.exists("dataset.json"):
-        there = Store(target.url, options=options).dataset.id
-        if there != store.dataset.id:
-            raise StoreError(f"{target.url}: holds store {there[:12]}, expected nothing or {store.dataset.id[:12]}")
+def _claim_copy(store: Store, target: Root, options: dict[str, Any] | None) -> None:
+    """Write into `target` that it will be a copy of `store`. Raises StoreError if it holds another store, or a part of
+    one."""
+    if target.exists(DATASET_FILE):
+        existing_id = Store(target.url, options=options).dataset.id
+        if existing_id != store.dataset.id:
+            raise StoreError(
+                f"{target.url}: holds store {existing_id[:12]}, expected nothing or {store.dataset.id[:12]}"
+            )
         return
     claim = canonical_json({"copy of": store.dataset.id})
     if target.exists(_COPY_FILE):
@@ -195,23 +239,29 @@ def _claim(store: Store, target: Root, options: dict[str, Any] | None) -> None:
 
 
 def repair_store(store: Store, progress: Progress) -> tuple[list[str], list[int]]:
-    """Make the store incomplete where it is bad: takes away the commit records of blocks with bad or missing files, and
-    dataset.json, so that the command that wrote the store writes exactly those blocks again. Returns the faults and the
-    blocks."""
+    """Prepare a damaged store for the command that wrote it, so that it writes exactly the damaged blocks again.
+
+    Deletes the commit records of the units with damaged or missing files, and dataset.json. `progress` gets the bytes
+    that were read. Returns the faults, one sentence each, and the damaged blocks; both are empty for a sound store.
+    Raises StoreError if the store cannot be repaired, as it has no commit records or its z_scale.npy is damaged.
+    """
     try:
-        found = list(store.find_faults(progress))
-    except StoreError as error:  # the manifest itself: the commit records give it back
-        found = [(None, str(error))]
-    blocks = sorted({key.block for key, _ in found if key is not None})
-    if found:
-        lost = not store.root.exists(SPEC_FILE)
-        if lost or any(Z_SCALE_FILE in fault for _, fault in found):
-            what = (
-                "has no commit records to repair it by" if lost else f"needs {Z_SCALE_FILE}, which no record gives back"
-            )
-            raise StoreError(f"{found[0][1]}. {store.url} {what}; copy it again from its source")
-        for unit in list_committed_units(store.root):
-            if any(unit.contains(key) for key, _ in found if key is not None):
-                store.root.delete(unit.commit_file)
-        store.root.delete("dataset.json")  # last: without it, and with all records, the store could be called complete
-    return [fault for _, fault in found], blocks
+        faults = list(store.find_faults(progress))
+    except StoreError as error:  # of the manifest, which follows from the commit records
+        faults = [(None, str(error))]
+    if not faults:
+        return [], []
+    messages = [message for _, message in faults]
+    damaged_files = [key for key, _ in faults if key is not None]
+    obstacle = None
+    if not store.root.exists(SPEC_FILE):
+        obstacle = "has no commit records to repair it by"
+    elif any(Z_SCALE_FILE in message for message in messages):
+        obstacle = f"needs {Z_SCALE_FILE}, which no record gives back"
+    if obstacle is not None:
+        raise StoreError(f"{messages[0]}. {store.url} {obstacle}; copy it again from its source")
+    for unit in list_committed_units(store.root):
+        if any(unit.contains(key) for key in damaged_files):
+            store.root.delete(unit.commit_file)
+    store.root.delete(DATASET_FILE)  # last: without it and with all records, the store would be taken for a sound one
+    return messages, sorted({key.block for key in damaged_files})
