@@ -1,7 +1,7 @@
 """The demo: every stage in turn on one preset. Each stage continues or skips by itself, so the demo holds no state."""
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -11,41 +11,52 @@ from nfm.pipeline.encode_job import encode_couplings
 from nfm.pipeline.evaluation import evaluate_and_report
 from nfm.pipeline.pool import ray_session
 from nfm.stages.prepare import prepare
+from nfm.stages.progress import Progress, print_line
 from nfm.stages.train_student import train_student
 from nfm.stages.train_teacher import train_teacher
 from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.storage.files import Root
 
+NUM_STAGES = 6
+
 
 def run_demo(config: Config, out: str, data: Path | None, skip_bad_images: bool) -> None:
     """Write `<out>/report.html` and `<out>/metrics.json`, and on the way every store and checkpoint."""
-    start = time.monotonic()
-    config = config.model_copy(update={"data": config.data.given(data)})
+    started_at = time.monotonic()
+    config = config.model_copy(update={"data": config.data.with_folder(data)})
 
-    def step(number: int, text: str) -> None:
-        click.echo(f"[{number}/6 {time.monotonic() - start:5.0f} s] {text}", err=True)
+    def print_stage(number: int, text: str) -> None:
+        elapsed = time.monotonic() - started_at
+        print_line(f"[{number}/{NUM_STAGES} {elapsed:5.0f} s] {text}")
 
-    step(1, "prepare: images → sample stores")
+    print_stage(1, "prepare: images → sample stores")
     prepare(config.data, f"{out}/samples", data, skip_bad_images)
-    step(2, "train-teacher: TarFlow by maximum likelihood")
+    print_stage(2, "train-teacher: TarFlow by maximum likelihood")
     document = train_teacher(config.teacher, f"{out}/samples", f"{out}/teacher")
-    click.echo(f"    {document['bpd']:.3f} bits per dimension held out", err=True)
+    print_line(f"    {document['bpd']:.3f} bits per dimension held out")
     teacher = f"{out}/teacher/model.safetensors"
-    step(3, "encode: teacher × noise draws → coupling stores, on Ray, in both layouts")
+    print_stage(3, "encode: teacher × noise draws → coupling stores, on Ray, in both layouts")
     stores: dict[LayoutName, str] = {"webdataset": f"{out}/couplings-webdataset", "zarr": f"{out}/couplings-zarr"}
-    missing = not all(Root(url).exists("dataset.json") for url in stores.values())
-    with ray_session() if missing else nullcontext():
-        for layout, url in stores.items():
-            encode = config.encode.model_copy(update={"layout": layout})
-            encode_couplings(encode, f"{out}/samples/train", teacher, url, config.storage)
+    _encode_stores(config, f"{out}/samples/train", teacher, stores)
     couplings = stores[config.encode.layout]
     students = {}
-    step(4, "train-student: flow matching on the teacher's pairs and on random pairs")
+    print_stage(4, "train-student: flow matching on the teacher's pairs and on random pairs")
     for coupling in ("nfm", "independent"):
         student = config.student.model_copy(update={"coupling": coupling})
         train_student(student, couplings, f"{out}/student-{coupling}")
         students[coupling] = f"{out}/student-{coupling}/model.safetensors"
-    step(5, "evaluate: Fréchet distance, curvature, z-space")
+    print_stage(5, "evaluate: Fréchet distance, curvature, z-space")
     summary = evaluate_and_report(config, f"{out}/samples", couplings, teacher, students, out)
-    step(6, "done")
+    print_stage(6, "done")
     click.echo(summary)
+
+
+def _encode_stores(config: Config, samples: str, teacher: str, stores: dict[LayoutName, str]) -> None:
+    """Encode one store in each layout, in one Ray session; without one if all of them are complete."""
+    with ExitStack() as stack:
+        if not all(Root(url).exists("dataset.json") for url in stores.values()):
+            with Progress("encode: starting Ray"):
+                stack.enter_context(ray_session(lambda status: print_line(f"encode: {status}")))
+        for layout, url in stores.items():
+            encode = config.encode.model_copy(update={"layout": layout})
+            encode_couplings(encode, samples, teacher, url, config.storage)

@@ -13,16 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import click
-
-from nfm.models.tarflow import forward_flops
 from nfm.pipeline.config import StorageConfig
-from nfm.pipeline.encode_report import EncodeProgress, Summary, teacher_config
+from nfm.pipeline.encode_report import EncodeProgress, Summary
 from nfm.pipeline.pool import Pool, ray_session
 from nfm.stages.encode import EncodeConfig, EncodedUnit, Speed, UnitEncoder, output_spec
 from nfm.stages.errors import ResumableError, StageError
-from nfm.storage_specs.format.layouts import LAYOUTS
-from nfm.storage_specs.format.manifest import expected_keys
 from nfm.storage_specs.format.names import LEASE_FILE
 from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
@@ -31,11 +26,10 @@ from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing.units import Unit, list_committed_units, list_missing_units
 from nfm.storage_specs.writing.writer import StoreWriter
 
-GRACE_SECONDS = 20.0  # for what is in hand at a notice of preemption, of the 30 that a cluster gives at least
-CHECKS = 3  # of the whole store, before its storage is held to lose what is written
-BAD_LISTED = 20
-TRIAL_SECONDS = 5.0  # of the teacher on one worker, for an estimate
-CLUSTERS = (1, 8, 64)  # workers that an estimate speaks of
+GRACE_SECONDS = 20.0  # for the units in flight at a notice of preemption, of the 30 s that a cluster gives at least
+MAX_CHECKS = 3  # of the whole store, before its storage is held to lose what is written
+MAX_LISTED_PAIRS = 20  # pairs that an error message names
+WORKER_CONCURRENCY = 4  # calls that a worker serves at once: two units, and questions how far they are
 
 
 class PreemptedError(ResumableError):
@@ -59,7 +53,11 @@ class Worker:
     def encode(self, unit: Unit) -> EncodedUnit:
         return self.encoder.encode(unit)
 
-    def faults(self, unit: Unit) -> list[str]:
+    def draws_done(self) -> dict[Unit, int]:
+        """Teacher forwards so far of the units that are being encoded."""
+        return dict(self.encoder.draws_done)
+
+    def find_faults(self, unit: Unit) -> list[str]:
         return self.encoder.faults(unit)
 
     def speed(self, seconds: float) -> Speed:
@@ -76,44 +74,64 @@ def encode_couplings(
 ) -> Summary:
     """Encode `samples` (a sample store) with `teacher` into `out`, continuing what is there, or adding draws to it.
 
-    Raises StoreError where `out` holds another store or another driver works on it, FloatingPointError where z is not
-    finite, PreemptedError after SIGTERM, and ClusterLostError.
+    Raises StoreError if `out` holds another store or another driver works on it, FloatingPointError if z is not finite,
+    PreemptedError after SIGTERM, and ClusterLostError.
     """
-    with _preemption() as notice:
-        spec, z_scale = output_spec(config, Store(samples, kind="samples"), teacher, out)
+    with preemption_notice() as notice, EncodeProgress(as_json) as progress:
+        spec, z_scale = read_output_spec(config, samples, teacher, out, progress)
         writer = StoreWriter(out, spec)
         if writer.is_complete():
             return Summary(Store(out).dataset, units_before=len(list_committed_units(writer.root)))
-        with Lease(_absolute(out), LEASE_FILE) as lease:
+        progress.set_status(f"waiting for the lease of {out}, which another driver may hold", announce=False)
+        with Lease(absolute_url(out), LEASE_FILE) as lease:
             writer.initialize(z_scale)
-            with ray_session(), _pool(config, samples, teacher, out, spec, storage) as pool:
-                return _Job(config, writer, lease, pool, notice, as_json).run()
+            with (
+                ray_session(progress.set_status),
+                worker_pool(config, samples, teacher, out, spec, storage) as pool,
+            ):
+                progress.set_status("waiting for the first worker")
+                return EncodeJob(config, writer, lease, pool, notice, progress).run()
 
 
-def _pool(
+def read_output_spec(
+    config: EncodeConfig, samples: str, teacher: str, out: str, progress: EncodeProgress
+) -> tuple[Spec, Any]:
+    """`output_spec`, which reads the teacher and may run it to find the scale of int8 z, with progress."""
+    if config.z_dtype == "int8":
+        progress.set_status("reading the samples and the teacher, and the scale of int8 z", announce=False)
+    else:
+        progress.set_status("reading the samples and the teacher", announce=False)
+    return output_spec(config, Store(samples, kind="samples"), teacher, out)
+
+
+def worker_pool(
     config: EncodeConfig, samples: str, teacher: str, out: str, spec: Spec, storage: StorageConfig | None
 ) -> Pool:
+    """The pool of workers of a job, or of an estimate."""
     import ray
 
     arguments = {
-        "samples": _absolute(samples),
-        "teacher": _absolute(teacher),
-        "out": _absolute(out),
+        "samples": absolute_url(samples),
+        "teacher": absolute_url(teacher),
+        "out": absolute_url(out),
         "spec": spec.model_dump(mode="json"),
         "storage": storage or StorageConfig(),
         "threads": config.cpus_per_worker,
     }
     actor = ray.remote(Worker)
 
-    def make(resources: dict[str, float], device: str) -> Any:
-        options = actor.options(max_restarts=0, max_task_retries=0, max_concurrency=4, **resources)
+    def make_actor(resources: dict[str, float], device: str) -> Any:
+        options = actor.options(max_restarts=0, max_task_retries=0, max_concurrency=WORKER_CONCURRENCY, **resources)
         return options.remote(device=device, **arguments)
 
-    return Pool(make, config.workers, config.cpus_per_worker, config.device)
+    return Pool(make_actor, config.workers, config.cpus_per_worker, config.device)
 
 
-def _absolute(url: str) -> str:
-    """Workers have their own working directories. Raises StageError in a submitted job, whose own is a passing copy."""
+def absolute_url(url: str) -> str:
+    """A path made absolute, since workers have working directories of their own; a URL as it is.
+
+    Raises StageError in a submitted job, whose own working directory is a copy that goes away with it.
+    """
     if "://" in url or os.path.isabs(url):
         return url
     if "/runtime_resources/working_dir_files/" in os.getcwd():
@@ -124,164 +142,166 @@ def _absolute(url: str) -> str:
     return os.path.abspath(url)
 
 
-class _Notice:
-    """Of preemption: when SIGTERM came, if it did. While `patient`, the job sees to it itself."""
+class PreemptionNotice:
+    """Whether SIGTERM came, and when. While `is_deferred`, the job ends by itself; otherwise SIGTERM raises."""
 
-    came: float | None = None
-    patient = False
+    requested_at: float | None = None  # on the clock of time.monotonic
+    is_deferred = False
 
 
 @contextmanager
-def _preemption() -> Iterator[_Notice]:
-    """SIGTERM raises PreemptedError, or is noted for the job to finish what is in hand."""
-    notice = _Notice()
+def preemption_notice() -> Iterator[PreemptionNotice]:
+    """Inside the block, SIGTERM raises PreemptedError, or is recorded for the job to finish the units in flight."""
+    notice = PreemptionNotice()
 
     def handle(_signal: int, _frame: Any) -> None:
-        notice.came = notice.came or time.monotonic()
-        if not notice.patient:
+        if notice.requested_at is None:
+            notice.requested_at = time.monotonic()
+        if not notice.is_deferred:
             raise PreemptedError("told to end (SIGTERM)")
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield notice
         return
-    before = signal.signal(signal.SIGTERM, handle)
+    previous_handler = signal.signal(signal.SIGTERM, handle)
     try:
         yield notice
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
-class _Job:
-    """One run over what is missing: encode, read back, and again what was found damaged."""
+class EncodeJob:
+    """One run over the missing units: encode them, read all back, and encode again those that are damaged."""
 
     def __init__(
-        self, config: EncodeConfig, writer: StoreWriter, lease: Lease, pool: Pool, notice: _Notice, as_json: bool
+        self,
+        config: EncodeConfig,
+        writer: StoreWriter,
+        lease: Lease,
+        pool: Pool,
+        notice: PreemptionNotice,
+        progress: EncodeProgress,
     ) -> None:
-        self.config, self.writer, self.lease, self.pool, self.notice = config, writer, lease, pool, notice
-        self.as_json, self.spec = as_json, writer.spec
-        self.bad: list[tuple[int, int]] = []
-        self.noted: list[str] = []
-        done = list_committed_units(writer.root)
-        self.todo = list_missing_units(self.spec, done)
-        self.progress = EncodeProgress(len(self.todo), self._images(self.todo), as_json)
-        self.summary = Summary(units_before=len(done))
-        self.left = set(lease.previous_in_flight) & {unit.name for unit in self.todo}
-        self.start = time.monotonic()
+        self.config = config
+        self.writer = writer
+        self.lease = lease
+        self.pool = pool
+        self.notice = notice
+        self.progress = progress
+        self.started_at = time.monotonic()
+        self.nonfinite_pairs: list[tuple[int, int]] = []  # (image, draw)
+        committed_units = list_committed_units(writer.root)
+        self.pending_units = list_missing_units(writer.spec, committed_units)
+        self.summary = Summary(units_before=len(committed_units))
+        pending_names = {unit.name for unit in self.pending_units}
+        self.earlier_driver_units = set(lease.previous_in_flight) & pending_names  # by name
+        self.units_in_lease: list[str] = []
+        progress.add_units(len(self.pending_units), self._count_draws(self.pending_units))
 
-    def _images(self, units: list[Unit]) -> int:
-        return sum(self.spec.rows_of(unit.block) for unit in units)
+    def _count_draws(self, units: list[Unit]) -> int:
+        return sum(self.writer.spec.rows_of(unit.block) * len(unit.draws) for unit in units)
 
     def run(self) -> Summary:
-        try:
-            for _ in range(CHECKS):
-                self._encode()
-                if not self._damaged():
-                    break
-            else:
-                raise StoreError(
-                    f"{self.writer.root.url}: files were damaged after their commit {CHECKS} times over; the storage "
-                    "is not to be trusted"
-                )
-        finally:
-            self.progress.close()
+        """Encode until a check finds no damaged file, and complete the store."""
+        for _ in range(MAX_CHECKS):
+            self._encode_pending_units()
+            self._check_units()
+            if not self.pending_units:
+                break
+        else:
+            raise StoreError(
+                f"{self.writer.root.url}: files were damaged after their commit {MAX_CHECKS} times over; the storage "
+                "is not to be trusted"
+            )
+        self.progress.set_status("writing the manifest and dataset.json", announce=False)
         self.summary.dataset = self.writer.finalize()
-        self.summary.seconds = time.monotonic() - self.start
-        self.summary.worker_deaths = self.pool.deaths
+        self.summary.seconds = time.monotonic() - self.started_at
+        self.summary.worker_deaths = self.pool.num_actor_deaths
         return self.summary
 
     def _tick(self) -> bool:
-        """Whether to go on giving out work."""
+        """What the driver does at least twice a second. Returns whether to start more units."""
         self.lease.raise_if_lost()
-        begun = sorted({unit.name for unit in self.pool.begun} | self.left)
-        if begun != self.noted and self.progress.phase == "encode":
-            self.noted = begun
-            self.lease.set_in_flight(begun)
-        self.progress.show(self.pool.workers, self.pool.retries)
-        if self.pool.workers and not self.summary.start_seconds:
-            self.summary.start_seconds = time.monotonic() - self.start
-        if self.notice.came is None:
+        started_units = {unit.name for unit in self.pool.started_tasks} | self.earlier_driver_units
+        if self.progress.phase == "encode" and sorted(started_units) != self.units_in_lease:
+            self.units_in_lease = sorted(started_units)
+            self.lease.set_in_flight(self.units_in_lease)
+        self.progress.update(self.pool.num_ready, self.pool.num_retries, self.pool.progress_in_flight)
+        if self.pool.num_ready and not self.summary.start_seconds:
+            self.summary.start_seconds = time.monotonic() - self.started_at
+        if self.notice.requested_at is None:
             return True
-        if time.monotonic() - self.notice.came > GRACE_SECONDS:
-            raise PreemptedError(f"told to end (SIGTERM); gave up {len(begun)} shards in hand")
+        if time.monotonic() - self.notice.requested_at > GRACE_SECONDS:
+            raise PreemptedError(f"told to end (SIGTERM); gave up {len(started_units)} units in flight")
         return False
 
-    def _over(self, method: str, units: list[Unit]) -> Iterator[tuple[Unit, Any]]:
-        """The pool's results, and PreemptedError at their end where it was told to end."""
-        self.notice.patient = True
-        yield from self.pool.run(method, units, self._tick)
-        self.notice.patient = False
-        if self.notice.came is not None:
-            raise PreemptedError("told to end (SIGTERM); what was in hand is finished")
+    def _run_pool(
+        self, method: str, units: list[Unit], progress_method: str | None = None
+    ) -> Iterator[tuple[Unit, Any]]:
+        """The pool's results for the units. Raises PreemptedError at the end if the process was told to end."""
+        self.notice.is_deferred = True
+        yield from self.pool.run(method, units, self._tick, progress_method)
+        self.notice.is_deferred = False
+        if self.notice.requested_at is not None:
+            raise PreemptedError("told to end (SIGTERM); the units in flight are finished")
 
-    def _encode(self) -> None:
+    def _encode_pending_units(self) -> None:
+        """Encode the pending units. Raises FloatingPointError if some z is not finite: at once after more than
+        `max_bad` pairs, otherwise after all other units."""
         self.progress.phase = "encode"
-        for unit, encoded in self._over("encode", self.todo):
-            self.bad += encoded.bad
-            if len(self.bad) > self.config.max_bad:
-                raise FloatingPointError(_bad(self.bad, "the job stops here (--max-bad lets it go on through others)"))
-            if not encoded.bad:
-                if not self.writer.root.exists(unit.commit_file):
-                    raise StageError(
-                        f"a worker wrote {unit.commit_file} where this driver does not see it; expected "
-                        f"{self.writer.root.url} to be on storage that all nodes share"
+        for unit, encoded in self._run_pool("encode", self.pending_units, "draws_done"):
+            if encoded.bad:
+                self.nonfinite_pairs += encoded.bad
+                if len(self.nonfinite_pairs) > self.config.max_bad:
+                    raise FloatingPointError(
+                        nonfinite_message(
+                            self.nonfinite_pairs, "the job stops here (--max-bad lets it go on with other units)"
+                        )
                     )
-                self.summary.add(encoded, lost=self.pool.lost[unit] > 0, left=unit.name in self.left)
-                self.left.discard(unit.name)
-                self.progress.advance(encoded.images)
-        self.progress.show(self.pool.workers, self.pool.retries, force=True)
-        if self.bad:
-            raise FloatingPointError(_bad(self.bad, "all others are encoded, and their shards are not complete"))
+                continue
+            if not self.writer.root.exists(unit.commit_file):
+                raise StageError(
+                    f"a worker wrote {unit.commit_file} where this driver does not see it; expected "
+                    f"{self.writer.root.url} to be on storage that all nodes share"
+                )
+            self.summary.add_unit(
+                encoded,
+                worker_died=self.pool.deaths_by_task[unit] > 0,
+                earlier_driver=unit.name in self.earlier_driver_units,
+            )
+            self.earlier_driver_units.discard(unit.name)
+            self.progress.finish_unit(self._count_draws([unit]), encoded=encoded.draws > 0)
+        self.progress.update(self.pool.num_ready, self.pool.num_retries, draws_in_flight=0)
+        self.progress.show()
+        if self.nonfinite_pairs:
+            raise FloatingPointError(
+                nonfinite_message(self.nonfinite_pairs, "all others are encoded, and the units of these are missing")
+            )
 
-    def _damaged(self) -> bool:
-        """Read everything back; whether something is to be encoded again."""
-        self.progress.phase = "check"
-        damaged = False
-        for unit, faults in self._over("faults", self.writer.list_unpublished_units()):
+    def _check_units(self) -> None:
+        """Read back every unit that no complete store vouches for. Damaged units become the pending ones."""
+        units = self.writer.list_unpublished_units()
+        self.progress.start_check(len(units))
+        is_damaged = False
+        for unit, faults in self._run_pool("find_faults", units):
+            self.progress.units_checked += 1
             if faults:
-                click.echo(f"{faults[0]}; it is encoded again", err=True)
+                self.progress.warn(f"{faults[0]}; it is encoded again")
                 self.writer.delete_commit(unit)
-                damaged = True
-        self.todo = self.writer.list_missing_units() if damaged else []
-        self.summary.damaged += len(self.todo)
-        self.progress.again(len(self.todo), self._images(self.todo))
-        return damaged
+                is_damaged = True
+        self.progress.show()
+        self.pending_units = self.writer.list_missing_units() if is_damaged else []
+        self.summary.units_damaged += len(self.pending_units)
+        self.progress.add_units(len(self.pending_units), self._count_draws(self.pending_units))
 
 
-def _bad(bad: list[tuple[int, int]], then: str) -> str:
-    """The pairs that are not finite, named."""
-    named = ", ".join(f"image {image} draw {draw}" for image, draw in sorted(bad)[:BAD_LISTED])
-    more = f" and {len(bad) - BAD_LISTED} more" if len(bad) > BAD_LISTED else ""
+def nonfinite_message(pairs: list[tuple[int, int]], consequence: str) -> str:
+    """An error message that names (image, draw) pairs whose z is not finite, at most MAX_LISTED_PAIRS of them."""
+    listed = ", ".join(f"image {image} draw {draw}" for image, draw in sorted(pairs)[:MAX_LISTED_PAIRS])
+    if len(pairs) > MAX_LISTED_PAIRS:
+        listed += f" and {len(pairs) - MAX_LISTED_PAIRS} more"
     return (
-        f"z of {len(bad)} pairs is not finite in the dtype of the store: {named}{more}; nothing of them was written, "
-        f"{then}. Expected a teacher that is finite on its data: another z_dtype, precision fp32, or other samples"
-    )
-
-
-def estimate(config: EncodeConfig, samples: str, teacher: str, out: str, storage: StorageConfig | None = None) -> str:
-    """What the job will cost, from a few batches on one worker: hours at 1, 8 and 64 of them, bytes and objects."""
-    spec, _ = output_spec(config, Store(samples, kind="samples"), teacher, out)
-    todo = StoreWriter(out, spec).list_missing_units()
-    one = config.model_copy(update={"workers": 1})
-    with ray_session(), _pool(one, samples, teacher, out, spec, storage) as pool:
-        ((_, speed),) = pool.run("speed", [TRIAL_SECONDS], lambda: True)
-    draws = sum(spec.rows_of(unit.block) * len(unit.draws) for unit in todo)
-    flops, layout = forward_flops(teacher_config(spec)), LAYOUTS[spec.layout]
-    sizes: dict[str, int] = {}
-    for key in expected_keys(spec):
-        sizes[key.column] = sizes.get(key.column, 0) + layout.file_size(spec, key.column, spec.rows_of(key.block))
-    files, records = len(expected_keys(spec)), 2 * len(todo)
-    columns = ", ".join(f"{column} {size / 1e9:.3g}" for column, size in sizes.items())
-    rows = [f"{'workers':>10}{'hours':>12}{'worker hours':>16}"]
-    for workers in CLUSTERS:
-        hours = draws / speed.draws_per_second / 3600
-        rows.append(f"{workers:>10}{hours / min(workers, max(len(todo), 1)):>12.3g}{hours:>16.3g}")
-    return "\n".join(
-        [
-            f"{draws} draws to encode in {len(todo)} shards of {spec.blocks}, {draws * flops:.3g} FLOP; one worker on "
-            f"{speed.device} does {speed.draws_per_second:.4g} draws/s, {speed.draws_per_second * flops:.3g} FLOP/s in "
-            f"{config.precision}",
-            *rows,
-            f"the store will have {files} files of {sum(sizes.values()) / 1e9:.4g} GB ({columns}), and "
-            f"{records} commit records and sums beside them",
-        ]
+        f"z of {len(pairs)} pairs is not finite in the dtype of the store: {listed}; their units were not written, "
+        f"{consequence}. Expected a teacher that is finite on its data: another z_dtype, precision fp32, or other "
+        "samples"
     )

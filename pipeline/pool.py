@@ -1,7 +1,7 @@
 """Actors of a Ray cluster that come and go, and the tasks they do.
 
-The pool has as many actors as the cluster has room for at the time: nodes that join get some, and what an actor had in
-hand when it died goes to another. Tasks must be harmless to repeat.
+The pool has as many actors as the cluster has room for at the time: nodes that join get actors, and the tasks that were
+in flight on an actor when it died go to another. Tasks must be harmless to repeat.
 """
 
 import errno
@@ -28,14 +28,15 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 T = TypeVar("T")
 
-IN_HAND = 2  # tasks an actor has at a time: it reads one and writes another while it computes
-RETRIES = 5  # of one task whose actors died, before the task is held to be what kills them
+MAX_TASKS_PER_ACTOR = 2  # an actor reads one task and writes another while it computes
+MAX_RETRIES = 5  # of one task whose actors died, before the task is held to be what kills them
 TICK_SECONDS = 0.5
-LOOK_SECONDS = 2.0  # between looks at what the cluster has
-LOST_SECONDS = 20.0  # of a cluster that does not answer, before it is given up
-LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; only a few numbers a unit pass through it
-FINAL = (StageError, StoreError, FloatingPointError)  # another actor would say the same
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+GROW_SECONDS = 2.0  # between looks at the resources of the cluster
+PROGRESS_SECONDS = 2.0  # between questions to each actor how far its tasks are
+CLUSTER_TIMEOUT_SECONDS = 20.0  # of a cluster that does not answer, before it is given up
+LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray accepts; only a few numbers per unit pass through it
+FINAL_ERRORS = (StageError, StoreError, FloatingPointError)  # another actor would raise the same
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a full or read-only disk: another actor would fail too
 
 
 class ClusterLostError(ResumableError):
@@ -45,206 +46,300 @@ class ClusterLostError(ResumableError):
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Ray while it is needed: the cluster that RAY_ADDRESS names, or one started here. Inside another session, that."""
+def ray_session(announce: Callable[[str], None]) -> Iterator[None]:
+    """Connect to Ray for the duration of the block: to the cluster that RAY_ADDRESS names, or to one that is started on
+    this machine. Inside another session this does nothing.
+
+    `announce` is called with a line of text before the connection, which takes some seconds. Raises StageError if no
+    cluster answers at RAY_ADDRESS.
+    """
     if ray.is_initialized():
         yield
         return
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        announce(f"connecting to the Ray cluster at {address}")
         try:
-            ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
+            ray.init(address=address, **quiet)
         except (ValueError, ConnectionError, RuntimeError) as error:
-            first = str(error).strip().partition("\n")[0]
             raise StageError(
-                f"got RAY_ADDRESS={os.environ['RAY_ADDRESS']}, where no Ray cluster answers: {first}"
+                f"got RAY_ADDRESS={address}, where no Ray cluster answers: {_first_line(error)}"
             ) from error
     else:
+        announce("starting Ray on this machine")
         ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # which Ray took for itself
-    lost = False
+        signal.signal(signal.SIGTERM, sigterm_handler)  # Ray replaces the handler
+    cluster_lost = False
     try:
         yield
     except ClusterLostError:
-        lost = True
+        cluster_lost = True
         raise
     finally:
-        if not lost:  # else it would wait for what is gone
+        if not cluster_lost:  # shutdown would wait for a cluster that no longer answers
             ray.shutdown()
 
 
 @dataclass
-class Seat:
-    """One actor: whether it has said that it is ready, and what it has in hand."""
+class PooledActor:
+    """One actor of the pool.
 
-    actor: Any
+    The first entry of `in_flight` is the call of its method `ready`, whose task is None; tasks follow once that has
+    returned.
+    """
+
+    handle: Any
     ready: bool = False
-    hand: dict[Any, Any] = field(default_factory=dict)  # task by the reference of its result
+    in_flight: dict[Any, Any] = field(default_factory=dict)  # task by the reference of its result
+    progress_request: Any = None  # reference of the answer that is awaited, if any
+    progress: dict[Any, int] = field(default_factory=dict)  # the last answer: how far each task is
 
 
 class Pool:
-    """`make(resources, device)` gives a new actor, which must have a method `ready`. Use inside a `with` block.
+    """A pool of Ray actors that grows with the cluster and replaces actors that die. Use it inside a `with` block.
 
-    All actors have one kind of device: "cuda", "cpu", or, for None, what the cluster has when the pool is made.
+    `make_actor(resources, device)` gives a new actor, which must have a method `ready`. At most `max_actors` are made;
+    None: as many as the nodes have room for. All actors have one kind of device: "cuda", "cpu", or, for None, "cuda" if
+    the cluster has a GPU when the pool is made.
     """
 
     def __init__(
-        self, make: Callable[..., Any], workers: int | None, cpus_per_worker: int, device: str | None = None
+        self,
+        make_actor: Callable[[dict[str, float], str], Any],
+        max_actors: int | None,
+        cpus_per_actor: int,
+        device: str | None = None,
     ) -> None:
-        self.make, self.wanted, self.cpus = make, workers, cpus_per_worker
+        self.make_actor = make_actor
+        self.max_actors = max_actors
+        self.cpus_per_actor = cpus_per_actor
         self.device = device or ("cuda" if ray.cluster_resources().get("GPU") else "cpu")
-        self.seats: list[Seat] = []
-        self.retries = 0  # tasks that went to another actor
-        self.deaths = 0  # of actors, all of them
-        self._failed_starts, self._last_reason = 0, ""
-        self.lost: Counter[Any] = Counter()  # how often each unfinished task lost its actor
-        self._looked, self._answered = float("-inf"), time.monotonic()
+        self.actors: list[PooledActor] = []
+        self.num_retries = 0  # tasks that went to another actor
+        self.num_actor_deaths = 0
+        self.deaths_by_task: Counter[Any] = Counter()  # of actors, for each task that is not finished
+        self._failed_starts = 0  # since an actor last became ready
+        self._last_death_reason = ""
+        self._last_growth = float("-inf")
+        self._last_progress_request = float("-inf")
+        self._last_cluster_answer = time.monotonic()
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-        self._cluster = (host.strip("[]"), int(port))
+        self._cluster_address = (host.strip("[]"), int(port))
 
     def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or not issubclass(kind, ClusterLostError):
-            for seat in self.seats:
+        cluster_lost = kind is not None and issubclass(kind, ClusterLostError)
+        if not cluster_lost:
+            for actor in self.actors:
                 with suppress(RayError):  # of a cluster that is going away too
-                    ray.kill(seat.actor)
-        self.seats = []
+                    ray.kill(actor.handle)
+        self.actors = []
 
     @property
-    def workers(self) -> int:
-        return sum(seat.ready for seat in self.seats)
+    def num_ready(self) -> int:
+        """Actors that have started and take tasks."""
+        return sum(actor.ready for actor in self.actors)
 
     @property
-    def in_hand(self) -> list[Any]:
-        return [task for seat in self.seats if seat.ready for task in seat.hand.values()]
+    def tasks_in_flight(self) -> list[Any]:
+        return [task for actor in self.actors if actor.ready for task in actor.in_flight.values()]
 
     @property
-    def begun(self) -> set[Any]:
-        """Tasks in hand, and those that were in the hand of an actor that died."""
-        return {*self.in_hand, *self.lost}
+    def started_tasks(self) -> set[Any]:
+        """Tasks in flight, and those that were in flight on an actor that died and wait for another."""
+        return {*self.tasks_in_flight, *self.deaths_by_task}
 
-    def run(self, method: str, tasks: Iterable[T], tick: Callable[[], bool]) -> Iterator[tuple[T, Any]]:
-        """Each task with the result of `method(task)`, as they come. `tick` is called at least once every
-        TICK_SECONDS; once it gives False, no more tasks are begun, and the iteration ends when what is in hand is done.
+    @property
+    def progress_in_flight(self) -> int:
+        """The sum of what the actors last answered of their tasks in flight. See `run`."""
+        return sum(actor.progress.get(task, 0) for actor in self.actors for task in actor.in_flight.values())
 
-        Raises what a task raised if another actor would do the same, StageError where actors keep dying, and
+    def run(
+        self, method: str, tasks: Iterable[T], tick: Callable[[], bool], progress_method: str | None = None
+    ) -> Iterator[tuple[T, Any]]:
+        """Yield each task with the result of `method(task)`, in the order in which they finish.
+
+        `tick` is called at least once every TICK_SECONDS; once it returns False, no more tasks are started, and the
+        iteration ends when those in flight have finished. `progress_method` of the actors, if given, returns a number
+        for each task that it is at (a dict); it is called every PROGRESS_SECONDS and must return at once.
+
+        Raises what a task raised if another actor would raise the same, StageError if actors keep dying, and
         ClusterLostError.
         """
-        queue = deque(tasks)
+        pending = deque(tasks)
         while True:
             if not tick():
-                queue.clear()
-            if not queue and not self.in_hand:
+                pending.clear()
+            if not pending and not self.tasks_in_flight:
                 return
-            self._grow(len(queue))
-            starting = sum(not seat.ready for seat in self.seats)
-            for held in range(IN_HAND):  # one each, then a second each, if those that are starting have some left too
-                for seat in self.seats:
-                    if len(queue) > held * starting and seat.ready and len(seat.hand) == held:
-                        task = queue.popleft()
-                        seat.hand[getattr(seat.actor, method).remote(task)] = task
-            waiting = {reference: seat for seat in self.seats for reference in seat.hand}
-            if not waiting:
+            self._grow(len(pending))
+            self._submit(method, pending)
+            if progress_method is not None:
+                self._update_progress(progress_method)
+            actor_by_reference = {reference: actor for actor in self.actors for reference in actor.in_flight}
+            if not actor_by_reference:
                 time.sleep(TICK_SECONDS)
                 continue
-            for reference in ray.wait(list(waiting), timeout=TICK_SECONDS)[0]:
-                seat = waiting[reference]
-                if reference not in seat.hand:
+            finished, _ = ray.wait(list(actor_by_reference), timeout=TICK_SECONDS)
+            for reference in finished:
+                actor = actor_by_reference[reference]
+                if reference not in actor.in_flight:
                     continue  # of an actor that was given up a moment ago
                 try:
                     result = ray.get(reference)
                 except RayError as error:
-                    queue.extendleft(reversed(self._lose(seat, error)))
+                    retried_tasks = self._remove_failed_actor(actor, error)
+                    pending.extendleft(reversed(retried_tasks))
                     continue
-                task = seat.hand.pop(reference)
-                if seat.ready:
+                task = actor.in_flight.pop(reference)
+                if actor.ready:
+                    actor.progress.pop(task, None)
                     yield task, result
-                    self.lost.pop(task, None)
+                    self.deaths_by_task.pop(task, None)
                 else:
-                    seat.ready, self._failed_starts = True, 0
+                    actor.ready = True
+                    self._failed_starts = 0
 
-    def _grow(self, tasks: int) -> None:
-        """Actors for the room there is, at most one a task."""
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+    def _submit(self, method: str, pending: deque[Any]) -> None:
+        """Hand out pending tasks: one to each ready actor, then a second one to each.
+
+        While actors are starting, the second round leaves one task to each of them.
+        """
+        num_starting = sum(not actor.ready for actor in self.actors)
+        for num_in_flight in range(MAX_TASKS_PER_ACTOR):
+            num_reserved = num_in_flight * num_starting
+            for actor in self.actors:
+                if actor.ready and len(actor.in_flight) == num_in_flight and len(pending) > num_reserved:
+                    task = pending.popleft()
+                    reference = getattr(actor.handle, method).remote(task)
+                    actor.in_flight[reference] = task
+                    actor.progress[task] = 0
+
+    def _update_progress(self, method: str) -> None:
+        """Take in the answers that have come, and ask every PROGRESS_SECONDS. Never waits.
+
+        An actor that is busy with a question is not asked again, and one that died is left to the call of its task,
+        which fails too.
+        """
+        requests = [actor.progress_request for actor in self.actors if actor.progress_request is not None]
+        if requests:
+            answered, _ = ray.wait(requests, num_returns=len(requests), timeout=0)
+            for actor in self.actors:
+                if actor.progress_request in answered:
+                    try:
+                        actor.progress.update(ray.get(actor.progress_request))
+                    except RayTaskError:
+                        raise  # the method itself is wrong
+                    except RayError:
+                        pass  # the actor died
+                    actor.progress_request = None
+        if time.monotonic() - self._last_progress_request < PROGRESS_SECONDS:
             return
-        self._looked = time.monotonic()
-        if not self._answers():
+        self._last_progress_request = time.monotonic()
+        for actor in self.actors:
+            if actor.ready and actor.in_flight and actor.progress_request is None:
+                actor.progress_request = getattr(actor.handle, method).remote()
+
+    def _grow(self, num_pending: int) -> None:
+        """Every GROW_SECONDS, start actors where the cluster has room, at most one per pending task."""
+        if time.monotonic() - self._last_growth < GROW_SECONDS:
             return
-        resources = {"num_cpus": self.cpus} | ({"num_gpus": 1} if self.device == "cuda" else {})
-        idle = sum(not seat.ready or not seat.hand for seat in self.seats)
+        self._last_growth = time.monotonic()
+        if not self._cluster_answers():
+            return
+        resources: dict[str, float] = {"num_cpus": self.cpus_per_actor}
+        if self.device == "cuda":
+            resources["num_gpus"] = 1
+        num_idle = sum(not actor.ready or not actor.in_flight for actor in self.actors)
         try:
-            for _ in range(min((self.wanted or self._room()) - len(self.seats), tasks - idle)):
-                seat = Seat(self.make(resources, self.device))
-                seat.hand[seat.actor.ready.remote()] = None
-                self.seats.append(seat)
+            capacity = self.max_actors or self._cluster_capacity()
+            for _ in range(min(capacity - len(self.actors), num_pending - num_idle)):
+                actor = PooledActor(self.make_actor(resources, self.device))
+                actor.in_flight[actor.handle.ready.remote()] = None
+                self.actors.append(actor)
         except RayError:
-            if self._answers():
+            if self._cluster_answers():
                 raise
 
-    def _room(self) -> int:
-        """Actors that the nodes have room for, whoever uses it now. Raises StageError where no node ever has."""
+    def _cluster_capacity(self) -> int:
+        """How many actors the nodes have room for, whoever uses that room now.
+
+        Raises StageError if no node is large enough for one.
+        """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = [node.get("GPU", 0) if self.device == "cuda" else float("inf") for node in nodes]
-        cpus = [node.get("CPU", 0) // self.cpus for node in nodes]
-        room = int(sum(map(min, gpus, cpus)))
-        if not room and not self.seats:
-            wanted = f"{self.cpus} CPUs" + (" and a GPU" if self.device == "cuda" else "")
+        capacity = 0
+        for node in nodes:
+            node_capacity = int(node.get("CPU", 0) // self.cpus_per_actor)
+            if self.device == "cuda":
+                node_capacity = min(node_capacity, int(node.get("GPU", 0)))
+            capacity += node_capacity
+        if capacity == 0 and not self.actors:
+            needs = f"{self.cpus_per_actor} CPUs" + (" and a GPU" if self.device == "cuda" else "")
             raise StageError(
-                f"got a Ray cluster of {len(nodes)} nodes, none of which has {wanted} for a worker; expected one, or "
+                f"got a Ray cluster of {len(nodes)} nodes, none of which has {needs} for a worker; expected one, or "
                 "--workers N where more nodes will join"
             )
-        return room
+        return capacity
 
-    def _lose(self, seat: Seat, error: RayError) -> list[Any]:
-        """Give an actor up; the tasks it had in hand. Raises where trying again is no use."""
+    def _remove_failed_actor(self, actor: PooledActor, error: RayError) -> list[Any]:
+        """Remove an actor whose call failed, and return the tasks that it had in flight.
+
+        Raises the error of the task if another actor would raise the same, and StageError after too many deaths.
+        """
         cause = error.cause if isinstance(error, RayTaskError) else None
-        if isinstance(cause, FINAL) or (isinstance(cause, OSError) and cause.errno in FULL):
+        disk_failed = isinstance(cause, OSError) and cause.errno in DISK_ERRNOS
+        if cause is not None and (disk_failed or isinstance(cause, FINAL_ERRORS)):
             raise cause from None
-        self._last_reason = f"{type(cause or error).__name__}: {cause or _first_line(error)}"
-        tasks = list(seat.hand.values()) if seat.ready else []
-        self.seats.remove(seat)
-        self.deaths += 1
-        if self._answers():
+        self._last_death_reason = f"{type(cause or error).__name__}: {cause or _first_line(error)}"
+        tasks = list(actor.in_flight.values()) if actor.ready else []
+        self.actors.remove(actor)
+        self.num_actor_deaths += 1
+        if self._cluster_answers():
             if not isinstance(error, ActorDiedError):
                 with suppress(RayError):
-                    ray.kill(seat.actor)  # it failed, or is out of reach: another one does its work
-            self._looked = float("-inf")  # replace it now
-        if not seat.ready:
+                    ray.kill(actor.handle)  # it failed, or is out of reach: another one does its work
+            self._last_growth = float("-inf")  # replace it now
+        if not actor.ready:
             self._failed_starts += 1
-            if self._failed_starts > RETRIES + len(self.seats):
+            if self._failed_starts > MAX_RETRIES + len(self.actors):
                 raise StageError(
-                    f"workers die as they start, the last of {self._failed_starts} with {self._last_reason}; does "
-                    "every node have nfm installed and the samples and the teacher in reach?"
+                    f"workers die as they start, the last of {self._failed_starts} with {self._last_death_reason}; "
+                    "does every node have nfm installed and the samples and the teacher in reach?"
                 )
-        self.retries += len(tasks)
+        self.num_retries += len(tasks)
         for task in tasks:
-            self.lost[task] += 1
-            if self.lost[task] > RETRIES:
+            self.deaths_by_task[task] += 1
+            if self.deaths_by_task[task] > MAX_RETRIES:
                 raise StageError(
-                    f"workers died {self.lost[task]} times on {task}, at last with {self._last_reason}; where "
-                    "memory ran out, give each worker more"
+                    f"workers died {self.deaths_by_task[task]} times on {task}, at last with "
+                    f"{self._last_death_reason}; where memory ran out, give each worker more"
                 )
         return tasks
 
-    def _answers(self) -> bool:
-        """Whether the cluster's head accepts connections. Raises ClusterLostError after LOST_SECONDS without."""
+    def _cluster_answers(self) -> bool:
+        """Whether the cluster's head accepts connections.
+
+        Raises ClusterLostError once it has not done so for CLUSTER_TIMEOUT_SECONDS.
+        """
+        host, port = self._cluster_address
         try:
-            socket.create_connection(self._cluster, timeout=TICK_SECONDS).close()
+            socket.create_connection((host, port), timeout=TICK_SECONDS).close()
         except OSError as error:
-            if time.monotonic() - self._answered > LOST_SECONDS:
+            if time.monotonic() - self._last_cluster_answer > CLUSTER_TIMEOUT_SECONDS:
                 raise ClusterLostError(
-                    f"the Ray cluster at {self._cluster[0]}:{self._cluster[1]} has not answered for "
-                    f"{LOST_SECONDS:.0f} s ({error})"
+                    f"the Ray cluster at {host}:{port} has not answered for {CLUSTER_TIMEOUT_SECONDS:.0f} s ({error})"
                 ) from None
             return False
-        self._answered = time.monotonic()
+        self._last_cluster_answer = time.monotonic()
         return True
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not empty, cut to 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else ""

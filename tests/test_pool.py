@@ -1,53 +1,73 @@
 """The pool of actors: what it does again elsewhere, and when it gives up."""
 
+import errno
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 
-from nfm.pipeline.pool import RETRIES, Pool
+from nfm.pipeline import pool as pool_module
+from nfm.pipeline.pool import MAX_RETRIES, Pool
 from nfm.stages.errors import StageError
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class Flaky:
-    """Squares numbers, and fails as the files in a folder say: <task>.<what> holds how many times still."""
+    """Squares numbers, and fails as the files in a folder say.
+
+    <task>.dies, <task>.errs or <task>.full holds how many times the task still fails in that way. A task for which
+    there is a file <task>.waits reports progress 7 and does not end before that file is gone.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
+        self.tasks: dict[int, int] = {}
 
     def ready(self) -> None:
         self._fail("ready")
 
     def square(self, task: int) -> int:
         self._fail(str(task))
+        while (self.folder / f"{task}.waits").exists():
+            self.tasks[task] = 7
+            time.sleep(0.01)
         return task * task
 
+    def progress(self) -> dict[int, int]:
+        return dict(self.tasks)
+
+    def broken_progress(self) -> dict[int, int]:
+        raise KeyError("no such unit")
+
     def _fail(self, task: str) -> None:
-        for what in ("dies", "errs", "full"):
-            file = self.folder / f"{task}.{what}"
-            left = int(file.read_text()) if file.exists() else 0
-            if left:
-                file.write_text(str(left - 1))
-                if what == "dies":
+        for kind in ("dies", "errs", "full"):
+            file = self.folder / f"{task}.{kind}"
+            num_failures = int(file.read_text()) if file.exists() else 0
+            if num_failures:
+                file.write_text(str(num_failures - 1))
+                if kind == "dies":
                     os.kill(os.getpid(), signal.SIGKILL)
-                raise OSError(28, "No space left on device") if what == "full" else RuntimeError("CUDA error")
+                if kind == "full":
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                raise RuntimeError("CUDA error")
 
 
 @pytest.fixture
 def pool(tmp_path: Path) -> Iterator[Pool]:
     actor = ray.remote(Flaky)
 
-    def make(resources: dict[str, float], device: str) -> Any:
+    def make_actor(resources: dict[str, float], device: str) -> Any:
         assert device == "cpu"
-        return actor.options(max_concurrency=2, num_cpus=1).remote(str(tmp_path))
+        return actor.options(max_concurrency=3, num_cpus=1).remote(str(tmp_path))
 
-    with Pool(make, workers=2, cpus_per_worker=1) as pool:
+    with Pool(make_actor, max_actors=2, cpus_per_actor=1) as pool:
         yield pool
 
 
@@ -59,14 +79,14 @@ def test_tasks_of_a_dead_or_failing_actor_go_to_another(pool: Pool, tmp_path: Pa
     (tmp_path / "3.dies").write_text("1")
     (tmp_path / "5.errs").write_text("2")
     assert run(pool, range(8)) == {task: task * task for task in range(8)}
-    assert pool.deaths == 3
-    assert 3 <= pool.retries <= 6, "with the other task that was in the same hand"
-    assert not pool.lost and not pool.in_hand
+    assert pool.num_actor_deaths == 3
+    assert 3 <= pool.num_retries <= 6, "with the other task that was in flight on the same actor"
+    assert not pool.deaths_by_task and not pool.tasks_in_flight
 
 
 def test_a_task_that_kills_every_actor_is_named(pool: Pool, tmp_path: Path) -> None:
     (tmp_path / "1.errs").write_text("99")
-    with pytest.raises(StageError, match=f"died {RETRIES + 1} times on 1, at last with RuntimeError: CUDA error"):
+    with pytest.raises(StageError, match=f"died {MAX_RETRIES + 1} times on 1, at last with RuntimeError: CUDA error"):
         run(pool, range(1, 2))
 
 
@@ -78,7 +98,7 @@ def test_actors_that_die_as_they_start_end_the_job(pool: Pool, tmp_path: Path) -
 
 def test_a_worker_that_no_node_has_room_for_is_refused() -> None:
     with (
-        Pool(ray.put, workers=None, cpus_per_worker=64) as pool,
+        Pool(lambda _resources, _device: None, max_actors=None, cpus_per_actor=64) as pool,
         pytest.raises(StageError, match="none of which has 64"),
     ):
         next(pool.run("square", [1], lambda: True))
@@ -90,13 +110,41 @@ def test_a_full_disk_is_no_fault_of_the_actor(pool: Pool, tmp_path: Path) -> Non
         run(pool, range(3))
 
 
-def test_no_more_tasks_are_begun_once_the_tick_says_so(pool: Pool) -> None:
-    asked: list[int] = []
+def test_no_more_tasks_are_started_once_the_tick_returns_false(pool: Pool) -> None:
+    nums_in_flight: list[int] = []
 
     def tick() -> bool:
-        asked.append(len(pool.in_hand))
-        return not any(asked)
+        nums_in_flight.append(len(pool.tasks_in_flight))
+        return not any(nums_in_flight)
 
-    done = dict(pool.run("square", range(1000), tick))
-    assert 0 < len(done) < 20
-    assert not pool.in_hand
+    results = dict(pool.run("square", range(1000), tick))
+    assert 0 < len(results) < 20
+    assert not pool.tasks_in_flight
+
+
+def test_the_progress_of_tasks_in_flight_is_known_before_they_end(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tasks wait until both have been seen to be half done; then they end, and count no more."""
+    monkeypatch.setattr(pool_module, "PROGRESS_SECONDS", 0.0)
+    for task in (0, 1):
+        (tmp_path / f"{task}.waits").touch()
+    reports: list[int] = []
+
+    def tick() -> bool:
+        reports.append(pool.progress_in_flight)
+        if reports[-1] == 2 * 7:
+            for task in (0, 1):
+                (tmp_path / f"{task}.waits").unlink(missing_ok=True)
+        return True
+
+    assert dict(pool.run("square", range(2), tick, "progress")) == {0: 0, 1: 1}
+    assert max(reports) == 2 * 7
+    assert pool.progress_in_flight == 0
+
+
+def test_a_progress_method_that_fails_is_no_secret(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "PROGRESS_SECONDS", 0.0)
+    (tmp_path / "0.waits").touch()
+    with pytest.raises(RayTaskError, match="no such unit"):
+        dict(pool.run("square", range(1), lambda: True, "broken_progress"))

@@ -90,7 +90,7 @@ def bare_worker(root: Path, share: int) -> None:
     for block in blocks:
         x = to_float(encoder.samples.column("x", block))
         y = torch.from_numpy(encoder.samples.column("label", block))
-        batches += [(encoder._noise(block, draw, x)[1], y) for draw in range(DRAWS)]
+        batches += [(encoder.add_noise(block, draw, x)[1], y) for draw in range(DRAWS)]
     encoder.forward(*batches[0])
     print("ready", flush=True)
     sys.stdin.readline()
@@ -129,7 +129,7 @@ def end_to_end(root: Path, rounds: int) -> dict[str, Any]:
     local = root / "couplings"
     found: dict[str, Any] = {"bare": [], "local": [], "S3": [], "start": []}
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ObjectStore(root / "objects") as store, ray_session():
+    with ObjectStore(root / "objects") as store, ray_session(print):
         set_file_system_options({"s3": store.options})
         url = f"{store.bucket('bench')}/couplings"
         fs = fsspec.filesystem("s3", **store.options)
