@@ -7,41 +7,59 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import Root
 
-ROWS, COLUMNS = 6, 10
+ROWS, COLUMNS = 6, 10  # of the grid of images
+Z_RANGE = 6.0  # the histogram goes from -Z_RANGE to Z_RANGE
 
 
 def plot_store(store: Store, out: str) -> None:
     """Write a PNG: images of the first block, and the histogram of z / σ_f of its first draw (log scale)."""
-    spec = store.spec
-    shown = store.column("x", 0)[: ROWS * COLUMNS]
-    figure, axes = plt.subplots(1, 2 if spec.coupling else 1, figsize=(11 if spec.coupling else 6, 4), squeeze=False)
-    c, h, w = spec.shape
-    grid = np.full((ROWS * (h + 1), COLUMNS * (w + 1), 3), 255, dtype=np.uint8)
-    for i, image in enumerate(shown):
-        top, left = divmod(i, COLUMNS)
-        pixels = image[:3] if c >= 3 else image[:1]  # of latents, one channel
-        grid[top * (h + 1) :][:h, left * (w + 1) :][:, :w] = np.moveaxis(pixels, 0, -1)
-    axes[0, 0].imshow(grid)
-    axes[0, 0].set_axis_off()
-    axes[0, 0].set_title(f"x, {len(shown)} of {spec.rows}")
-    if spec.coupling:
-        z = (store.z(0, 0) / store.sigma_f).ravel()
-        edges = np.linspace(-6, 6, 121)
-        density, _ = np.histogram(z, edges, density=True)
-        axes[0, 1].stairs(density, edges, fill=True, alpha=0.5, label=f"z / σ_f, {len(z):,} values")
-        normal = np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi)
-        axes[0, 1].plot(edges, normal, color="black", linewidth=1, label="normal")
-        axes[0, 1].set(
-            yscale="log", ylim=(1e-6, 1), xlabel="z / σ_f", title=f"z of block 0, draw 0 (η = {spec.coupling.eta})"
-        )
-        axes[0, 1].legend()
+    if store.spec.coupling:
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4), squeeze=False)
+        _plot_z(axes[0, 1], store)
+    else:
+        figure, axes = plt.subplots(1, 1, figsize=(6, 4), squeeze=False)
+    _plot_images(axes[0, 0], store)
     figure.tight_layout()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     plt.close(figure)
     folder, slash, name = out.rpartition("/")
     Root(folder or slash or ".").write(name, picture.getvalue())
+
+
+def _plot_images(axes: Axes, store: Store) -> None:
+    """A grid of the first images, with a white pixel between them."""
+    images = store.column("x", 0)[: ROWS * COLUMNS]
+    channels, height, width = store.spec.shape
+    grid = np.full((ROWS * (height + 1), COLUMNS * (width + 1), 3), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        row, column = divmod(i, COLUMNS)
+        top, left = row * (height + 1), column * (width + 1)
+        pixels = image[:3] if channels >= 3 else image[:1]  # of latents, one channel
+        grid[top : top + height, left : left + width] = np.moveaxis(pixels, 0, -1)
+    axes.imshow(grid)
+    axes.set_axis_off()
+    axes.set_title(f"x, {len(images)} of {store.spec.rows}")
+
+
+def _plot_z(axes: Axes, store: Store) -> None:
+    """The histogram of z / σ_f of block 0, draw 0, and the standard normal density."""
+    assert store.spec.coupling is not None
+    z = (store.z(0, 0) / store.sigma_f).ravel()
+    edges = np.linspace(-Z_RANGE, Z_RANGE, 121)
+    density, _ = np.histogram(z, edges, density=True)
+    normal = np.exp(-(edges**2) / 2) / np.sqrt(2 * np.pi)
+    axes.stairs(density, edges, fill=True, alpha=0.5, label=f"z / σ_f, {len(z):,} values")
+    axes.plot(edges, normal, color="black", linewidth=1, label="normal")
+    axes.set(
+        yscale="log",
+        ylim=(1e-6, 1),
+        xlabel="z / σ_f",
+        title=f"z of block 0, draw 0 (η = {store.spec.coupling.eta})",
+    )
+    axes.legend()
