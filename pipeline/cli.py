@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nfm import __version__
 from nfm.pipeline.errors import ConfigError
 from nfm.pipeline.presets import preset_names
 from nfm.pipeline.store_cli import store
@@ -29,6 +31,7 @@ EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h
 EXIT_INTERRUPTED = 130
+STUDENT_NAME = re.compile(r"[^\W_]+([-_.]+[^\W_]+)*")  # of a student in the report: my-run
 
 
 class Shortcut(click.Option):
@@ -112,7 +115,7 @@ def print_config(config: Config) -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="nfm")
+@click.version_option(__version__)
 def nfm() -> None:
     """Normalized Flow Matching: train flow-matching students on the noise/data pairs of a normalizing-flow teacher.
 
@@ -133,14 +136,18 @@ def config_command(config: Config) -> None:
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="Image folder: train/<class>/*.jpg, and optionally val/<class>/*.jpg.",
+    help="Image folder: train/<class>/*.jpg (or .jpeg, .png), and optionally val/<class>/*.jpg.",
 )
 @required_option("--out", help="Where the sample stores train and val are written.")
 @click.option(
     "--skip-bad-images", is_flag=True, help="Leave out images that do not decode, and count them, instead of stopping."
 )
 def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) -> None:
-    """Images → sample stores (x as uint8, label, index)."""
+    """Images → sample stores (x as uint8, label, index).
+
+    Images are resized to data.image_size with PIL's box filter, as in the paper. One that is not square is stretched to
+    a square as a whole: nothing is cropped or padded.
+    """
     from nfm.stages.prepare import prepare as run
 
     run(config.data, out, data, skip_bad_images)
@@ -266,6 +273,8 @@ def train_student(config: Config, urls: tuple[str, ...], weights: tuple[float, .
     from nfm.stages.train_student import train_student as run
     from nfm.storage_specs.reading.stream import Source
 
+    if weights and len(urls) == 1:
+        raise StageError("got --weight for one store; it is a share of a mixture: expected several --couplings")
     if weights and len(weights) != len(urls):
         raise StageError(f"got {len(weights)} --weight for {len(urls)} --couplings; expected one each, or none")
     sources = [Source(url, weight) for url, weight in zip(urls, weights or (1.0,) * len(urls), strict=True)]
@@ -281,13 +290,20 @@ def train_student(config: Config, urls: tuple[str, ...], weights: tuple[float, .
 @click.option("--out", required=True, help="A .png grid, or .npz with arrays x and label.")
 @click.option("--count", default=100, show_default=True, type=click.IntRange(min=1), help="How many images.")
 @click.option(
-    "--sampler", default="heun31", show_default=True, help="heun<NFE> or euler<NFE>, with :t for a linear schedule."
+    "--sampler",
+    help="Of a student: heun<NFE> or euler<NFE>, with :t for a linear schedule; heun31 if not given. "
+    "A teacher has none.",
 )
 @click.option("--class", "classes", multiple=True, type=int, help="Only this class index (-1: none); may be repeated.")
-@click.option("--guidance", default=1.0, show_default=True, help="Classifier-free guidance weight; 1 is none.")
+@click.option(
+    "--guidance",
+    default=1.0,
+    show_default=True,
+    help="Weight of classifier-free guidance; 1 is none. At least 0 for a student, 1 for a teacher.",
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Same seed, same images.")
 def sample(
-    checkpoint: str, out: str, count: int, sampler: str, classes: tuple[int, ...], guidance: float, seed: int
+    checkpoint: str, out: str, count: int, sampler: str | None, classes: tuple[int, ...], guidance: float, seed: int
 ) -> None:
     """Draw images from the model.safetensors of a student or a teacher."""
     from nfm.models.solvers import parse_sampler
@@ -295,7 +311,7 @@ def sample(
     from nfm.stages.sample import sample as run
 
     try:
-        parsed = parse_sampler(sampler)
+        parsed = None if sampler is None else parse_sampler(sampler)
     except ValueError as error:
         raise StageError(str(error)) from error
     run(checkpoint, out, SampleRequest(count, parsed, classes, guidance, seed))
@@ -322,8 +338,13 @@ def evaluate(config: Config, samples: str, couplings: str, teacher: str, student
     named: dict[str, str] = {}
     for student in students:
         name, equals, url = student.partition("=")
-        if not equals or not name.isidentifier():
-            raise StageError(f"got --student {student!r}; expected NAME=URL, as in nfm=runs/student/model.safetensors")
+        if not equals or not STUDENT_NAME.fullmatch(name):
+            raise StageError(
+                f"got --student {student!r}; expected NAME=URL, as in my-run=runs/student/model.safetensors, "
+                "where NAME is letters and digits, with -, _ and . between them"
+            )
+        if name in named:
+            raise StageError(f"got --student {name}=… twice; expected another name for each student")
         named[name] = url
     click.echo(evaluate_and_report(config, samples, couplings, teacher, named, out))
 

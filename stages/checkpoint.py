@@ -1,5 +1,8 @@
-"""Checkpoints: one safetensors file with named groups of tensors and a JSON document in its header, so that one atomic
-rename replaces all of it. Nothing in it can execute code."""
+"""Checkpoints: one safetensors file with named groups of tensors, and a JSON document in its header.
+
+One atomic rename replaces all of a checkpoint. Nothing in it can execute code. `model.safetensors` is a finished model;
+`state.safetensors` is the state of a run that is not finished.
+"""
 
 import hashlib
 import json
@@ -15,10 +18,11 @@ from torch import Tensor, nn
 from nfm.models.sit import SiT, SiTConfig
 from nfm.models.tarflow import TarFlow, TarFlowConfig
 from nfm.stages.errors import StageError
+from nfm.stages.progress import Progress
 from nfm.storage_specs.storage.files import Root
 
-MAX_BYTES = 1 << 38
-DOCUMENT = "nfm"
+MAX_BYTES = 1 << 38  # of a checkpoint that is read
+DOCUMENT_KEY = "nfm"  # of the document in the header's metadata
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any]]] = {
     "TarFlow": (TarFlow, TarFlowConfig),
     "SiT": (SiT, SiTConfig),
@@ -27,61 +31,74 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any]]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` by name, and `document`, plain JSON."""
+    """`tensors` by name, where the name of a group comes before the first dot; and `document`, plain JSON."""
 
     tensors: dict[str, Tensor]
     document: dict[str, Any]
 
     def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of one group, by their names in it."""
         start = f"{prefix}."
         return {name.removeprefix(start): tensor for name, tensor in self.tensors.items() if name.startswith(start)}
 
 
-def split(url: str) -> tuple[Root, str]:
-    """The folder and the file name of a checkpoint URL."""
+def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as the group `prefix` of a checkpoint; `Checkpoint.group` is the inverse."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def split_url(url: str) -> tuple[Root, str]:
+    """The folder and the name of the file at a URL."""
     folder, slash, name = url.rpartition("/")
     return Root(folder or slash or "."), name
 
 
 def exists(url: str) -> bool:
-    root, name = split(url)
+    """Whether there is a file at the URL."""
+    root, name = split_url(url)
     return root.exists(name)
 
 
 def remove(url: str) -> None:
-    root, name = split(url)
+    """Delete the file at the URL, if there is one."""
+    root, name = split_url(url)
     if root.exists(name):
         root.delete(name)
 
 
 def save(url: str, checkpoint: Checkpoint) -> None:
-    root, name = split(url)
+    """Write a checkpoint, replacing the one at the URL at once or not at all."""
+    root, name = split_url(url)
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in checkpoint.tensors.items()}
     document = json.dumps(checkpoint.document, allow_nan=False)
-    root.write(name, safetensors.torch.save(tensors, metadata={DOCUMENT: document}))
+    root.write(name, safetensors.torch.save(tensors, metadata={DOCUMENT_KEY: document}))
 
 
 def load(url: str) -> Checkpoint:
-    """Raises StoreError if there is no file, StageError if it is no checkpoint of ours."""
-    root, name = split(url)
-    data = root.read(name, MAX_BYTES)
+    """Read a checkpoint.
+
+    Raises StoreError if there is no file, StageError if it is not a checkpoint of this project.
+    """
+    root, name = split_url(url)
+    with Progress(f"read {name}"):
+        data = root.read(name, MAX_BYTES)
     try:
         header_bytes = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + header_bytes])
-        document = json.loads(header["__metadata__"][DOCUMENT])
+        document = json.loads(header["__metadata__"][DOCUMENT_KEY])
         if not (isinstance(document, dict) and isinstance(document.get("run"), dict)):
             raise ValueError("its document has no run")
         tensors = safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StageError(
-            f"{url}: got no checkpoint of nfm ({type(error).__name__}: {error}); expected a safetensors file that "
-            "train-teacher or train-student wrote"
+            f"{url}: got no checkpoint of nfm ({type(error).__name__}: {error}); "
+            "expected a safetensors file that train-teacher or train-student wrote"
         ) from error
     return Checkpoint(tensors, document)
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """Identity of a network's weights: names, dtypes, shapes and values, and nothing else."""
+    """Identity of a network's weights: a hash of their names, dtypes, shapes and values, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -91,39 +108,46 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def architecture(network: nn.Module) -> dict[str, Any]:
-    """What `build` needs to make the network again."""
+    """The document from which `build` makes the network again: the name of its class, and its config."""
     assert isinstance(network, TarFlow | SiT)
     config: dict[str, Any] = json.loads(json.dumps(vars(network.config)))
     return {"name": type(network).__name__} | config
 
 
 def build(checkpoint: Checkpoint, name: str, url: str) -> nn.Module:
-    """The network of a finished model, which must be a `name`. Raises StageError if architecture and weights disagree.
+    """The network of a finished model, in evaluation mode. `name` is the expected class, `url` is for messages.
 
-    It is laid out without memory and then takes the file's own tensors, so a hostile architecture allocates nothing.
+    Raises StageError if it is of another class, or if architecture and weights do not fit each other. The network is
+    made on the meta device and takes the tensors of the checkpoint, so a hostile architecture allocates no memory.
     """
     described = checkpoint.document.get("architecture")
-    described = dict(described) if isinstance(described, dict) else {}
-    kind = described.pop("name", None)
-    if kind != name:
-        raise StageError(f"{url}: got a checkpoint of {kind or 'no network'}, expected one of {name}")
-    network, config = NETWORKS[name]
-    state = {key: value.float() for key, value in checkpoint.group("model").items()}
+    values: dict[str, Any] = dict(described) if isinstance(described, dict) else {}
+    actual_name = values.pop("name", None)
+    if actual_name != name:
+        raise StageError(f"{url}: got a checkpoint of {actual_name or 'no network'}, expected one of {name}")
+    network_class, config_class = NETWORKS[name]
+    state = {key: tensor.float() for key, tensor in checkpoint.group("model").items()}
     try:
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
-        parsed = config(**values)
-        layers = sum(parsed.depths) if name == "TarFlow" else parsed.depth
+        for key, value in values.items():
+            if isinstance(value, list):
+                values[key] = tuple(value)  # as JSON has no tuples
+        config = config_class(**values)
+        layers = sum(config.depths) if name == "TarFlow" else config.depth
         if layers > len(state):
             raise ValueError(f"{layers} layers, but only {len(state)} tensors")
         with torch.device("meta"):
-            built = network(parsed)
+            network = network_class(config)
     except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
-        raise StageError(f"{url}: its architecture {described} is not one of {name}: {error}") from error
-    load_weights(built, state, url, assign=True)
-    return built.requires_grad_(False).eval()
+        raise StageError(f"{url}: its architecture {values} is not one of {name}: {error}") from error
+    load_weights(network, state, url, assign=True)
+    return network.requires_grad_(False).eval()
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], url: str, assign: bool = False) -> None:
+    """Load a state dict: copied into the network's own tensors, or with `assign` in their place.
+
+    Raises StageError naming the first tensor that does not fit.
+    """
     try:
         network.load_state_dict(dict(state), assign=assign)
     except RuntimeError as error:
@@ -134,7 +158,7 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], url: str, assi
 def load_model(url: str) -> SiT | TarFlow:
     """The network of a finished model (`model.safetensors`), a student's or a teacher's, in evaluation mode on the CPU.
 
-    Raises StoreError if there is no file, StageError if it is no finished model of ours.
+    Raises StoreError if there is no file, StageError if it is not a finished model of this project.
     """
     checkpoint = load(url)
     network = build(checkpoint, network_name(checkpoint), url)
@@ -143,11 +167,21 @@ def load_model(url: str) -> SiT | TarFlow:
 
 
 def network_name(checkpoint: Checkpoint) -> str:
-    """ "TarFlow" for a teacher, "SiT" for a student."""
+    """The name of the class of a checkpoint's network: "TarFlow" for a teacher, "SiT" for a student."""
     return "TarFlow" if "teacher" in checkpoint.document["run"] else "SiT"
 
 
+def has_dropped_labels(document: dict[str, Any]) -> bool:
+    """Whether the network of this checkpoint's document was trained with dropped labels, which guidance needs."""
+    training = document["run"].get("teacher") or document["run"].get("student") or {}
+    return bool(training.get("label_drop", 1) > 0)
+
+
 def load_network(url: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A finished model (`model.safetensors`) in evaluation mode, and its document."""
+    """The network of a finished model in evaluation mode on the CPU, and the document of its checkpoint.
+
+    `name` is the class that it must have: "TarFlow" or "SiT". Raises StoreError if there is no file, StageError if it
+    is not a finished model of that class.
+    """
     checkpoint = load(url)
     return build(checkpoint, name, url), checkpoint.document

@@ -1,12 +1,14 @@
-"""encode: sample store + teacher → coupling store. This file encodes one unit; pipeline/encode_job.py spreads the units
-over the machines of a Ray cluster."""
+"""encode: sample store + teacher → coupling store.
+
+This file encodes one unit; pipeline/encode_job.py spreads the units over the machines of a Ray cluster.
+"""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,13 +16,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 
 from nfm.models.tarflow import FlowBlock, TarFlow, TarFlowConfig
 from nfm.stages.checkpoint import load_network, weights_sha256
 from nfm.stages.errors import StageError
+from nfm.stages.progress import Progress
 from nfm.stages.section import Section
-from nfm.storage_specs.format.codecs import ZDtype, decode, encode, int8_scale
+from nfm.storage_specs.format.codecs import ZDtype, decode_z, encode_z, int8_scale
 from nfm.storage_specs.format.noise import NOISE_LAW, standard_normal
 from nfm.storage_specs.format.pixels import to_float
 from nfm.storage_specs.format.schema import (
@@ -35,89 +37,123 @@ from nfm.storage_specs.format.schema import (
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import sha256
-from nfm.storage_specs.storage.npy import npy
-from nfm.storage_specs.writing.units import NonFiniteError, Unit
-from nfm.storage_specs.writing.writer import StoreWriter, begun
+from nfm.storage_specs.storage.npy import npy_bytes
+from nfm.storage_specs.writing.units import NonFiniteError, Unit, UnitWriter
+from nfm.storage_specs.writing.writer import StoreWriter, read_started_spec
 
-Positive = Annotated[int, Field(ge=1)]
-# Of z encoded again: float32 on another machine moves it by 1e-5 σ_f, which can turn the rounding of a codec over.
+# Largest difference of z that is encoded again, in units of σ_f. In float32, another machine moves z by 1e-5 σ_f, which
+# can change how a codec rounds it.
 REENCODE_TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2, "int8": 8e-2}
-PRECISION_TOLERANCE = {"fp32": 0.0, "tf32": 2e-2, "bf16": 0.2}  # what coarser products add to it
+PRECISION_TOLERANCE = {"fp32": 0.0, "tf32": 2e-2, "bf16": 0.2}  # added to it
 CALIBRATION_ROWS = 256  # images whose z sets the scale of int8
-# Tokens that pass through the teacher at once. z must not depend on how a job was cut up, so this is no setting: it
-# fills a GPU, and keeps a CPU's activations in its cache.
+CALIBRATION_BATCH = 32
+# Tokens that pass through the teacher at once: enough to fill a GPU, few enough for the cache of a CPU. It is not a
+# setting, since z must not depend on how a job was split.
 BATCH_TOKENS = {"cuda": 16_384, "cpu": 1024}
-WRITES_PENDING = 2  # draws that wait for the disk before the teacher waits for them
+WRITES_PENDING = 2  # draws that wait to be written; with more, the teacher waits
 
 
 class EncodeConfig(Section):
-    """η is the teacher's own; what remains to choose is how many draws, how they are stored, and on what they are
-    made. Derived noise takes no bytes: its law gives it back, bit for bit.
-    """
+    """How many noise draws are encoded, how they are stored, and which workers do it. η is the teacher's."""
 
-    draws: Annotated[int, Field(ge=1, le=1 << 16)]
-    layout: LayoutName = "webdataset"
-    z_dtype: ZDtype = "float16"
-    noise: Literal["stored", "derived"] = "stored"
-    noise_dtype: NoiseDtype = "float16"
-    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
-    precision: Precision = "fp32"
-    max_bad: Annotated[int, Field(ge=0)] = 0  # pairs with a z that is not finite, before the job stops
-    device: Literal["cuda", "cpu"] | None = None  # None: cuda where the cluster has a GPU when the job starts
-    workers: Positive | None = None  # None: one for each GPU of the cluster, or for each cpus_per_worker
-    cpus_per_worker: Positive = 1
+    draws: int = Field(ge=1, le=1 << 16, description="K, the noise draws stored for each image.")
+    layout: LayoutName = Field(default="webdataset", description="File layout of the coupling store.")
+    z_dtype: ZDtype = Field(
+        default="float16", description="Number format in which z is stored; nfm store info shows what it costs."
+    )
+    noise: Literal["stored", "derived"] = Field(
+        default="stored",
+        description='"stored": ε′ is written beside z. "derived": it takes no bytes, and readers compute the same bits '
+        "again from `seed`.",
+    )
+    noise_dtype: NoiseDtype = Field(
+        default="float16", description="Number format to which ε′ is rounded before the teacher sees it."
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=1 << 31,
+        description="Seed of the noise: ε′ depends on this seed, the index of the image and the number of the draw.",
+    )
+    precision: Precision = Field(
+        default="fp32",
+        description='Arithmetic of the teacher: "fp32" without TF32, "tf32" for matrix products, or "bf16" autocast.',
+    )
+    max_bad: int = Field(
+        default=0,
+        ge=0,
+        description="The job goes on to other units until more than this many pairs have a z that is not finite, and "
+        "names them all. A unit with such a pair is not written.",
+    )
+    device: Literal["cuda", "cpu"] | None = Field(
+        default=None,
+        description='Device of the workers. Without it: "cuda" if the cluster has a GPU when the job starts, else '
+        '"cpu".',
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Largest number of workers. Without it: one for each GPU of the cluster, or on CPUs one for each "
+        "`cpus_per_worker` cores.",
+    )
+    cpus_per_worker: int = Field(default=1, ge=1, description="CPU cores of each worker.")
 
 
 @dataclass(frozen=True)
 class EncodedUnit:
-    """What a worker tells of a unit. `bad` are the (image, draw) pairs whose z is not finite; with any, nothing of the
-    unit is committed."""
+    """The report of a worker about one unit."""
 
     images: int
-    draws: int  # forward passes of the teacher, one an image and draw; none where the unit was committed already
+    draws: int  # forward passes of the teacher, one for each image and draw; 0 if the unit was committed before
     seconds: float
-    bad: tuple[tuple[int, int], ...] = ()
+    bad: tuple[tuple[int, int], ...] = ()  # (image, draw) pairs whose z is not finite; with any, nothing is committed
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What one worker does: teacher forwards a second, on which device."""
+    """The speed of one worker: forward passes of the teacher per second (one image and draw each), on which device."""
 
     draws_per_second: float
     device: str
 
 
 def load_teacher(url: str) -> tuple[TarFlow, dict[str, Any]]:
+    """A teacher, and the document of its checkpoint. Raises StoreError or StageError if there is none at the URL."""
     network, document = load_network(url, "TarFlow")
     assert isinstance(network, TarFlow)
     return network, document
 
 
 def batch_rows(config: TarFlowConfig, device: str) -> int:
-    """Images that pass through a teacher at once on a "cpu" or "cuda" device."""
+    """The number of images that pass through a teacher at once on a "cpu" or "cuda" device."""
     return max(1, BATCH_TOKENS[device] // config.tokens)
 
 
 def device_name(device: torch.device) -> str:
+    """The name of a GPU as its maker calls it, or "CPU"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def output_spec(
     config: EncodeConfig, samples: Store, teacher: str, out: str
 ) -> tuple[Spec, NDArray[np.float32] | None]:
-    """The spec of the couplings of `samples` and the teacher at a URL, and the scale of int8 z where it has one that is
-    not in `out` yet. Writes nothing. Raises StageError where teacher and samples do not fit each other."""
+    """The spec of the store that encoding `samples` with the teacher at a URL gives. Writes nothing.
+
+    For int8 z it also returns the scale of z, float32 (C, H, W), unless `out` holds a started store, which keeps its
+    own scale. Raises StageError if teacher and samples do not fit each other.
+    """
     network, document = load_teacher(teacher)
     spec = coupling_spec(config, samples, network, document, teacher)
     if config.z_dtype != "int8":
         return spec, None
-    there, scale = begun(out), None
-    if there is not None and there.coupling is not None and there.coupling.z_scale_sha256:
-        digest = there.coupling.z_scale_sha256  # what was begun keeps its scale, whatever this machine rounds to
+    scale = None
+    started_spec = read_started_spec(out)
+    if started_spec is not None and started_spec.coupling is not None and started_spec.coupling.z_scale_sha256:
+        digest = started_spec.coupling.z_scale_sha256  # another machine may compute a scale of other bits
     else:
         assert spec.coupling is not None
         scale = calibrate(samples, network, spec.coupling.eta, spec.coupling.noise)
-        digest = sha256(npy(scale))
+        digest = sha256(npy_bytes(scale))
     described = spec.model_dump(mode="json")
     described["coupling"] |= {"z_dtype": "int8", "z_scale_sha256": digest}
     return Spec.model_validate(described, strict=False), scale
@@ -125,29 +161,33 @@ def output_spec(
 
 @torch.no_grad()
 def calibrate(samples: Store, teacher: TarFlow, eta: float, noise: NoiseSpec) -> NDArray[np.float32]:
-    """The int8 scale of each dimension of z, float32 (C, H, W), from the first images with their first draw."""
+    """The int8 scale of each dimension of z, float32 (C, H, W), from the z of the first images and their first draw."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.to(device)
     index = samples.spec.indices(0)[:CALIBRATION_ROWS]
-    drawn = standard_normal(noise.seed, index, 0, samples.spec.shape).astype(noise.dtype)
-    x = to_float(samples.column("x", 0)[: len(index)]) + eta * torch.from_numpy(drawn).float()
+    stored_noise = standard_normal(noise.seed, index, 0, samples.spec.shape).astype(noise.dtype)
+    noisy = to_float(samples.column("x", 0)[: len(index)]) + eta * torch.from_numpy(stored_noise).float()
     y = torch.from_numpy(samples.column("label", 0)[: len(index)])
-    z = [teacher.to(device)(a.to(device), b.to(device)).z.cpu() for a, b in zip(x.split(32), y.split(32), strict=True)]
+    batches = zip(noisy.split(CALIBRATION_BATCH), y.split(CALIBRATION_BATCH), strict=True)
+    z = [teacher(noisy_batch.to(device), y_batch.to(device)).z.cpu() for noisy_batch, y_batch in batches]
     return int8_scale(torch.cat(z).numpy())
 
 
 def coupling_spec(config: EncodeConfig, samples: Store, teacher: TarFlow, document: dict[str, Any], url: str) -> Spec:
-    """The spec of the store to write, but for the scale of int8: that is float16 here."""
-    source, shape = samples.spec, (teacher.config.channels, teacher.config.image_size, teacher.config.image_size)
+    """The spec of the store that encoding `samples` with a teacher gives, where `document` is that of the teacher's
+    checkpoint and `url` is for messages. For int8 z, whose scale is not known here, it has float16."""
+    source = samples.spec
+    shape = (teacher.config.channels, teacher.config.image_size, teacher.config.image_size)
     if (shape, teacher.config.num_classes) != (source.shape, source.num_classes):
         raise StageError(
-            f"{url}: got a teacher of {shape} images with {teacher.config.num_classes} classes, expected "
-            f"{source.shape} with {source.num_classes} classes as in {samples.url}; use the teacher trained on "
-            "these samples"
+            f"{url}: got a teacher of {shape} images with {teacher.config.num_classes} classes, "
+            f"expected {source.shape} with {source.num_classes} classes as in {samples.url}; "
+            "use the teacher that was trained on these samples"
         )
-    trained = document["run"]["teacher"]
+    training = document["run"]["teacher"]
     coupling = CouplingSpec(
         draws=config.draws,
-        eta=trained["eta"],
+        eta=training["eta"],
         precision=config.precision,
         z_dtype="float16" if config.z_dtype == "int8" else config.z_dtype,
         z_scale_sha256=None,
@@ -156,7 +196,7 @@ def coupling_spec(config: EncodeConfig, samples: Store, teacher: TarFlow, docume
             architecture=document["architecture"],
             sha256=weights_sha256(teacher.state_dict()),
             training={
-                "config": trained,
+                "config": training,
                 "images": document["training"]["images"],
                 "val_nll": document["training"]["val"],
             },
@@ -167,10 +207,12 @@ def coupling_spec(config: EncodeConfig, samples: Store, teacher: TarFlow, docume
 
 
 class UnitEncoder:
-    """Holds a teacher and encodes units into a store that was begun with `spec`.
+    """Holds a teacher, and encodes units of `samples` into the store at `out`, which was started with `spec`.
 
-    `encode` may be called from several threads at once, and should be from two: the teacher serves one unit at a time,
-    and meanwhile the next is read, its noise drawn, and the last is written.
+    `encode` may be called from several threads. With two, the teacher always has work: while it encodes one unit, the
+    next one is read and its noise is drawn, and the one before is written. `threads` is the number of CPU cores for
+    noise. Raises StageError if samples or teacher are not those of the spec, or if the device cannot do its precision;
+    RuntimeError if this node has no usable GPU, since another one may have.
     """
 
     def __init__(
@@ -192,7 +234,7 @@ class UnitEncoder:
                 f"{samples}: got other samples on this node than on the driver's; give all nodes one store"
             )
         if device == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("no GPU is usable in this worker")  # on this node: another may have one
+            raise RuntimeError("no GPU is usable in this worker")
         self.device = torch.device(device)
         if coupling.precision == "tf32" and device == "cpu":
             raise StageError("got encode.precision tf32, which only GPUs have, and a worker without one; use fp32")
@@ -202,16 +244,22 @@ class UnitEncoder:
         if weights_sha256(network.state_dict()) != coupling.teacher.sha256:
             raise StageError(f"{teacher}: got another teacher on this node than on the driver's; give all of them one")
         self.rows = min(batch_rows(network.config, self.device.type), self.writer.spec.block_rows)
-        self.teacher, self.threads = network.to(self.device), threads
+        self.teacher = network.to(self.device)
+        self.threads = threads
         if device == "cuda":
             self._compile()
-        self.turn = Lock()
-        self.ahead, self.drawing = ThreadPoolExecutor(2, "nfm-ahead"), ThreadPoolExecutor(threads, "nfm-noise")
-        self.behind = ThreadPoolExecutor(WRITES_PENDING, "nfm-write")
+        self.teacher_lock = Lock()  # held by the unit that the teacher encodes
+        self.draws_done: dict[Unit, int] = {}  # teacher forwards so far of the units that are being encoded
+        self.prefetch_pool = ThreadPoolExecutor(2, "nfm-prefetch")  # prepares the input of the next draw
+        self.noise_pool = ThreadPoolExecutor(threads, "nfm-noise")  # draws parts of the noise of one draw
+        self.write_pool = ThreadPoolExecutor(WRITES_PENDING, "nfm-write")
 
     def _compile(self) -> None:
-        """Layer by layer, as all of them are the same code, with kernels that are chosen by rule and not by a race; and
-        once now, so that no unit waits for it."""
+        """Compile the teacher for a GPU, and run it once, so that no unit waits for it.
+
+        It is compiled layer by layer, as all layers are the same code. The choice of kernels is deterministic: not by
+        timing, which may choose others on another node.
+        """
         for block in self.teacher.blocks:
             assert isinstance(block, FlowBlock)
             for layer in block.attn_blocks:
@@ -220,81 +268,101 @@ class UnitEncoder:
         self.forward(x, torch.zeros(self.rows, dtype=torch.int64, device=self.device)).cpu()
 
     def encode(self, unit: Unit) -> EncodedUnit:
-        """All draws of one unit: z = f(x + η·ε′, c), with ε′ rounded to its stored dtype before the teacher sees it."""
+        """Encode, write and commit one unit: z = f(x + η·ε′, c), with ε′ rounded to its stored dtype before the teacher
+        sees it. A unit that is committed already is left as it is."""
         images = self.writer.spec.rows_of(unit.block)
         if self.writer.root.exists(unit.commit_file):
             return EncodedUnit(images, 0, 0.0)
         base = {name: self.samples.column(name, unit.block) for name in ("x", "label")}
-        x, y = to_float(base["x"]), torch.from_numpy(base["label"]).to(self.device)
-        writing = self.writer.unit(unit)
-        based = self.behind.submit(writing.base, base)
-        next_noise = self.ahead.submit(self._noise, unit.block, unit.first, x)
-        written: list[Future[list[tuple[int, int]]]] = []
-        with self.turn:
-            start = time.monotonic()
+        x = to_float(base["x"])
+        y = torch.from_numpy(base["label"]).to(self.device)
+        unit_writer = self.writer.unit_writer(unit)
+        base_write = self.write_pool.submit(unit_writer.write_base, base)
+        next_input = self.prefetch_pool.submit(self.add_noise, unit.block, unit.first, x)
+        draw_writes: list[Future[list[tuple[int, int]]]] = []
+        with self.teacher_lock:
+            self.draws_done[unit] = 0
+            started_at = time.monotonic()
             for draw in unit.draws:
-                noise, noisy = next_noise.result()
+                noise, noisy = next_input.result()
                 if draw + 1 < unit.stop:
-                    next_noise = self.ahead.submit(self._noise, unit.block, draw + 1, x)
-                z = self.forward(noisy, y)
-                if len(written) >= WRITES_PENDING:
-                    written[-WRITES_PENDING].result()
-                kept = noise if self.coupling.noise.stored else None
-                written.append(self.behind.submit(_write, writing.draw, draw, z, kept))
+                    next_input = self.prefetch_pool.submit(self.add_noise, unit.block, draw + 1, x)
+                z = self.forward(noisy, y, unit)
+                if len(draw_writes) >= WRITES_PENDING:
+                    draw_writes[-WRITES_PENDING].result()
+                stored_noise = noise if self.coupling.noise.stored else None
+                draw_writes.append(self.write_pool.submit(write_draw, unit_writer, draw, z, stored_noise))
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds = time.monotonic() - start
-        based.result()
-        bad = tuple(pair for future in written for pair in future.result())
+            seconds = time.monotonic() - started_at
+        base_write.result()
+        bad = tuple(pair for draw_write in draw_writes for pair in draw_write.result())
         if not bad:
-            writing.commit(seconds, device_name(self.device))
+            unit_writer.commit(seconds, device_name(self.device))
+        del self.draws_done[unit]
         return EncodedUnit(images, images * len(unit.draws), seconds, bad)
 
-    def _noise(self, block: int, draw: int, x: Tensor) -> tuple[NDArray[Any], Tensor]:
-        """ε′ (rows, C, H, W) as it is stored, and x + η·ε′ in float32: on the CPU, so that they have the same bits
-        wherever the teacher is."""
-        spec, noise = self.writer.spec, self.coupling.noise
-        parts = np.array_split(spec.indices(block), self.threads)
-        drawn = self.drawing.map(lambda index: standard_normal(noise.seed, index, draw, spec.shape), parts)
-        stored = torch.from_numpy(np.concatenate(list(drawn))).to(getattr(torch, noise.dtype))
-        noisy = x + self.coupling.eta * stored.float()
-        return stored.numpy(), noisy.pin_memory() if self.device.type == "cuda" else noisy
+    def add_noise(self, block: int, draw: int, x: Tensor) -> tuple[NDArray[Any], Tensor]:
+        """ε′ of a draw as it is stored, and x + η·ε′ in float32; x and both are (rows, C, H, W).
+
+        They are computed on the CPU, so that they have the same bits for all devices of the teacher.
+        """
+        spec = self.writer.spec
+        noise = self.coupling.noise
+
+        def draw_part(index: NDArray[np.int64]) -> NDArray[np.float32]:
+            return standard_normal(noise.seed, index, draw, spec.shape)
+
+        parts = list(self.noise_pool.map(draw_part, np.array_split(spec.indices(block), self.threads)))
+        stored_noise = torch.from_numpy(np.concatenate(parts)).to(getattr(torch, noise.dtype))
+        noisy = x + self.coupling.eta * stored_noise.float()
+        if self.device.type == "cuda":
+            noisy = noisy.pin_memory()
+        return stored_noise.numpy(), noisy
 
     @torch.no_grad()
-    def forward(self, noisy: Tensor, y: Tensor) -> Tensor:
-        """z (rows, C, H, W) float32 on the device. Every batch has one shape, the last padded, so that every row of a
-        block passes through the same kernels."""
-        bf16 = self.coupling.precision == "bf16"
+    def forward(self, noisy: Tensor, y: Tensor, unit: Unit | None = None) -> Tensor:
+        """z, float32 on the device, of noisy images and labels y (rows,); noisy and z are (rows, C, H, W).
+
+        All batches have one shape, the last one padded, so that all rows of a block pass through the same kernels. The
+        rows of each batch are counted in `draws_done` of `unit`.
+        """
+        is_bf16 = self.coupling.precision == "bf16"
         z = []
-        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-            for part, labels in zip(noisy.split(self.rows), y.split(self.rows), strict=True):
-                empty = self.rows - len(part)
-                padded = F.pad(part.to(self.device, non_blocking=True), (0, 0, 0, 0, 0, 0, 0, empty))
-                z.append(self.teacher(padded, F.pad(labels, (0, empty))).z[: len(part)])
+        with torch.autocast(self.device.type, torch.bfloat16) if is_bf16 else nullcontext():
+            for noisy_batch, y_batch in zip(noisy.split(self.rows), y.split(self.rows), strict=True):
+                rows = len(noisy_batch)
+                padding = self.rows - rows
+                noisy_batch = noisy_batch.to(self.device, non_blocking=True)
+                padded = F.pad(noisy_batch, (0, 0, 0, 0, 0, 0, 0, padding))  # (self.rows, C, H, W)
+                z.append(self.teacher(padded, F.pad(y_batch, (0, padding))).z[:rows])
+                if unit is not None:
+                    self.draws_done[unit] += rows  # a GPU may not have finished the last of them
         return torch.cat(z).float()
 
     def faults(self, unit: Unit) -> list[str]:
-        """What is wrong with a committed unit, found by reading it back."""
-        return self.writer.faults(unit)
+        """What is wrong with the files of a committed unit, in words; it reads all of them."""
+        return self.writer.find_faults(unit)
 
     def speed(self, seconds: float) -> Speed:
-        """Times the teacher on images of the first block for about as long as this, after two passes to warm up."""
+        """The median speed of the teacher on images of the first block, measured for about so many seconds, after two
+        passes to warm up."""
         x = to_float(self.samples.column("x", 0)[: self.rows])
         y = torch.from_numpy(self.samples.column("label", 0)[: self.rows]).to(self.device)
         times: list[float] = []
         for _ in range(2):
             self.forward(x, y).cpu()
         while sum(times) < seconds or len(times) < 3:
-            start = time.monotonic()
+            started_at = time.monotonic()
             self.forward(x, y).cpu()
-            times.append(time.monotonic() - start)
+            times.append(time.monotonic() - started_at)
         return Speed(len(x) / float(np.median(times)), device_name(self.device))
 
 
-def _write(put: Any, draw: int, z: Tensor, noise: NDArray[Any] | None) -> list[tuple[int, int]]:
-    """Write one draw; the (image, draw) pairs that are not finite."""
+def write_draw(unit_writer: UnitWriter, draw: int, z: Tensor, noise: NDArray[Any] | None) -> list[tuple[int, int]]:
+    """Write one draw of a unit; returns the (image, draw) pairs whose z is not finite, of which nothing is written."""
     try:
-        put(draw, z.cpu().numpy(), noise)
+        unit_writer.write_draw(draw, z.cpu().numpy(), noise)
     except NonFiniteError as error:
         return [(image, draw) for image in error.images]
     return []
@@ -302,33 +370,36 @@ def _write(put: Any, draw: int, z: Tensor, noise: NDArray[Any] | None) -> list[t
 
 @torch.no_grad()
 def reencode(store: Store, teacher: str, count: int, seed: int) -> float:
-    """Run the teacher again on `count` random records; the largest difference between their stored and new z,
-    both as the codec rounds them, in units of σ_f. Raises StoreError if one is not the teacher's."""
+    """Run the teacher again on `count` random pairs of an image and a draw. Returns the largest difference between
+    their stored and their new z, both as the codec rounds them, in units of σ_f.
+
+    Raises StageError for another teacher than the store's, StoreError if a difference is too large.
+    """
     network, _ = load_teacher(teacher)
     coupling = store.spec.coupling
     assert coupling is not None
     if weights_sha256(network.state_dict()) != coupling.teacher.sha256:
         raise StageError(f"{teacher}: got another teacher than the one that encoded {store.url}; give that one")
-    rng, worst = np.random.default_rng(seed), 0.0
-    records = rng.choice(
-        store.spec.rows * store.spec.draws, min(count, store.spec.rows * store.spec.draws), replace=False
-    )
-    for record in tqdm(sorted(records.tolist()), desc="encode again", unit="record", leave=False):
-        image, draw = divmod(record, store.spec.draws)
-        block, row = divmod(image, store.spec.block_rows)
-        noise = np.asarray(store.column("noise", block, draw)[row], dtype=np.float32)
-        x = to_float(store.column("x", block)[row]) + coupling.eta * torch.from_numpy(noise)
-        y = torch.tensor([store.column("label", block)[row]])
-        again = network(x[None], y).z[0].numpy()
-        stored = decode(store.column("z", block, draw)[row], coupling.z_dtype, store.z_scale)
-        rounded = decode(encode(again, coupling.z_dtype, store.z_scale), coupling.z_dtype, store.z_scale)
-        difference = float((np.abs(stored - rounded) / store.sigma_f).max())
-        allowed = REENCODE_TOLERANCE[coupling.z_dtype] + PRECISION_TOLERANCE[coupling.precision]
-        if not difference <= allowed:
-            raise StoreError(
-                f"{store.url}: z of image {image}, draw {draw}, is {difference:.2e} σ_f away from what {teacher} "
-                "gives, "
-                f"expected at most {allowed}; the store is not what its spec says"
-            )
-        worst = max(worst, difference)
-    return worst
+    tolerance = REENCODE_TOLERANCE[coupling.z_dtype] + PRECISION_TOLERANCE[coupling.precision]
+    num_pairs = store.spec.rows * store.spec.draws
+    pairs = np.random.default_rng(seed).choice(num_pairs, min(count, num_pairs), replace=False)
+    largest_difference = 0.0
+    with Progress("encode again", len(pairs), "pair") as progress:
+        for pair in sorted(pairs.tolist()):
+            image, draw = divmod(pair, store.spec.draws)
+            block, row = divmod(image, store.spec.block_rows)
+            noise = np.asarray(store.column("noise", block, draw)[row], dtype=np.float32)
+            noisy = to_float(store.column("x", block)[row]) + coupling.eta * torch.from_numpy(noise)
+            y = torch.tensor([store.column("label", block)[row]])
+            new_z = network(noisy[None], y).z[0].numpy()
+            rounded_z = decode_z(encode_z(new_z, coupling.z_dtype, store.z_scale), coupling.z_dtype, store.z_scale)
+            stored_z = decode_z(store.column("z", block, draw)[row], coupling.z_dtype, store.z_scale)
+            difference = float((np.abs(stored_z - rounded_z) / store.sigma_f).max())
+            if not difference <= tolerance:
+                raise StoreError(
+                    f"{store.url}: z of image {image}, draw {draw}, is {difference:.2e} σ_f away from what "
+                    f"{teacher} gives, expected at most {tolerance}; the store is not what its spec says"
+                )
+            largest_difference = max(largest_difference, difference)
+            progress.advance(1)
+    return largest_difference

@@ -1,10 +1,10 @@
-"""How a stage ends when it does not end well."""
+"""The errors of stages."""
 
 
 class ResumableError(Exception):
-    """A run that was ended from outside, with nothing wrong: the same command continues it."""
+    """A run was ended from outside, as by a signal or a lost machine. The same command continues it."""
 
-    at_once = False  # whether to leave without the goodbyes of libraries, which would wait for what is gone
+    at_once = False  # whether the process exits without the cleanup of libraries, which would wait for a lost machine
 
 
 class StageError(ValueError):

@@ -1,7 +1,10 @@
-"""evaluate: samples, couplings, teacher and students → every number of the report, and its same-seed images."""
+"""evaluate: samples, couplings, teacher and students → all numbers of the report, and images from the same noise."""
 
 import io
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -16,17 +19,20 @@ from nfm.models.metrics import PixelFeatures, curvature, frechet_metric, z_space
 from nfm.models.sit import SiT
 from nfm.models.solvers import SAMPLER_GRAMMAR, Sampler, parse_sampler
 from nfm.models.tarflow import TarFlow, bits_per_dim
-from nfm.stages.checkpoint import load_network, weights_sha256
+from nfm.stages.checkpoint import has_dropped_labels, load_network, weights_sha256
 from nfm.stages.errors import StageError
-from nfm.stages.progress import Progress
+from nfm.stages.progress import Progress, count_calls
 from nfm.stages.section import Section
+from nfm.stages.splits import open_splits
 from nfm.storage_specs.format.noise import standard_normal
 from nfm.storage_specs.format.pixels import to_float, to_uint8
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.files import Root
 
-ROUNDTRIP_IMAGES = 2048  # held-out images that the teacher encodes and decodes again
+ROUNDTRIP_IMAGES = 2048  # largest number of held-out images that the teacher encodes and decodes again
+INCEPTION_WIDTH = 2048  # of the features that FID is taken over
+TEACHER_STEPS = 7  # steps of an evaluation without students: three Fréchet references, z-space, three of the teacher
 
 
 class EvaluateConfig(Section):
@@ -58,66 +64,84 @@ class EvaluateConfig(Section):
 
     @field_validator("samplers", "grid_samplers")
     @classmethod
-    def _known(cls, names: list[str]) -> list[str]:
+    def _check_names(cls, names: list[str]) -> list[str]:
         for name in names:
             parse_sampler(name)
         return names
 
 
 class FrechetDistance:
-    """Fréchet distance of images in [-1, 1] to those of a store."""
+    """Fréchet distance of images in [-1, 1] to reference images: FID over Inception features, or over the pixels.
 
-    def __init__(self, config: EvaluateConfig, reference: Store, device: torch.device) -> None:
-        self.pixels = config.features == "pixels"
-        features: nn.Module | int = PixelFeatures(reference.spec.dim) if self.pixels else 2048
+    Raises StageError if torch-fidelity, which Inception features need, is not installed.
+    """
+
+    def __init__(self, config: EvaluateConfig, dim: int, device: torch.device) -> None:
+        self.batch_size = config.batch_size
+        self.device = device
+        self.over_pixels = config.features == "pixels"
+        features: nn.Module | int = PixelFeatures(dim) if self.over_pixels else INCEPTION_WIDTH
         try:
             self.metric = frechet_metric(features).to(device)
         except ModuleNotFoundError as error:
             raise StageError(
                 f"evaluate.features = 'inception' needs torch-fidelity ({error}); install it, or use 'pixels'"
             ) from error
-        self.batch_size, self.device = config.batch_size, device
-        self.update_store(reference, all_rows(reference), real=True)
 
-    def update_store(self, store: Store, rows: NDArray[np.int64], real: bool) -> None:
-        """Images of a store, a batch at a time: it may be larger than memory."""
-        for start in range(0, len(rows), self.batch_size):
-            self._update(images_of(store, rows[start : start + self.batch_size]), real)
+    def set_reference(self, store: Store, progress: Progress) -> None:
+        """Take all images of a store as the reference."""
+        self._update_from_store(store, all_rows(store), is_reference=True, progress=progress)
 
-    def of_store(self, store: Store, rows: NDArray[np.int64]) -> float:
-        self.metric.reset()
-        self.update_store(store, rows, real=False)
-        return float(self.metric.compute())
-
-    def _update(self, images: Tensor, real: bool) -> None:
-        for part in images.split(self.batch_size):
-            if not self.pixels:
-                part = torch.from_numpy(to_uint8(part)).expand(-1, 3, -1, -1)
-            self.metric.update(part.to(self.device), real=real)
-
-    def __call__(self, images: Tensor) -> float:
+    def measure_rows(self, store: Store, rows: NDArray[np.int64], progress: Progress) -> float:
+        """The distance of the images in some rows of a store."""
         self.metric.reset()  # keeps the reference
-        self._update(images.clamp(-1, 1), real=False)
+        self._update_from_store(store, rows, is_reference=False, progress=progress)
         return float(self.metric.compute())
 
+    def measure(self, images: Tensor, progress: Progress) -> float:
+        """The distance of images (N, C, H, W), which are clamped to [-1, 1]."""
+        self.metric.reset()  # keeps the reference
+        for batch in images.clamp(-1, 1).split(self.batch_size):
+            self._update(batch, is_reference=False)
+            progress.advance(len(batch))
+        return float(self.metric.compute())
 
-def images_of(store: Store, rows: NDArray[np.int64]) -> Tensor:
-    """x of some rows, (len(rows), C, H, W) in [-1, 1]."""
+    def _update_from_store(self, store: Store, rows: NDArray[np.int64], is_reference: bool, progress: Progress) -> None:
+        """Read a batch at a time: the store may be larger than memory."""
+        for start in range(0, len(rows), self.batch_size):
+            batch = read_images(store, rows[start : start + self.batch_size])
+            self._update(batch, is_reference)
+            progress.advance(len(batch))
+
+    def _update(self, images: Tensor, is_reference: bool) -> None:
+        if not self.over_pixels:
+            images = torch.from_numpy(to_uint8(images)).expand(-1, 3, -1, -1)  # (B, 3, H, W), grey images three times
+        self.metric.update(images.to(self.device), real=is_reference)
+
+
+def read_images(store: Store, rows: NDArray[np.int64]) -> Tensor:
+    """x of some rows of a store, (len(rows), C, H, W) in [-1, 1]."""
     return to_float(store.images(rows))
 
 
 def all_rows(store: Store) -> NDArray[np.int64]:
+    """The numbers of all rows of a store."""
     return np.arange(store.spec.rows, dtype=np.int64)
 
 
 def evaluate(
     config: EvaluateConfig, samples: str, couplings: str, teacher: str, students: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
-    """All metrics, and uint8 image arrays for the grids: "real", "teacher", "<coupling> <sampler>"."""
-    train, val = Store(f"{samples}/train", kind="samples"), Store(f"{samples}/val", kind="samples")
+    """Measure a teacher and its students, which are given by their names in the report.
+
+    Returns all numbers of the report as JSON, and uint8 images (columns, C, H, W) for each row of its grid: "real",
+    "teacher" and "<student> <sampler>". Raises StageError or StoreError if samples, couplings, teacher and students do
+    not belong together, FloatingPointError if a student's samples are not finite.
+    """
+    train, val = open_splits(samples)
     pairs = Store(couplings, kind="couplings")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, document = load_network(teacher, "TarFlow")
+    network, teacher_document = load_network(teacher, "TarFlow")
     assert isinstance(network, TarFlow) and pairs.spec.coupling is not None
     if pairs.spec.coupling.source != train.dataset.id:
         raise StageError(
@@ -125,46 +149,49 @@ def evaluate(
         )
     if weights_sha256(network.state_dict()) != pairs.spec.coupling.teacher.sha256:
         raise StageError(f"{teacher}: got another teacher than the one that encoded {couplings}; give that one")
-    loaded = {name: load_student(url, pairs) for name, url in students.items()}
-    evaluation = Evaluation(config, train, val, pairs, network.to(device), device)
-    metrics: dict[str, Any] = {
-        "fd": {
-            "features": config.features,
-            "samples": config.samples,
-            "reference": train.spec.rows,
-            "floor": {"fd": evaluation.fd.of_store(val, all_rows(val)), "samples": val.spec.rows},
-            "resampled": {"fd": evaluation.fd.of_store(train, evaluation.resampled()), "samples": config.samples},
-        },
-        "teacher": {"bpd": bits_per_dim(document["training"]["val"])},
-        "students": {},
-        "zspace": evaluation.z_space(),
-        "encode": evaluation.encode_totals(),
-        "curves": {"teacher": document["curves"]},
-    }
-    evaluation.start(len(students) * len(config.samplers) + 1)
-    with evaluation.progress:
-        metrics["teacher"] |= evaluation.teacher_metrics()
+    loaded = {name: load_student(url, pairs, config.guidance) for name, url in students.items()}
+    fd = FrechetDistance(config, train.spec.dim, device)
+    steps = TEACHER_STEPS + len(students) * (len(config.samplers) + 1)
+    with Progress("evaluate", steps, "step") as progress:
+        evaluation = Evaluation(config, train, val, pairs, network.to(device), fd, progress)
+        metrics: dict[str, Any] = {
+            "fd": evaluation.frechet_reference(),
+            "zspace": evaluation.z_space(),
+            "teacher": {"bpd": bits_per_dim(teacher_document["training"]["val"])} | evaluation.teacher_metrics(),
+            "students": {},
+            "encode": evaluation.encode_totals(),
+            "curves": {"teacher": teacher_document["curves"]},
+        }
         for name, (student, document) in loaded.items():
-            metrics["students"][name] = {"loss": final_loss(document["curves"])} | evaluation.student(
-                name, student.to(device)
-            )
+            loss = {"loss": final_loss(document["curves"])}
+            metrics["students"][name] = loss | evaluation.student_metrics(name, student.to(device))
             metrics["curves"][name] = document["curves"]
     return metrics, evaluation.grids
 
 
-def load_student(url: str, pairs: Store) -> tuple[SiT, dict[str, Any]]:
+def load_student(url: str, pairs: Store, guidance: float) -> tuple[SiT, dict[str, Any]]:
+    """A student and the document of its checkpoint.
+
+    Raises StageError unless it was trained on the couplings `pairs`, alone or in a mixture, and can be guided.
+    """
     student, document = load_network(url, "SiT")
     assert isinstance(student, SiT)
-    seen = document["run"].get("couplings")
-    if pairs.dataset.id not in ([store["id"] for store in seen] if isinstance(seen, list) else [seen]):
+    trained_on = document["run"].get("couplings")
+    ids = [store["id"] for store in trained_on] if isinstance(trained_on, list) else [trained_on]
+    if pairs.dataset.id not in ids:
         raise StageError(f"{url}: got a student of other couplings than {pairs.url}; give the ones it saw")
+    if guidance != 1 and not has_dropped_labels(document):
+        raise StageError(
+            f"{url}: got evaluate.guidance {guidance:g} for a student that never saw a dropped label (label_drop = 0); "
+            "expected evaluate.guidance = 1"
+        )
     return student, document
 
 
 def save_evaluation(root: Root, metrics: dict[str, Any], grids: dict[str, np.ndarray[Any, Any]]) -> None:
-    """`grids.npz`, then `metrics.json`, whose presence means that the evaluation is complete."""
+    """Write `grids.npz`, then `metrics.json`, whose presence means that the evaluation is complete."""
     buffer = io.BytesIO()
-    # NumPy types every keyword as if it might be allow_pickle, which no grid is called.
+    # NumPy's types take every keyword for allow_pickle, which is the name of no grid.
     np.savez_compressed(buffer, **grids)  # type: ignore[arg-type]
     root.write("grids.npz", buffer.getvalue())
     root.write("metrics.json", canonical_json(metrics))
@@ -172,23 +199,38 @@ def save_evaluation(root: Root, metrics: dict[str, Any], grids: dict[str, np.nda
 
 def final_loss(curves: dict[str, list[float]]) -> float:
     """Mean training loss over the last tenth of the run."""
-    images, loss = curves["images"], curves["loss"]
-    last = [value for at, value in zip(images, loss, strict=True) if at > 0.9 * images[-1]]
-    return sum(last) / len(last)
+    last_images = curves["images"][-1]
+    losses = [loss for images, loss in zip(curves["images"], curves["loss"], strict=True) if images > 0.9 * last_images]
+    return sum(losses) / len(losses)
 
 
 class Evaluation:
-    """Everything the measurements share: the same noise and labels for teacher and students alike."""
+    """The measurements of one evaluation, and what they share: teacher and students start from the same noise with the
+    same labels. Each measurement is a step of `progress`.
 
-    progress: Progress
+    `grids` collects the rows of the report's image grid.
+    """
 
     def __init__(
-        self, config: EvaluateConfig, train: Store, val: Store, pairs: Store, teacher: TarFlow, device: torch.device
+        self,
+        config: EvaluateConfig,
+        train: Store,
+        val: Store,
+        pairs: Store,
+        teacher: TarFlow,
+        fd: FrechetDistance,
+        progress: Progress,
     ) -> None:
         assert pairs.spec.coupling is not None
-        self.config, self.train, self.val, self.pairs, self.device = config, train, val, pairs, device
-        self.teacher, self.eta = teacher, pairs.spec.coupling.eta
-        self.fd = FrechetDistance(config, train, device)
+        self.config = config
+        self.train = train
+        self.val = val
+        self.pairs = pairs
+        self.teacher = teacher
+        self.eta = pairs.spec.coupling.eta
+        self.fd = fd
+        self.device = fd.device
+        self.progress = progress
         generator = torch.Generator().manual_seed(config.seed)
         labels = torch.from_numpy(train.labels())
         self.y = labels[torch.randint(len(labels), (config.samples,), generator=generator)]
@@ -198,111 +240,179 @@ class Evaluation:
         self.grid_noise = torch.randn((columns, *train.spec.shape), generator=generator)
         self.grids = {"real": self._real_row()}
 
-    def start(self, steps: int) -> None:
-        self.progress = Progress("evaluate", steps, "sampler")
+    @contextmanager
+    def _step(self, name: str, total: int, unit: str) -> Iterator[Progress]:
+        """One step of the evaluation, with a count of its own."""
+        with self.progress.step(name, total, unit) as step:
+            yield step
+        self.progress.advance(1)
 
     def _real_row(self) -> np.ndarray[Any, Any]:
-        """One image of each class in turn, for comparison."""
+        """One training image for each label of the grid, uint8 (columns, C, H, W)."""
         labels = self.train.labels()
-        rows = [np.flatnonzero(labels == y) for y in self.grid_y.tolist()]
-        chosen = [int(of_class[i % len(of_class)]) if len(of_class) else 0 for i, of_class in enumerate(rows)]
-        return self.train.images(np.array(chosen, dtype=np.int64))
+        rows = []
+        for column, label in enumerate(self.grid_y.tolist()):
+            rows_of_class = np.flatnonzero(labels == label)
+            if len(rows_of_class) == 0:
+                rows.append(0)
+            else:
+                rows.append(int(rows_of_class[column % len(rows_of_class)]))
+        return self.train.images(np.array(rows, dtype=np.int64))
 
-    def resampled(self) -> NDArray[np.int64]:
-        """As many training images as there are generated ones, drawn with replacement: sampling noise alone."""
+    def frechet_reference(self) -> dict[str, Any]:
+        """Takes the training images as the reference, and measures real images against it: the held-out ones, which
+        give the noise floor, and as many training images, drawn with replacement, as there are generated ones."""
+        with self._step("statistics of the training images", self.train.spec.rows, "img") as step:
+            self.fd.set_reference(self.train, step)
+        with self._step("noise floor", self.val.spec.rows, "img") as step:
+            floor = self.fd.measure_rows(self.val, all_rows(self.val), step)
         generator = torch.Generator().manual_seed(self.config.seed)
-        rows: NDArray[np.int64] = torch.randint(
-            self.train.spec.rows, (self.config.samples,), generator=generator
-        ).numpy()
-        return rows
+        samples = self.config.samples
+        rows = torch.randint(self.train.spec.rows, (samples,), generator=generator).numpy()
+        with self._step("resampled training images", samples, "img") as step:
+            resampled = self.fd.measure_rows(self.train, rows, step)
+        return {
+            "features": self.config.features,
+            "samples": samples,
+            "reference": self.train.spec.rows,
+            "floor": {"fd": floor, "samples": self.val.spec.rows},
+            "resampled": {"fd": resampled, "samples": samples},
+        }
 
-    def _now(self) -> float:
-        """The clock, once the device has done what it was given."""
+    def _synchronized_time(self) -> float:
+        """The clock, in seconds, after the device has finished the work that it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.monotonic()
 
-    def _batches(self, noise: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _batches(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Images or noise (N, C, H, W) and labels (N,) in batches on the device."""
         size = self.config.batch_size
-        return [(n.to(self.device), c.to(self.device)) for n, c in zip(noise.split(size), y.split(size), strict=True)]
+        return [
+            (x_batch.to(self.device), y_batch.to(self.device))
+            for x_batch, y_batch in zip(x.split(size), y.split(size), strict=True)
+        ]
+
+    def _decode_steps(self, images: int) -> int:
+        """Sequential steps of the teacher for so many images."""
+        return math.ceil(images / self.config.batch_size) * self.teacher.config.decode_steps
 
     @torch.no_grad()
-    def _teacher_samples(self, noise: Tensor, y: Tensor) -> Tensor:
-        """f⁻¹(σ_f·ε), so that the student and its teacher start from the same point; η-noise removed by a score
-        step.
-        """
+    def _teacher_samples(self, noise: Tensor, y: Tensor, progress: Progress) -> Tensor:
+        """f⁻¹(σ_f·ε), so that the teacher starts from the same point as a student; the η-noise is removed by a score
+        step. Shape (N, C, H, W), on the CPU."""
         sigma_f = torch.from_numpy(self.pairs.sigma_f.copy()).to(self.device)
-        images = [
-            self.teacher.denoise(self.teacher.decode(n * sigma_f, c), c, self.eta) for n, c in self._batches(noise, y)
-        ]
+        images = []
+        for noise_batch, y_batch in self._batches(noise, y):
+            noisy = self.teacher.decode(noise_batch * sigma_f, y_batch, advance=progress.advance)
+            images.append(self.teacher.denoise(noisy, y_batch, self.eta))
         return torch.cat(images).cpu()
 
     @torch.no_grad()
-    def teacher_metrics(self) -> dict[str, float]:
+    def _roundtrip_error(self, progress: Progress) -> float:
+        """Largest difference of a pixel between held-out images x and f⁻¹(f(x))."""
         rows = all_rows(self.val)[:ROUNDTRIP_IMAGES]
-        x = images_of(self.val, rows).to(self.device)
-        y = torch.from_numpy(self.val.labels()[rows]).to(self.device)
-        error = 0.0
-        for part, label in zip(x.split(self.config.batch_size), y.split(self.config.batch_size), strict=True):
-            error = max(error, (self.teacher.decode(self.teacher(part, label).z, label) - part).abs().max().item())
-        start = self._now()
-        images = self._teacher_samples(self.noise, self.y)
-        seconds = self._now() - start
-        self.grids["teacher"] = to_uint8(self._teacher_samples(self.grid_noise, self.grid_y))
-        self.progress.advance(1)
-        return self._fds(images) | {
+        x = read_images(self.val, rows)
+        y = torch.from_numpy(self.val.labels()[rows])
+        largest = 0.0
+        for x_batch, y_batch in self._batches(x, y):
+            decoded = self.teacher.decode(self.teacher(x_batch, y_batch).z, y_batch, advance=progress.advance)
+            largest = max(largest, (decoded - x_batch).abs().max().item())
+        return largest
+
+    def teacher_metrics(self) -> dict[str, float]:
+        """Fréchet distances, round trip, speed and size of the teacher; adds its row to the grids."""
+        roundtrip_images = min(self.val.spec.rows, ROUNDTRIP_IMAGES)
+        with self._step("teacher: round trip", self._decode_steps(roundtrip_images), "token") as step:
+            error = self._roundtrip_error(step)
+        with self._step("teacher: samples", self._decode_steps(len(self.noise)), "token") as step:
+            started_at = self._synchronized_time()
+            images = self._teacher_samples(self.noise, self.y, step)
+            seconds = self._synchronized_time() - started_at
+        with self._step("teacher: image grid", self._decode_steps(len(self.grid_noise)), "token") as step:
+            self.grids["teacher"] = to_uint8(self._teacher_samples(self.grid_noise, self.grid_y, step))
+        return self._frechet_distances("teacher", images) | {
             "roundtrip_max_abs": error,
             "seconds_per_1000": 1000 * seconds / len(images),
             "parameters": sum(p.numel() for p in self.teacher.parameters()),
         }
 
-    def _fds(self, images: Tensor) -> dict[str, float]:
-        """FD of all samples, and of as many as the held-out split has, which compares with the noise floor."""
-        return {"fd": self.fd(images), "fd_at_floor_samples": self.fd(images[: self.val.spec.rows])}
+    def _frechet_distances(self, name: str, images: Tensor) -> dict[str, float]:
+        """Fréchet distances of all samples, and of as many as there are held-out images: that one can be compared with
+        the noise floor."""
+        first_images = images[: self.val.spec.rows]
+        total = len(images) + len(first_images)
+        with self.progress.step(f"{name}: Fréchet distance", total, "img") as step:
+            return {
+                "fd": self.fd.measure(images, step),
+                "fd_at_floor_samples": self.fd.measure(first_images, step),
+            }
 
     @torch.no_grad()
-    def student(self, name: str, network: SiT) -> dict[str, Any]:
+    def student_metrics(self, name: str, network: SiT) -> dict[str, Any]:
+        """Size of a student, and its measurements with each sampler; adds its rows to the grids.
+
+        Raises FloatingPointError if samples are not finite.
+        """
         field = Guided(network, self.config.guidance)
         results: dict[str, Any] = {"parameters": sum(p.numel() for p in network.parameters())}
         for text in self.config.samplers:
             sampler = parse_sampler(text)
-            kappas, images, start = [], [], self._now()
-            for n, c in self._batches(self.noise, self.y):
-                trajectory = sampler(field, n, c)
-                images.append(trajectory.x)
-                kappas.append(curvature(trajectory))
-            seconds = self._now() - start
-            x = torch.cat(images)
-            if not torch.isfinite(x).all():
-                raise FloatingPointError(f"student {name} with {text} made samples that are not finite")
-            results[sampler.name] = self._fds(x.cpu()) | {
-                "curvature": torch.cat(kappas).mean().item(),
-                "seconds_per_1000": 1000 * seconds / len(x),
-            }
-            self.progress.advance(1, f"{name} {sampler.name}")
-        for text in self.config.grid_samplers:
-            self.grids[f"{name} {text}"] = self._grid(field, parse_sampler(text))
+            results[sampler.name] = self._sampler_metrics(f"{name} {sampler.name}", field, sampler)
+        samplers = [parse_sampler(text) for text in self.config.grid_samplers]
+        with self._step(f"{name}: image grid", sum(sampler.nfe for sampler in samplers), "evaluation") as step:
+            noise = self.grid_noise.to(self.device)
+            y = self.grid_y.to(self.device)
+            for text, sampler in zip(self.config.grid_samplers, samplers, strict=True):
+                self.grids[f"{name} {text}"] = to_uint8(sampler(count_calls(field, step), noise, y).x)
         return results
 
-    def _grid(self, field: Guided, sampler: Sampler) -> np.ndarray[Any, Any]:
-        return to_uint8(sampler(field, self.grid_noise.to(self.device), self.grid_y.to(self.device)).x)
+    def _sampler_metrics(self, name: str, field: Guided, sampler: Sampler) -> dict[str, float]:
+        """Fréchet distances, curvature and speed of one student with one sampler; `name` says which."""
+        kappas = []
+        images = []
+        batches = self._batches(self.noise, self.y)
+        with self._step(name, len(batches) * sampler.nfe, "evaluation") as step:
+            counted_field = count_calls(field, step)
+            started_at = self._synchronized_time()
+            for noise, y in batches:
+                trajectory = sampler(counted_field, noise, y)
+                images.append(trajectory.x)
+                kappas.append(curvature(trajectory))
+            seconds = self._synchronized_time() - started_at
+            x = torch.cat(images)
+            if not torch.isfinite(x).all():
+                raise FloatingPointError(f"student {name} made samples that are not finite")
+        return self._frechet_distances(name, x.cpu()) | {
+            "curvature": torch.cat(kappas).mean().item(),
+            "seconds_per_1000": 1000 * seconds / len(x),
+        }
 
     @torch.no_grad()
     def z_space(self) -> dict[str, dict[str, float]]:
-        """Table 1: distances of noisy images and of their representations, over up to `samples` pairs of images."""
+        """Table 1 of the NFM paper: mean distances of noisy images ("dx") and of their z ("dz"), over at most `samples`
+        pairs of different images."""
         count = min(self.train.spec.rows, self.config.samples)
         first = np.arange(count, dtype=np.int64)
         second = np.roll(first, 1)
-        x, labels = images_of(self.train, first), torch.from_numpy(self.train.labels()[first])
+        x = read_images(self.train, first)
+        labels = torch.from_numpy(self.train.labels()[first])
         noises = [torch.from_numpy(standard_normal(self.config.seed, first, k, self.train.spec.shape)) for k in (0, 1)]
-        inputs, outputs = [], []
-        for rows, e in ((first, 0), (first, 1), (second, 0), (second, 1)):
-            noisy = x[rows] + self.eta * noises[e]
-            inputs.append(noisy)
-            outputs.append(torch.cat([self.teacher(n, c).z.cpu() for n, c in self._batches(noisy, labels[rows])]))
-        return {"dx": asdict(z_space(*inputs)), "dz": asdict(z_space(*outputs))}
+        noisy_images = []
+        representations = []
+        with self._step("distances in z-space", 4 * count, "img") as step:
+            for rows, noise in ((first, noises[0]), (first, noises[1]), (second, noises[0]), (second, noises[1])):
+                noisy = x[rows] + self.eta * noise
+                z = []
+                for noisy_batch, label_batch in self._batches(noisy, labels[rows]):
+                    z.append(self.teacher(noisy_batch, label_batch).z.cpu())
+                    step.advance(len(noisy_batch))
+                noisy_images.append(noisy)
+                representations.append(torch.cat(z))
+        return {"dx": asdict(z_space(*noisy_images)), "dz": asdict(z_space(*representations))}
 
     def encode_totals(self) -> dict[str, float]:
+        """What the coupling store holds, and the seconds that its encoding took."""
         spec = self.pairs.spec
         return {
             "images": spec.rows,

@@ -1,12 +1,15 @@
-"""prepare: images → two sample stores, `train` and `val` (x as uint8, label, index)."""
+"""prepare: images → two sample stores, `train` and `val` (x as uint8, label, index).
+
+Images are resized to squares with PIL's box filter (NFM paper section 4). One that is not square is stretched to the
+square as a whole: nothing is cropped or padded.
+"""
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +18,9 @@ from PIL import Image
 from pydantic import Field
 
 from nfm.stages.errors import StageError
-from nfm.stages.progress import Progress
+from nfm.stages.progress import Progress, print_line
 from nfm.stages.section import Section
+from nfm.stages.splits import SPLITS
 from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.reading.order import permutation
 from nfm.storage_specs.storage.documents import canonical_json
@@ -24,9 +28,10 @@ from nfm.storage_specs.storage.files import Root, sha256
 from nfm.storage_specs.writing.writer import StoreWriter
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
-QUARANTINE = "quarantine.json"
-LISTED = 20  # names of bad images in an error message
-SPLITS = ("train", "val")
+QUARANTINE_FILE = "quarantine.json"
+MAX_QUARANTINE_BYTES = 1 << 28
+MAX_NAMED = 20  # bad images that an error message names
+CHECK_ROWS = 1024  # images between two updates of the check's progress
 
 
 class DataConfig(Section):
@@ -55,16 +60,16 @@ class DataConfig(Section):
     )
     layout: LayoutName = Field(default="webdataset", description="File layout of the sample stores.")
 
-    def given(self, data: Path | None) -> "DataConfig":
-        """This config for the images in `data`, where the user named a folder."""
+    def with_folder(self, data: Path | None) -> "DataConfig":
+        """This config for the image folder `data`; the same config if it is None."""
         return self if data is None else self.model_copy(update={"source": "folder"})
 
 
 @dataclass(frozen=True)
 class Images:
-    """A split before it is a store: image i is `load(i)`, uint8 (C, H, W), with label `labels[i]` and name `names[i]`.
+    """The images of a split: image i is `load(i)`, uint8 (C, H, W), with label `labels[i]` and name `names[i]`.
 
-    `identity` is JSON that tells data sets apart: a digest of the values, or of the names and sizes of the files.
+    `identity` is JSON that tells data sets apart: a hash of the pixels, or of the names and sizes of the files.
     """
 
     load: Callable[[int], NDArray[np.uint8]]
@@ -73,11 +78,12 @@ class Images:
     class_names: list[str]
     identity: dict[str, Any]
 
-    def subset(self, rows: NDArray[np.int64]) -> "Images":
-        kept = rows.tolist()
+    def select(self, rows: NDArray[np.int64]) -> "Images":
+        """The images of these rows, in their order."""
+        numbers = rows.tolist()
         return Images(
-            lambda i: self.load(kept[i]),
-            [self.names[i] for i in kept],
+            lambda i: self.load(numbers[i]),
+            [self.names[number] for number in numbers],
             self.labels[rows],
             self.class_names,
             self.identity,
@@ -85,16 +91,38 @@ class Images:
 
 
 class BadImageError(StageError):
-    """An image that does not decode."""
+    """An image does not decode."""
+
+
+class SquareNotice:
+    """Says once, on stderr, how images that are not square become square."""
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+        self.is_printed = False
+        self.lock = Lock()  # images are decoded by several threads
+
+    def check(self, path: Path, width: int, height: int) -> None:
+        """Print the notice if this image is the first that is not square."""
+        if width == height:
+            return
+        with self.lock:
+            if self.is_printed:
+                return
+            self.is_printed = True
+        print_line(
+            f"note: {path} is {width}×{height}; images that are not square are stretched to "
+            f"{self.image_size}×{self.image_size} as a whole, without a crop (PIL's box filter, as in the paper)"
+        )
 
 
 def digits(config: DataConfig) -> Images:
-    """scikit-learn's 1,797 images of 8×8 with 17 grey levels, spread over 0 … 255."""
+    """scikit-learn's 1,797 images of 8×8 pixels, with their 17 grey levels spread over 0 … 255."""
     if (config.image_size, config.channels) != (8, 1):
         raise StageError(
             f"got digits at {config.channels}×{config.image_size}×{config.image_size}; they are 1×8×8 images"
         )
-    from sklearn.datasets import load_digits  # takes seconds to import, and only this needs it
+    from sklearn.datasets import load_digits  # takes seconds to import; only this function needs it
 
     bundle = load_digits()
     x = np.rint(bundle.images * (255 / 16)).astype(np.uint8)[:, None]
@@ -104,88 +132,127 @@ def digits(config: DataConfig) -> Images:
     return Images(lambda i: x[i], names, labels, [str(label) for label in range(10)], identity)
 
 
-def folder(config: DataConfig, path: Path) -> Images:
-    """Images of one folder per class, in the order of their names."""
+def list_folder(config: DataConfig, path: Path, notice: SquareNotice) -> Images:
+    """The images in a folder that has one folder per class, in the order of their names.
+
+    Raises StageError if the folder is missing or holds no images.
+    """
     if not path.is_dir():
         raise StageError(
             f"{path}: no such folder; expected one folder per class in it, with {', '.join(sorted(SUFFIXES))} files"
         )
-    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files = [
-        (label, file)
-        for label, name in enumerate(classes)
-        for file in sorted((path / name).iterdir())
-        if file.suffix.lower() in SUFFIXES and file.is_file()
-    ]
+    class_names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    files: list[Path] = []
+    labels: list[int] = []
+    names: list[str] = []
+    lines: list[str] = []
+    with Progress(f"list {path}") as progress:
+        for label, class_name in enumerate(class_names):
+            for file in sorted((path / class_name).iterdir()):
+                if file.suffix.lower() not in SUFFIXES or not file.is_file():
+                    continue
+                name = f"{class_name}/{file.name}"
+                files.append(file)
+                labels.append(label)
+                names.append(name)
+                lines.append(f"{name} {file.stat().st_size}")
+            progress.set_note(f"{len(files)} images")
     if not files:
         raise StageError(f"{path}: got no images; expected <class>/*.jpg, .jpeg or .png in it")
-    names = [f"{file.parent.name}/{file.name}" for _, file in files]
-    listing = "\n".join(f"{name} {file.stat().st_size}" for name, (_, file) in zip(names, files, strict=True))
-    identity = {"name": "image folder", "files": len(files), "listing_sha256": sha256(listing.encode())}
+    listing_sha256 = sha256("\n".join(lines).encode())
+    identity = {"name": "image folder", "files": len(files), "listing_sha256": listing_sha256}
 
     def load(i: int) -> NDArray[np.uint8]:
-        return decode_image(files[i][1], config)
+        return decode_image(files[i], config, notice)
 
-    return Images(load, names, np.array([label for label, _ in files], dtype=np.int64), classes, identity)
+    return Images(load, names, np.array(labels, dtype=np.int64), class_names, identity)
 
 
-def decode_image(path: Path, config: DataConfig) -> NDArray[np.uint8]:
-    """uint8 (C, H, W). Raises BadImageError for a file that is no whole image of a sane size."""
+def decode_image(path: Path, config: DataConfig, notice: SquareNotice) -> NDArray[np.uint8]:
+    """The image in a file, resized, as uint8 (C, H, W).
+
+    Raises BadImageError if the file is not a whole JPEG or PNG image of at most 8 bits a channel and of a sane size,
+    OSError if it cannot be read.
+    """
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as opened:
             if opened.mode.startswith("I"):
                 raise BadImageError(f"{path}: 16 bits a channel; expected 8")
             image = opened.convert("L" if config.channels == 1 else "RGB")
+    except BadImageError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, BadImageError) or getattr(error, "errno", None) is not None:
-            raise  # the disk's fault, not the image's
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk failed, not the decoder
         raise BadImageError(f"{path}: {error}") from error
+    notice.check(path, *image.size)
     pixels = np.asarray(image.resize((config.image_size, config.image_size), Image.Resampling.BOX))
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
 
-def splits(config: DataConfig, data: Path | None) -> dict[str, Images]:
-    """Train and held-out images, each in a fixed random order so that a block holds a mix of classes."""
+def read_splits(config: DataConfig, data: Path | None) -> dict[str, Images]:
+    """The images of train and val, each in a fixed random order, so that a block holds a mix of classes.
+
+    val is a folder of its own, or a share of each class of train. Raises StageError if there are no such images.
+    """
     if config.source == "digits":
-        every = digits(config)
-    else:
-        if data is None:
-            raise StageError("data.source is 'folder', but no folder was given; say where with --data (make: DATA=)")
-        every = folder(config, data / "train")
-        if (data / "val").is_dir():
-            held_out = folder(config, data / "val")
-            if held_out.class_names != every.class_names:
-                raise StageError(f"{data}: got different class folders in train and val; expected the same ones")
-            return {"train": _shuffled(every), "val": _shuffled(held_out)}
-    order = permutation(len(every.names), seed=0, stream=0, counter=0)
-    held = np.zeros(len(order), dtype=bool)
-    for label in range(len(every.class_names)):  # the same share of every class
-        of_class = order[every.labels[order] == label]
-        held[of_class[: round(len(of_class) * config.holdout)]] = True
-    if held.all() or not held.any():
+        return hold_out(config, digits(config))
+    if data is None:
+        raise StageError("data.source is 'folder', but no folder was given; say where with --data (make: DATA=)")
+    notice = SquareNotice(config.image_size)
+    train = list_folder(config, data / "train", notice)
+    if not (data / "val").is_dir():
+        return hold_out(config, train)
+    val = list_folder(config, data / "val", notice)
+    if val.class_names != train.class_names:
+        raise StageError(f"{data}: got different class folders in train and val; expected the same ones")
+    return {"train": train.select(random_order(train)), "val": val.select(random_order(val))}
+
+
+def hold_out(config: DataConfig, images: Images) -> dict[str, Images]:
+    """Split images into train and val: the share `holdout` of each class is val. Both are in a fixed random order."""
+    order = random_order(images)
+    is_val = np.zeros(len(order), dtype=bool)
+    for label in range(len(images.class_names)):
+        rows = order[images.labels[order] == label]
+        is_val[rows[: round(len(rows) * config.holdout)]] = True
+    if is_val.all() or not is_val.any():
         raise StageError(
             f"got {len(order)} images and data.holdout = {config.holdout}; expected at least one image in each split"
         )
-    return {"train": every.subset(order[~held[order]]), "val": every.subset(order[held[order]])}
+    return {"train": images.select(order[~is_val[order]]), "val": images.select(order[is_val[order]])}
 
 
-def _shuffled(images: Images) -> Images:
-    return images.subset(permutation(len(images.names), seed=0, stream=0, counter=0))
+def random_order(images: Images) -> NDArray[np.int64]:
+    """The fixed random order in which images are written."""
+    return permutation(len(images.names), seed=0, stream=0, counter=0)
 
 
 def prepare(config: DataConfig, out: str, data: Path | None = None, skip_bad_images: bool = False) -> None:
-    """Write `<out>/train` and `<out>/val`. The same call again continues, or does nothing when they are complete."""
-    config = config.given(data)
-    found = splits(config, data)
-    bad = {name: _quarantine(f"{out}/{name}", images, skip_bad_images) for name, images in found.items()}
-    for name, images in found.items():
-        good = [i for i, image in enumerate(images.names) if image not in bad[name]]
-        if len(good) < 2:
-            raise StageError(f"got {len(good)} images for {name}; expected at least 2 (see data.holdout)")
-        _write(config, f"{out}/{name}", name, images.subset(np.array(good, dtype=np.int64)), len(bad[name]))
+    """Write the sample stores `<out>/train` and `<out>/val`, from the image folder `data`, or from the digits.
+
+    The same call again continues, or does nothing if both stores are complete. Raises StageError for images that cannot
+    be used; with `skip_bad_images`, those that do not decode are left out instead. Raises StoreError if `out` holds
+    other stores.
+    """
+    config = config.with_folder(data)
+    if skip_bad_images and config.source == "digits":
+        raise StageError("got --skip-bad-images for the digits, which are all good; it needs an image folder (--data)")
+    images_of_split = read_splits(config, data)
+    bad_of_split = {
+        split: find_bad_images(f"{out}/{split}", images, skip_bad_images) for split, images in images_of_split.items()
+    }
+    for split in SPLITS:
+        images = images_of_split[split]
+        bad = bad_of_split[split]
+        good_rows = [row for row, name in enumerate(images.names) if name not in bad]
+        if len(good_rows) < 2:
+            raise StageError(f"got {len(good_rows)} images for {split}; expected at least 2 (see data.holdout)")
+        write_store(config, f"{out}/{split}", split, images.select(np.array(good_rows, dtype=np.int64)), len(bad))
 
 
-def _write(config: DataConfig, url: str, split: str, images: Images, quarantined: int) -> None:
+def write_store(config: DataConfig, url: str, split: str, images: Images, quarantined: int) -> None:
+    """Write the sample store of a split, or what is missing of it. `quarantined` is the number of images left out."""
     spec = Spec(
         kind="samples",
         layout=config.layout,
@@ -205,54 +272,57 @@ def _write(config: DataConfig, url: str, split: str, images: Images, quarantined
     writer.initialize()
     if writer.is_complete():
         return
-    todo = writer.list_missing_units()
-    done = spec.rows - sum(spec.rows_of(unit.block) for unit in todo)
-    with Progress(f"prepare {split}", spec.rows, "img", done=done) as progress:
-        for unit in todo:
+    missing_units = writer.list_missing_units()
+    missing_rows = sum(spec.rows_of(unit.block) for unit in missing_units)
+    name = f"prepare {split}"
+    with Progress(name, spec.rows, "img", spec.rows - missing_rows) as progress, ThreadPoolExecutor() as pool:
+        for unit in missing_units:
             rows = spec.indices(unit.block)
-            x = np.stack(list(_decoded(images, rows.tolist())))
+            x = np.stack(list(pool.map(images.load, rows.tolist())))
             writer.write_block(unit.block, {"x": x, "label": images.labels[rows]}, None, None)
             progress.advance(len(rows))
-    writer.finalize()
+        with progress.step("write the manifest and dataset.json"):
+            writer.finalize()
 
 
-def _decoded(images: Images, rows: list[int]) -> Iterator[NDArray[np.uint8]]:
-    with ThreadPoolExecutor() as pool:
-        yield from pool.map(images.load, rows)
+def find_bad_images(url: str, images: Images, skip_bad_images: bool) -> dict[str, str]:
+    """The names of all images that do not decode, with the reason. The result is kept in a file beside the store at
+    `url`, and read from there by later calls for the same images.
 
-
-def _quarantine(url: str, images: Images, skip: bool) -> dict[str, str]:
-    """Names of the images that do not decode, with the reason; found once and kept beside the store."""
-    root, listing = Root(url), sha256(canonical_json(images.identity))
-    if root.exists(QUARANTINE):
-        known = json.loads(root.read(QUARANTINE, 1 << 28))
-        if known["listing"] == listing and (skip or not known["images"]):
-            bad: dict[str, str] = known["images"]
+    Raises StageError naming them if there are any, unless `skip_bad_images`.
+    """
+    root = Root(url)
+    listing = sha256(canonical_json(images.identity))
+    if root.exists(QUARANTINE_FILE):
+        quarantine = json.loads(root.read(QUARANTINE_FILE, MAX_QUARANTINE_BYTES))
+        bad: dict[str, str] = quarantine["images"]
+        if quarantine["listing"] == listing and (skip_bad_images or not bad):
             return bad
     bad = {}
     total = len(images.names)
     with Progress(f"check {url.rpartition('/')[2]}", total, "img") as progress, ThreadPoolExecutor() as pool:
-        rows = iter(range(total))
-        while chunk := list(islice(rows, 1024)):
-            for i, reason in zip(chunk, pool.map(lambda i: _fault(images, i), chunk), strict=True):
-                if reason is not None:
-                    bad[images.names[i]] = reason
-            progress.advance(len(chunk))
-    if bad and not skip:
-        shown = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:LISTED])
-        more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-        raise StageError(
-            f"{len(bad)} of {total} images do not decode: {shown}{more}. Mend them, or pass --skip-bad-images"
-        )
-    root.write(QUARANTINE, canonical_json({"listing": listing, "images": bad}))
+        for start in range(0, total, CHECK_ROWS):
+            rows = range(start, min(start + CHECK_ROWS, total))
+            errors = list(pool.map(lambda row: try_to_load(images, row), rows))
+            for row, error in zip(rows, errors, strict=True):
+                if error is not None:
+                    bad[images.names[row]] = str(error)
+            progress.advance(len(rows))
+    if bad and not skip_bad_images:
+        named = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:MAX_NAMED])
+        if len(bad) > MAX_NAMED:
+            named += f"; and {len(bad) - MAX_NAMED} more"
+        raise StageError(f"{len(bad)} of {total} images do not decode: {named}. Mend them, or pass --skip-bad-images")
+    root.write(QUARANTINE_FILE, canonical_json({"listing": listing, "images": bad}))
     if bad:
-        print(f"{len(bad)} of {total} images left out, listed in {url}/{QUARANTINE}", file=sys.stderr)
+        print_line(f"{len(bad)} of {total} images left out, listed in {url}/{QUARANTINE_FILE}")
     return bad
 
 
-def _fault(images: Images, i: int) -> str | None:
+def try_to_load(images: Images, row: int) -> BadImageError | None:
+    """The error that image `row` does not decode with; None if it does."""
     try:
-        images.load(i)
+        images.load(row)
     except BadImageError as error:
-        return str(error)
+        return error
     return None

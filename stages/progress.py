@@ -95,14 +95,15 @@ class Progress:
         return Progress(name, total, unit, enabled=self.enabled, parent=self)
 
     def advance(self, units: int, note: str | None = None) -> None:
-        """Count `units` more as done; a `note` replaces the one shown."""
-        self.done += units
-        if note is not None:
-            self.note = note
-        if self.bar is not None:
+        """Count `units` more as done; a `note` replaces the one shown. Any thread may call it."""
+        with self._drawing:
+            self.done += units
             if note is not None:
-                self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(units)
+                self.note = note
+            if self.bar is not None:
+                if note is not None:
+                    self.bar.set_postfix_str(note, refresh=False)
+                self.bar.update(units)
 
     def set_note(self, note: str) -> None:
         """Say what the work is at just now, as in "compiles the network"."""

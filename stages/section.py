@@ -1,9 +1,9 @@
-"""What every stage's part of the config has in common."""
+"""The base of all sections of the config."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """One part of the config: immutable, and an unknown key is an error."""
+    """One section of the config. It is immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

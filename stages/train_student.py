@@ -13,7 +13,8 @@ from nfm.models.paths import flow_matching_loss, linear_path, logit_normal
 from nfm.models.sit import SIZE_GRAMMAR, SiT, SiTConfig, parse_size
 from nfm.stages.errors import StageError
 from nfm.stages.section import Section
-from nfm.stages.training import TrainConfig, Trainer, open_stream, world
+from nfm.stages.training import TrainConfig, Trainer, join_world, open_stream
+from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import Source
@@ -22,7 +23,10 @@ from nfm.storage_specs.reading.stream import Source
 class StudentConfig(Section):
     """The SiT student and its training."""
 
-    size: str = Field(description="Sizes of the SiT.", json_schema_extra={"grammar": SIZE_GRAMMAR})
+    size: str = Field(
+        description="Sizes of the SiT: layers, channels, attention heads and patch.",
+        json_schema_extra={"grammar": SIZE_GRAMMAR},
+    )
     coupling: CouplingName = Field(
         default="nfm",
         description='The noise ε that an image is paired with. "nfm": the z that the teacher made of the image. '
@@ -35,9 +39,9 @@ class StudentConfig(Section):
         description="Probability that an image is trained without its class label, for classifier-free guidance.",
     )
     t_mean: float = Field(
-        default=-0.2, description="Mean a of logit(t): training times t are logit-normal (NFM paper section 4)."
+        default=-0.2, description="Mean of logit(t), the paper's a: the times t of training are logit-normal."
     )
-    t_std: float = Field(default=1.0, gt=0, description="Standard deviation b of logit(t).")
+    t_std: float = Field(default=1.0, gt=0, description="Standard deviation of logit(t), the paper's b.")
     train: TrainConfig = Field(description="Training of the student.")
 
     @field_validator("size")
@@ -47,38 +51,45 @@ class StudentConfig(Section):
         return size
 
 
-def student_network(config: StudentConfig, store: Store) -> SiT:
-    channels, size, _ = store.spec.shape
+def student_shape(config: StudentConfig, spec: Spec) -> SiTConfig:
+    """The shapes of a student for the images of a store. Raises StageError if it cannot take them."""
+    channels, size, _ = spec.shape
     try:
         parsed = parse_size(config.size)
-        return SiT(SiTConfig(channels=channels, image_size=size, num_classes=store.spec.num_classes, **parsed))
+        return SiTConfig(channels=channels, image_size=size, num_classes=spec.num_classes, **parsed)
     except ValueError as error:
         raise StageError(f"student: {error}") from error
 
 
 def train_student(config: StudentConfig, couplings: str | Sequence[Source], out: str) -> dict[str, Any]:
-    """Flow matching on the pairs of a coupling store, or of a mixture; returns the finished model's document.
+    """Train a student in the folder `out` by flow matching (NFM paper section 3.2) on the pairs of a coupling store, or
+    of a mixture of several. Returns the document of the finished model.
 
-    Two couplings with the same config see the same network, images, times and dropped labels: only ε differs.
+    Runs that differ only in `config.coupling` have the same first weights, images, times and dropped labels: only ε
+    differs. Raises StageError or StoreError for stores, sizes or a folder that do not fit, FloatingPointError if
+    training becomes not finite.
     """
     sources = [Source(couplings)] if isinstance(couplings, str) else couplings
     stores = [Store(source.url, "couplings", source.options) for source in sources]
     store = stores[0]
-    seen: Any = store.dataset.id
+    couplings_identity: Any = store.dataset.id
     if len(stores) > 1:
-        seen = [{"id": part.dataset.id, "weight": source.weight} for part, source in zip(stores, sources, strict=True)]
+        couplings_identity = [
+            {"id": store.dataset.id, "weight": source.weight} for store, source in zip(stores, sources, strict=True)
+        ]
     torch.manual_seed(config.train.seed)
-    network = student_network(config, store)
+    network = SiT(student_shape(config, store.spec))
     couple = COUPLINGS[config.coupling]
 
     def loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """‖g(x_t, c, t) - v‖² / n (NFM paper equation 1), with labels dropped."""
         t = logit_normal(len(batch.x), generator, config.t_mean, config.t_std).to(batch.x.device)
         y = drop_labels(batch.label, config.label_drop, generator)
-        epsilon = couple(batch.x, batch.z, generator)  # last: what it draws must not shift t and y
+        epsilon = couple(batch.x, batch.z, generator)  # last, as its draws must not change those of t and y
         return flow_matching_loss(model, linear_path(batch.x, epsilon, t), y)
 
-    with world() as here:
-        stream = open_stream(sources, "pairs", config.train, here)
+    with join_world() as world:
+        stream = open_stream(sources, "pairs", config.train, world)
         trainer = Trainer(
             f"train-student {config.coupling}",
             network,
@@ -86,7 +97,7 @@ def train_student(config: StudentConfig, couplings: str | Sequence[Source], out:
             stream,
             config.train,
             out,
-            {"student": config.model_dump(mode="json"), "couplings": seen},
-            here,
+            {"student": config.model_dump(mode="json"), "couplings": couplings_identity},
+            world,
         )
         return trainer.run()

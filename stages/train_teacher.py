@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from nfm.models.labels import drop_labels
 from nfm.models.tarflow import NOTATION_GRAMMAR, TarFlow, TarFlowConfig, bits_per_dim, nll, parse_notation
 from nfm.stages.errors import StageError
+from nfm.stages.progress import Progress
 from nfm.stages.section import Section
-from nfm.stages.training import TrainConfig, Trainer, open_stream, world
+from nfm.stages.splits import open_splits
+from nfm.stages.training import TrainConfig, Trainer, join_world, open_stream
 from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
 
-VAL_IMAGES = 4096  # at most
-VAL_DRAWS = 4  # η-noise draws of the held-out images in one validation
+VAL_IMAGES = 4096  # largest number of held-out images in one validation
+VAL_DRAWS = 4  # noise draws of each of them
 VAL_BATCH = 512
 
 
@@ -36,7 +38,10 @@ class TeacherConfig(Section):
         "standard normal.",
     )
     label_drop: float = Field(
-        default=0.1, ge=0, lt=1, description="Probability that an image is trained without its class label."
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Probability that an image is trained without its class label, for classifier-free guidance.",
     )
     train: TrainConfig = Field(description="Training of the teacher.")
 
@@ -65,18 +70,24 @@ def teacher_network(config: TeacherConfig, store: Store) -> TarFlow:
 
 
 def train_teacher(config: TeacherConfig, samples: str, out: str) -> dict[str, Any]:
-    """Train on `<samples>/train`, choose the checkpoint by the NLL of `<samples>/val`; returns the model's document."""
-    train, val = Store(f"{samples}/train", kind="samples"), Store(f"{samples}/val", kind="samples")
+    """Train a teacher in the folder `out` on the samples in `<samples>/train`, where `samples` is what prepare wrote.
+
+    Of the checkpoints, the one with the lowest NLL of `<samples>/val` is kept. Returns the document of the finished
+    model, with its held-out bits per dimension as "bpd". Raises StageError or StoreError for samples, sizes or a folder
+    that do not fit, FloatingPointError if training becomes not finite.
+    """
+    train, val = open_splits(samples)
     torch.manual_seed(config.train.seed)
     network = teacher_network(config, train)
 
     def loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """-log p(x + η·ε′) per dimension (NFM paper equation 3), with labels dropped."""
         noise = torch.randn(batch.x.shape, generator=generator).to(batch.x.device)
         y = drop_labels(batch.label, config.label_drop, generator)
         return nll(model(batch.x + config.eta * noise, y))
 
-    with world() as here:
-        stream = open_stream(train.url, "samples", config.train, here)
+    with join_world() as world:
+        stream = open_stream(train.url, "samples", config.train, world)
         trainer = Trainer(
             "train-teacher",
             network,
@@ -85,22 +96,27 @@ def train_teacher(config: TeacherConfig, samples: str, out: str) -> dict[str, An
             config.train,
             out,
             {"teacher": config.model_dump(mode="json"), "samples": train.dataset.id},
-            here,
-            validate=lambda model: held_out_nll(model, val, config.eta, here.device),
+            world,
+            validate=lambda model, progress: held_out_nll(model, val, config.eta, world.device, progress),
         )
         document = trainer.run()
     return document | {"bpd": bits_per_dim(document["training"]["val"])}
 
 
 @torch.no_grad()
-def held_out_nll(model: nn.Module, store: Store, eta: float, device: torch.device) -> float:
-    """Mean NLL per dimension in nats, of fixed held-out images under a few fixed draws of η-noise."""
+def held_out_nll(model: nn.Module, store: Store, eta: float, device: torch.device, progress: Progress) -> float:
+    """Mean NLL per dimension, in nats, of held-out images with η-noise. Images and noise are the same in each call.
+
+    It is shown as a step of `progress`.
+    """
     generator = torch.Generator().manual_seed(0)
-    count = min(store.spec.rows, VAL_IMAGES)
-    batch = next(CouplingStream(store.url, count, 0, "samples"))
+    images = min(store.spec.rows, VAL_IMAGES)
     total = 0.0
-    for _ in range(VAL_DRAWS):
-        for x, y in zip(batch.x.split(VAL_BATCH), batch.label.split(VAL_BATCH), strict=True):
-            noisy = x + eta * torch.randn(x.shape, generator=generator)
-            total += nll(model(noisy.to(device), y.to(device))).sum().item()
-    return total / (VAL_DRAWS * count)
+    with progress.step("validate", VAL_DRAWS * images, "img") as step:
+        batch = next(CouplingStream(store.url, images, 0, "samples"))
+        for _ in range(VAL_DRAWS):
+            for x, y in zip(batch.x.split(VAL_BATCH), batch.label.split(VAL_BATCH), strict=True):
+                noisy = x + eta * torch.randn(x.shape, generator=generator)
+                total += nll(model(noisy.to(device), y.to(device))).sum().item()
+                step.advance(len(x))
+    return total / (VAL_DRAWS * images)

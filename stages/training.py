@@ -1,7 +1,7 @@
-"""The one training loop, of teacher and student alike.
+"""The training loop of teacher and student.
 
-It counts images, not epochs. Every random number of a step comes from a generator seeded by (seed, images seen,
-rank), so a resumed run is bit-identical on CPU and there is no generator state to save.
+It counts images, not epochs. All random numbers of a step come from a generator that is seeded by (seed, images seen,
+rank), so a resumed run is bit-identical on CPU, and there is no generator state to save.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nfm.models.ema import EMA
-from nfm.stages.checkpoint import Checkpoint, architecture, exists, load, load_weights, remove, save
+from nfm.stages.checkpoint import Checkpoint, add_prefix, architecture, exists, load, load_weights, remove, save
 from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress
 from nfm.stages.section import Section
@@ -39,7 +39,7 @@ class TrainConfig(Section):
     lr: float = Field(gt=0, description="Learning rate of AdamW at the end of the warm-up.")
     lr_schedule: Literal["constant", "cosine"] = Field(
         default="constant",
-        description='Learning rate over the budget: "constant", or "cosine", half a cosine from `lr` down to lr / 20.',
+        description='Learning rate over the budget: "constant", or "cosine", half a cosine from `lr` to `lr / 20`.',
     )
     warmup_images: int = Field(ge=0, description="Images over which the learning rate rises linearly from 0.")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="β₁ and β₂ of AdamW.")
@@ -52,7 +52,7 @@ class TrainConfig(Section):
         ge=0,
         lt=1,
         description="Decay β, per step, of the exponential moving average of the weights, which is the network that is "
-        "kept. Early steps use min(β, (1 + step) / (10 + step)).",
+        "kept. Early steps use `min(β, (1 + step) / (10 + step))`.",
     )
     log_images: int = Field(ge=1, description="Images between two points of the recorded loss curve.")
     checkpoint_images: int = Field(
@@ -63,8 +63,8 @@ class TrainConfig(Section):
     window_blocks: int | None = Field(
         default=None,
         ge=1,
-        description="Blocks of the store whose rows are shuffled together. Without it: all blocks. A window keeps the "
-        "part of a remote store that is needed at a time small.",
+        description="Blocks of the store whose rows are shuffled together. Fewer blocks keep small the part of "
+        "a remote store that is needed at a time. Without it: all blocks.",
     )
     seed: int = Field(
         default=0,
@@ -76,13 +76,14 @@ class TrainConfig(Section):
 
 # Loss of a batch: (network, batch, generator) to per-sample losses (B,).
 Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
-# Validation of the EMA network, lower is better; run at each checkpoint.
-Validate = Callable[[nn.Module], float]
+# Validation of the EMA network at each checkpoint: (network, progress) to a number of which lower is better.
+Validate = Callable[[nn.Module, Progress], float]
 
 
 @dataclass
 class Curves:
-    """What a run recorded: at `images[i]` seen, mean `loss[i]` since the last entry; the same for validation."""
+    """Curves of a run: `loss[i]` is the mean training loss between `images[i - 1]` and `images[i]` images, and `val[i]`
+    the validation after `val_images[i]` images."""
 
     images: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
@@ -92,74 +93,124 @@ class Curves:
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together, from the standard environment variables."""
+    """The processes that train one network together, seen from this one, which has number `rank` of `size`."""
 
     rank: int
     size: int
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_first_rank(self) -> bool:
+        """Whether this process is the one that writes checkpoints and shows progress."""
         return self.rank == 0
 
 
 @contextmanager
-def world() -> Iterator[World]:
-    """Join the process group that torchrun or Ray Train set up, if any."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
+def join_world() -> Iterator[World]:
+    """Join the process group that torchrun or Ray Train describe in environment variables, if there is one."""
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if has_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield World(0, 1, device)
         return
-    joined_here = not dist.is_initialized()
-    if joined_here:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    starts_group = not dist.is_initialized()
+    if starts_group:
+        dist.init_process_group("nccl" if has_gpu else "gloo")
     try:
         yield World(dist.get_rank(), size, device)
     finally:
-        if joined_here:
+        if starts_group:
             dist.destroy_process_group()
 
 
-def open_stream(url: str | Sequence[Source], view: View, config: TrainConfig, here: World) -> CouplingStream:
-    """This rank's share of the training data. Raises StageError if the ranks cannot share the batch equally."""
-    if config.batch_size % here.size:
-        raise StageError(f"got batch_size {config.batch_size} for {here.size} processes; expected a multiple of them")
+def open_stream(url: str | Sequence[Source], view: View, config: TrainConfig, world: World) -> CouplingStream:
+    """This rank's share of the training data.
+
+    Raises StageError if the batch cannot be split equally among the ranks, StoreError for a broken store.
+    """
+    if config.batch_size % world.size:
+        raise StageError(
+            f"got batch_size {config.batch_size} for {world.size} processes; expected a multiple of {world.size}"
+        )
     try:
         return CouplingStream(
             url,
             config.batch_size,
             config.seed,
             view,
-            here.rank,
-            here.size,
+            world.rank,
+            world.size,
             window_blocks=config.window_blocks,
-            stored=here.device.type == "cuda",
+            stored=world.device.type == "cuda",
         )
     except ValueError as error:
         raise StageError(str(error)) from error
 
 
 def step_seed(seed: int, images: int, rank: int) -> int:
-    """32 well-mixed bits, all that torch's CPU generator takes, from what identifies a step."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {images} {rank}".encode()).digest()[:4], "big")
+    """The seed of a step's random numbers, from the run's seed, the images seen before the step, and the rank.
+
+    It is 32 bits of a hash: torch's CPU generator uses no more.
+    """
+    digest = hashlib.sha256(f"{seed} {images} {rank}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
 
 
 def learning_rate(config: TrainConfig, images: int) -> float:
-    """Linear warm-up, then constant, or a half cosine down to a twentieth."""
-    warmup = min(1.0, (images + config.batch_size) / config.warmup_images) if config.warmup_images else 1.0
+    """The learning rate of the step after `images` images: a linear warm-up, then constant, or half a cosine down to a
+    twentieth of `lr`."""
+    warmup = 1.0
+    if config.warmup_images:
+        warmup = min(1.0, (images + config.batch_size) / config.warmup_images)
     if config.lr_schedule == "constant":
         return config.lr * warmup
-    return config.lr * warmup * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, images / config.images))))
+    fraction_done = min(1.0, images / config.images)
+    cosine = 0.5 * (1 + math.cos(math.pi * fraction_done))  # from 1 down to 0
+    return config.lr * warmup * (0.05 + 0.95 * cosine)
+
+
+@dataclass
+class DataWaits:
+    """Seconds for which a run waited for its batches since it was started or resumed."""
+
+    started_at: float = field(default_factory=time.monotonic)
+    first_batch: float | None = None
+    other_batches: float = 0.0
+
+    def next_batch(self, stream: CouplingStream) -> Batch:
+        """The next batch of the stream; the time that it takes is added."""
+        asked_at = time.monotonic()
+        batch = next(stream)
+        seconds = time.monotonic() - asked_at
+        if self.first_batch is None:
+            self.first_batch = seconds
+        else:
+            self.other_batches += seconds
+        return batch
+
+    def summarize(self) -> dict[str, float]:
+        """The timing in a finished model's document. `data_wait` is the share of the time after the first batch in
+        which no batch was ready."""
+        seconds = time.monotonic() - self.started_at
+        first_batch = self.first_batch or 0.0
+        return {
+            "seconds_since_resume": round(seconds, 2),
+            "first_batch_seconds": round(first_batch, 3),
+            "data_wait": round(self.other_batches / max(seconds - first_batch, 1e-9), 5),
+        }
 
 
 class Trainer:
-    """One run in the folder `out`: `state.safetensors` while it runs, `model.safetensors` once it is finished.
+    """Trains one network in the folder `out`, which holds `state.safetensors` while the run is not finished, and
+    `model.safetensors` afterwards.
 
-    `document` is JSON that identifies the run (config, data); a state of another run is refused, not continued.
+    `document` is JSON that identifies the run (its config and data): a state of another run is refused, not continued.
+    `validate` chooses the weights that are kept: those of the checkpoint with the lowest value. Without it, they are
+    the last ones. Both are averages (EMA).
     """
 
     def __init__(
@@ -171,19 +222,25 @@ class Trainer:
         config: TrainConfig,
         out: str,
         document: dict[str, Any],
-        here: World,
+        world: World,
         validate: Validate | None = None,
     ) -> None:
-        self.name, self.loss, self.stream, self.config, self.out = name, loss, stream, config, out
-        self.document, self.here, self.validate = document, here, validate
-        self.network = network.to(here.device)
+        self.name = name
+        self.loss = loss
+        self.stream = stream
+        self.config = config
+        self.out = out
+        self.document = document
+        self.world = world
+        self.validate = validate
+        self.network = network.to(world.device)
         self.ema = EMA(self.network, config.ema)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self.images = 0
+        self.images = 0  # seen so far
         self.curves = Curves()
-        self.best: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}  # weights with the lowest validation so far; empty without validation
         self.best_val = math.inf
 
     @property
@@ -195,72 +252,77 @@ class Trainer:
         return f"{self.out}/model.safetensors"
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, from the last state if there is one; returns the finished model's document."""
+        """Train to the end, from the last state if there is one; returns the finished model's document.
+
+        Raises StageError if the folder belongs to another run, FloatingPointError if the loss, the gradient or the
+        validation is not finite.
+        """
         if exists(self.model_url):
             return check_same_run(load(self.model_url).document, self.document, self.model_url)
         if exists(self.state_url):
             self._restore()
-        model: nn.Module = self.network
-        if self.here.device.type == "cuda":
-            model = cast(nn.Module, torch.compile(model))  # a module in, a module out; torch types it as any callable
-        if self.here.size > 1:
-            model = DistributedDataParallel(model)
-        config, window, window_images = self.config, torch.zeros((), device=self.here.device), 0
-        start, waits = time.monotonic(), [0.0, 0.0]  # seconds for the first batch, and for all others
-        begun = self.images
-        shown = (
-            Progress(self.name, config.images, "img", done=min(self.images, config.images)) if self.here.first else None
-        )
+        done = min(self.images, self.config.images)
         try:
-            while self.images < config.images:
-                asked = time.monotonic()
-                batch = next(self.stream)
-                waits[self.images > begun] += time.monotonic() - asked
-                batch = self.stream.to_float(batch.to(self.here.device))
-                loss = self._step(model, batch)
-                window += loss.detach()
-                window_images += config.batch_size
-                self.images += config.batch_size
-                checkpoint = (
-                    _passed(self.images, config.batch_size, config.checkpoint_images) or self.images >= config.images
-                )
-                # A checkpoint ends the log's window too, so that a resumed run records the same curve.
-                if checkpoint or _passed(self.images, config.batch_size, config.log_images):
-                    mean = self._mean(window) * config.batch_size / window_images
-                    self.curves.images.append(self.images)
-                    self.curves.loss.append(mean)
-                    window, window_images = torch.zeros_like(window), 0
-                if checkpoint:
-                    self._checkpoint()
-                if shown:
-                    recent = f"loss {self.curves.loss[-1]:.4f}" if self.curves.loss else ""
-                    shown.advance(min(config.batch_size, config.images - shown.done), recent)
+            with Progress(self.name, self.config.images, "img", done, self.world.is_first_rank) as progress:
+                waits = self._train(progress)
         finally:
             self.stream.close()
-            if shown:
-                shown.bar.close()
-        seconds = time.monotonic() - start
-        share = waits[1] / max(seconds - waits[0], 1e-9)
-        return self._finish(
-            {
-                "seconds_since_resume": round(seconds, 2),
-                "first_batch_seconds": round(waits[0], 3),
-                "data_wait": round(share, 5),
-            }
-        )
+        return self._finish(waits.summarize())
+
+    def _train(self, progress: Progress) -> DataWaits:
+        """The loop over batches, until all images of the budget were seen."""
+        config = self.config
+        model: nn.Module = self.network
+        first_step_note = "first step"
+        if self.world.device.type == "cuda":
+            first_step_note = "first step: the network is compiled"
+            model = cast(nn.Module, torch.compile(model))  # a module in, a module out; torch types it as any callable
+        if self.world.size > 1:
+            model = DistributedDataParallel(model)
+        loss_sum = torch.zeros((), device=self.world.device)  # since the last point of the loss curve
+        loss_steps = 0
+        waits = DataWaits()
+        progress.set_note("waiting for the first batch")
+        while self.images < config.images:
+            is_first_step = waits.first_batch is None
+            batch = waits.next_batch(self.stream)
+            if is_first_step:
+                progress.set_note(first_step_note)
+            batch = self.stream.to_float(batch.to(self.world.device))
+            loss = self._step(model, batch)
+            loss_sum += loss.detach()
+            loss_steps += 1
+            self.images += config.batch_size
+            is_finished = self.images >= config.images
+            is_checkpoint = is_finished or crosses_multiple(self.images, config.batch_size, config.checkpoint_images)
+            # The loss curve gets a point at each checkpoint too, so that a resumed run records the same curve.
+            if is_checkpoint or crosses_multiple(self.images, config.batch_size, config.log_images):
+                self.curves.images.append(self.images)
+                self.curves.loss.append(self._mean_over_ranks(loss_sum) / loss_steps)
+                loss_sum = torch.zeros_like(loss_sum)
+                loss_steps = 0
+            note = f"loss {self.curves.loss[-1]:.4f}" if self.curves.loss else ""
+            progress.advance(min(config.batch_size, config.images - progress.done), note)
+            if is_checkpoint:
+                self._checkpoint(progress)
+        return waits
 
     def _step(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One step of the optimizer and the EMA; returns the mean loss of the batch.
+
+        Raises FloatingPointError naming the images if the loss or the gradient is not finite.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.images)
-        generator = torch.Generator().manual_seed(step_seed(self.config.seed, self.images, self.here.rank))
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.here.device.type == "cuda"):
+        generator = torch.Generator().manual_seed(step_seed(self.config.seed, self.images, self.world.rank))
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.world.device.type == "cuda"):
             losses = self.loss(model, batch, generator)
         loss = losses.mean()
         if not torch.isfinite(loss):
-            bad = batch.index[~torch.isfinite(losses)].tolist()
+            bad_images = batch.index[~torch.isfinite(losses)].tolist()
             raise FloatingPointError(
-                f"{self.name}: loss is {loss.item()} at {self.images} images; images {bad[:8]} of the store are "
-                "not finite in it"
+                f"{self.name}: loss is {loss.item()} at {self.images} images; "
+                f"images {bad_images[:8]} of the store are not finite in it"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -274,14 +336,16 @@ class Trainer:
         self.ema.update(self.network, self.images // self.config.batch_size)
         return loss
 
-    def _mean(self, value: Tensor) -> float:
-        if self.here.size > 1:
+    def _mean_over_ranks(self, value: Tensor) -> float:
+        """The mean of a scalar of all ranks. It overwrites `value`."""
+        if self.world.size > 1:
             dist.all_reduce(value)
-        return value.item() / self.here.size
+        return value.item() / self.world.size
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, progress: Progress) -> None:
+        """Validate the EMA network, and write the state from which the same run continues."""
         if self.validate is not None:
-            val = self.validate(self.ema.network)
+            val = self.validate(self.ema.network, progress)
             if not math.isfinite(val):
                 raise FloatingPointError(f"{self.name}: validation is {val} at {self.images} images")
             self.curves.val_images.append(self.images)
@@ -289,22 +353,25 @@ class Trainer:
             if val < self.best_val:
                 self.best_val = val
                 self.best = {name: tensor.clone() for name, tensor in self.ema.network.state_dict().items()}
-        if not self.here.first:
+        if not self.world.is_first_rank:
             return
-        tensors = _prefixed("network", self.network.state_dict()) | _prefixed("ema", self.ema.network.state_dict())
-        tensors |= _prefixed("best", self.best)
+        tensors = add_prefix("network", self.network.state_dict())
+        tensors |= add_prefix("ema", self.ema.network.state_dict())
+        tensors |= add_prefix("best", self.best)
         for number, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= _prefixed(f"optimizer.{number}", entry)
-        state = {
+            tensors |= add_prefix(f"optimizer.{number}", entry)
+        document = {
             "run": self.document,
             "images": self.images,
             "stream": vars(self.stream.state),
             "curves": vars(self.curves),
             "best_val": self.best_val if self.best else None,
         }
-        save(self.state_url, Checkpoint(tensors, state))
+        with progress.step("write state.safetensors"):
+            save(self.state_url, Checkpoint(tensors, document))
 
     def _restore(self) -> None:
+        """Continue from `state.safetensors`. Raises StageError if it is of another run."""
         state = load(self.state_url)
         check_same_run(state.document, self.document, self.state_url)
         load_weights(self.network, state.group("network"), self.state_url)
@@ -316,41 +383,41 @@ class Trainer:
         self.images = state.document["images"]
         self.stream.state = StreamState(**state.document["stream"])
         self.curves = Curves(**state.document["curves"])
-        self.best = {name: tensor.to(self.here.device) for name, tensor in state.group("best").items()}
+        self.best = {name: tensor.to(self.world.device) for name, tensor in state.group("best").items()}
         self.best_val = state.document["best_val"] if self.best else math.inf
 
     def _finish(self, timing: dict[str, float]) -> dict[str, Any]:
-        weights = self.best or self.ema.network.state_dict()
+        """Write the finished model in place of the state; returns its document."""
+        weights = self.ema.network.state_dict()
+        val = None
+        chosen_at = self.images
+        if self.best:
+            weights = self.best
+            val = self.best_val
+            chosen_at = self.curves.val_images[self.curves.val.index(self.best_val)]
         document = {
             "run": self.document,
             "architecture": architecture(self.network),
-            "training": {
-                "images": self.images,
-                "val": self.best_val if self.best else None,
-                "chosen_at": self.curves.val_images[self.curves.val.index(self.best_val)] if self.best else self.images,
-                **timing,  # data_wait: the share of the time in which no batch was ready
-            },
+            "training": {"images": self.images, "val": val, "chosen_at": chosen_at, **timing},
             "curves": vars(self.curves),
         }
-        if self.here.first:
-            save(self.model_url, Checkpoint(_prefixed("model", weights), document))
+        if self.world.is_first_rank:
+            with Progress("write model.safetensors"):
+                save(self.model_url, Checkpoint(add_prefix("model", weights), document))
             remove(self.state_url)
         return document
 
 
-def check_same_run(found: dict[str, Any], expected: dict[str, Any], url: str) -> dict[str, Any]:
-    """`found`, the document of a checkpoint, if it is of the run `expected`; else StageError naming what differs."""
-    if different := list_differences(expected, found["run"]):
+def check_same_run(document: dict[str, Any], expected: dict[str, Any], url: str) -> dict[str, Any]:
+    """Returns the document of the checkpoint at `url`. Raises StageError naming all differences unless it is of the run
+    that `expected` identifies."""
+    if different := list_differences(expected, document["run"]):
         raise StageError(
             f"{url} is of another run ({'; '.join(different)}); write to another folder, or delete this one"
         )
-    return found
+    return document
 
 
-def _passed(images: int, batch: int, every: int) -> bool:
-    """Whether the last batch crossed a multiple of `every`."""
-    return images // every > (images - batch) // every
-
-
-def _prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+def crosses_multiple(images: int, batch_size: int, interval: int) -> bool:
+    """Whether a batch that ended at `images` images reached or crossed a multiple of `interval`."""
+    return images // interval > (images - batch_size) // interval

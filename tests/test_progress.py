@@ -6,14 +6,15 @@ import os
 import pty
 import struct
 import termios
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from types import SimpleNamespace
 
 import pytest
 
 import nfm.stages.progress as module
 from nfm.stages.progress import Progress, count_calls, format_duration, is_live_terminal
+from tests.tools.waiting import wait_for
 
 
 @contextmanager
@@ -26,11 +27,14 @@ def terminal(rows: int, columns: int) -> Iterator[int]:
     os.close(reader)
 
 
-def wait_for(stream: io.StringIO, text: str) -> None:
-    deadline = time.monotonic() + 60
-    while text not in stream.getvalue():
-        assert time.monotonic() < deadline, stream.getvalue()
-        time.sleep(0.005)
+def wait_for_text(stream: io.StringIO, text: str) -> None:
+    wait_for(lambda: text in stream.getvalue(), f"{text!r} on stderr")
+
+
+@pytest.fixture
+def frozen_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All work takes 0 s."""
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
 
 
 def test_a_terminal_is_live_only_with_a_size() -> None:
@@ -53,7 +57,7 @@ def test_a_terminal_with_a_size_shows_a_bar() -> None:
     assert "\r" in written.replace("\r\n", "")
 
 
-def test_a_terminal_of_size_0_shows_plain_lines() -> None:
+def test_a_terminal_of_size_0_shows_plain_lines(frozen_clock: None) -> None:
     with terminal(0, 0) as reader:
         with Progress("work", 2, "img") as progress:
             progress.advance(2, "loss 0.5")
@@ -66,12 +70,12 @@ def test_lines_go_on_while_one_call_takes_long(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "LINE_SECONDS", 0.01)
     with redirect_stderr(io.StringIO()) as stderr, Progress("train", 640, "img", done=64) as progress:
         progress.set_note("compiles the network")
-        wait_for(stderr, " so far, compiles the network\n")
+        wait_for_text(stderr, " so far, compiles the network\n")
         progress.advance(64, "")
         with progress.step("validate", 8, "batch") as step:
             step.advance(2)
-            wait_for(stderr, "train: 128/640 img; validate: 2/8 batch, ")
-        wait_for(stderr, "train: 128/640 img, ")
+            wait_for_text(stderr, "train: 128/640 img; validate: 2/8 batch, ")
+        wait_for_text(stderr, "train: 128/640 img, ")
     assert stderr.getvalue().startswith("train: 64/640 img, starting\n")
 
 
@@ -82,7 +86,8 @@ def test_work_without_a_count_is_shown_only_when_it_takes_long(monkeypatch: pyte
         assert stderr.getvalue() == ""
         monkeypatch.setattr(module, "FIRST_LINE_SECONDS", 0.01)
         with Progress("read model.safetensors"):
-            wait_for(stderr, "read model.safetensors, 0 s so far\n")
+            wait_for_text(stderr, " s so far\n")
+    assert stderr.getvalue().startswith("read model.safetensors, ")
 
 
 def test_other_ranks_show_nothing() -> None:
@@ -95,14 +100,14 @@ def test_other_ranks_show_nothing() -> None:
     assert stderr.getvalue() == ""
 
 
-def test_an_error_ends_the_lines() -> None:
+def test_an_error_ends_the_lines(frozen_clock: None) -> None:
     wrong = pytest.raises(ValueError, match="wrong")
     with redirect_stderr(io.StringIO()) as stderr, wrong, Progress("train", 4, "img"):
         raise ValueError("wrong")
     assert stderr.getvalue() == "train: 0/4 img, starting\n"
 
 
-def test_bytes_are_shown_in_units_that_can_be_read() -> None:
+def test_bytes_are_shown_in_units_that_can_be_read(frozen_clock: None) -> None:
     with redirect_stderr(io.StringIO()) as stderr, Progress("verify", 123_000_000, "B") as progress:
         progress.advance(123_000_000)
     assert stderr.getvalue().splitlines()[1] == "verify: 123MB/123MB, done in 0 s"
