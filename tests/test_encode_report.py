@@ -125,6 +125,8 @@ def test_a_terminal_without_a_size_gets_lines(
         with EncodeProgress(as_json=False) as progress:
             progress.set_status("starting Ray on this machine")
             output = os.read(main_end, 1000).decode()
+            while not is_live and not output.endswith("\n"):  # it arrives in pieces
+                output += os.read(main_end, 1000).decode()
         assert progress.is_live == is_live
     os.close(main_end)
     assert (output == "encode: starting Ray on this machine\r\n") == (not is_live)

@@ -7,7 +7,7 @@ import pty
 import struct
 import termios
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -18,13 +18,25 @@ from tests.tools.waiting import wait_for
 
 
 @contextmanager
-def terminal(rows: int, columns: int) -> Iterator[int]:
-    """stderr as a terminal of this size; gives the descriptor on which everything written to it can be read."""
+def terminal(rows: int, columns: int) -> Iterator[list[bytes]]:
+    """stderr as a terminal of this size; gives a list that holds what was written to it once the block has ended."""
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    with os.fdopen(writer, "w") as stream, redirect_stderr(stream):
-        yield reader
-    os.close(reader)
+    written: list[bytes] = []
+    with os.fdopen(reader, "rb", buffering=0) as output:
+        with os.fdopen(writer, "w") as stream, redirect_stderr(stream):
+            yield written
+        with suppress(OSError):  # which is how a terminal that nobody writes to any more ends
+            while part := output.read(1 << 16):
+                written.append(part)
+
+
+def read_until(reader: int, text: str) -> str:
+    """What a terminal shows, which arrives in pieces."""
+    shown = ""
+    while text not in shown:
+        shown += os.read(reader, 1 << 16).decode()
+    return shown
 
 
 def wait_for_text(stream: io.StringIO, text: str) -> None:
@@ -46,23 +58,25 @@ def test_a_terminal_is_live_only_with_a_size() -> None:
 
 
 def test_a_terminal_with_a_size_shows_a_bar() -> None:
-    with terminal(24, 80) as reader:
-        with Progress("work", 2, "img") as progress, progress.step("part", 3, "batch") as part:
-            part.advance(1)
-            progress.advance(2, "note")
-        written = os.read(reader, 1 << 16).decode()
-    assert "work:   0%|" in written
-    assert "part:   0%|" in written
-    assert "100%" in written
-    assert "\r" in written.replace("\r\n", "")
+    with (
+        terminal(24, 80) as written,
+        Progress("work", 2, "img") as progress,
+        progress.step("part", 3, "batch") as part,
+    ):
+        part.advance(1)
+        progress.advance(2, "note")
+    text = b"".join(written).decode()
+    assert "work:   0%|" in text
+    assert "part:   0%|" in text
+    assert "100%" in text
+    assert "\r" in text.replace("\r\n", "")
 
 
 def test_a_terminal_of_size_0_shows_plain_lines(frozen_clock: None) -> None:
-    with terminal(0, 0) as reader:
-        with Progress("work", 2, "img") as progress:
-            progress.advance(2, "loss 0.5")
-        written = os.read(reader, 1 << 16).decode().replace("\r\n", "\n")
-    assert written == "work: 0/2 img, starting\nwork: 2/2 img, done in 0 s, loss 0.5\n"
+    with terminal(0, 0) as written, Progress("work", 2, "img") as progress:
+        progress.advance(2, "loss 0.5")
+    text = b"".join(written).decode()
+    assert text == "work: 0/2 img, starting\r\nwork: 2/2 img, done in 0 s, loss 0.5\r\n"
 
 
 def test_lines_go_on_while_one_call_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
