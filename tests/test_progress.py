@@ -31,12 +31,6 @@ def terminal(rows: int, columns: int) -> Iterator[list[bytes]]:
                 written.append(part)
 
 
-def read_until(reader: int, text: str) -> str:
-    """What a terminal shows, which arrives in pieces."""
-    shown = ""
-    while text not in shown:
-        shown += os.read(reader, 1 << 16).decode()
-    return shown
 
 
 def wait_for_text(stream: io.StringIO, text: str) -> None:
