@@ -1,6 +1,7 @@
 """Small real data, shared by the tests: digits as sample stores, a teacher trained for seconds, its couplings."""
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,12 @@ from tests.tools.small_run import SMALL, Run, encode_in_process
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts() -> None:
+    """A shell ignores Ctrl-C for what it starts in the background, which all processes started from there inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -31,8 +31,6 @@ def terminal(rows: int, columns: int) -> Iterator[list[bytes]]:
                 written.append(part)
 
 
-
-
 def wait_for_text(stream: io.StringIO, text: str) -> None:
     wait_for(lambda: text in stream.getvalue(), f"{text!r} on stderr")
 
