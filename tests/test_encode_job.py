@@ -26,7 +26,7 @@ from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.writing.units import Unit
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.lease_holder import lease_holder
-from tests.tools.ray_cluster import MARK, alive, kill
+from tests.tools.ray_cluster import MARK, kill_processes, list_processes
 from tests.tools.small_run import Run, infinite_teacher
 from tests.tools.stores import content
 from tests.tools.waiting import PATIENCE
@@ -97,8 +97,8 @@ def test_a_killed_worker_is_replaced(run: Run, tmp_path: Path, monkeypatch: pyte
         results = run_pool(pool, *arguments)
         yield next(results)
         if not killed:
-            killed.extend(alive(os.environ[MARK], "ray::Worker"))
-            kill(killed)
+            killed.extend(list_processes(os.environ[MARK], "ray::Worker"))
+            kill_processes(killed)
         yield from results
 
     monkeypatch.setattr(Pool, "run", run_pool_and_kill)

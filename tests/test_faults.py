@@ -52,6 +52,7 @@ def test_the_job_can_be_submitted_to_a_ray_head(environment: dict[str, str], run
         return None if "No available agent" in done.stderr else done  # the head answers before it takes jobs
 
     done = wait_for(run_job, "an agent that takes jobs")
+    assert done is not None
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(next(line for line in done.stdout.splitlines() if '"event": "summary"' in line))
     assert (summary["units"], summary["draws"]) == (6, 537)

@@ -1,7 +1,7 @@
 """Faults in real processes while couplings are encoded: after each, the store has the bytes of a clean run.
 
 `python -m tests.tools.faults --rounds 60 --seed 0` (or `make soak ROUNDS=600`) prints a table. Kills land while units
-are in hand: a round in which nothing was begun yet, or all was done, is run again.
+are in flight: a job in which no unit was started yet, or all were committed, is run again.
 """
 
 import argparse
@@ -38,12 +38,13 @@ from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.object_store import ObjectStore
-from tests.tools.ray_cluster import Cluster, alive, kill
+from tests.tools.ray_cluster import Cluster, kill_processes, list_processes
 from tests.tools.small_run import SMALL
 from tests.tools.stores import content, without_times
 from tests.tools.waiting import PATIENCE, wait_for
 
 DRAWS, BLOCK_ROWS = 8, 8
+PAGE_BYTES = 4096  # of a tmpfs
 FSYNC_SECONDS = 0.003  # a disk, and so a job that lasts long enough to be hit, at no cost of CPU
 # Jobs of each kind of 66 faults, and how often each is hit before its bytes are looked at: most of a job is the start
 # of its workers. A soak hits each job once.
@@ -57,20 +58,22 @@ PLAN = {
     "disk full": (1, 4),
     "slow disk": (1, 2),
     "torn files": (1, 16),
-    "shard deleted": (2, 6),
-    "shard flipped": (2, 6),
+    "file deleted": (2, 6),
+    "bit flipped": (2, 6),
 }
 
 
 class MissedError(Exception):
-    """The fault came before anything was in hand, or after everything was done."""
+    """The fault came before any unit was in flight, or after all were committed."""
 
 
 @dataclass
 class Outcome:
+    """What the faults of one job did."""
+
     faults: int
-    lost: int  # units that were in hand at the faults, or damaged by them
-    again: int  # units encoded again
+    units_lost: int  # in flight at the faults, or damaged by them
+    units_repeated: int  # encoded again
 
 
 class Soak:
@@ -80,23 +83,24 @@ class Soak:
         self.folder, self.random = folder, random.Random(seed)
         config = load_config("digits", [*SMALL, f"data.block_rows={BLOCK_ROWS}", f"encode.draws={DRAWS}"])
         self.config = config.encode
-        with open(os.devnull, "w") as quiet, _stderr(quiet):
+        with open(os.devnull, "w") as quiet, redirect_stderr(quiet):
             prepare(config.data, f"{folder}/samples")
             train_teacher(config.teacher, f"{folder}/samples", f"{folder}/teacher")
         self.samples, self.teacher = f"{folder}/samples/train", f"{folder}/teacher/model.safetensors"
-        self.slow = folder / "slow"
-        self.slow.write_text(str(FSYNC_SECONDS))
-        self.cluster = Cluster(2, self.slow)
+        self.slow_file = folder / "slow"
+        self.slow_file.write_text(str(FSYNC_SECONDS))
+        self.cluster = Cluster(2, self.slow_file)
         self.store: ObjectStore | None = None
         clean = str(folder / "clean")
         spec, _ = output_spec(self.config, Store(self.samples), self.teacher, clean)
-        writer, self.units = StoreWriter(clean, spec), spec.blocks
+        writer = StoreWriter(clean, spec)
+        self.num_units = spec.blocks
         writer.initialize()
         encoder = UnitEncoder(self.samples, self.teacher, clean, spec.model_dump(mode="json"))
         for unit in writer.list_missing_units():
             encoder.encode(unit)
         writer.finalize()
-        self.clean = content(clean)
+        self.clean_content = content(clean)
 
     def __enter__(self) -> "Soak":
         self.cluster.start_node()
@@ -112,24 +116,24 @@ class Soak:
     # Drivers
 
     @contextmanager
-    def slower(self, seconds: float) -> Iterator[None]:
-        """A disk that is slower than it was."""
-        self.slow.write_text(f"{seconds:.3f}")
+    def slow_fsync(self, seconds: float) -> Iterator[None]:
+        """Inside the block, each fsync of a worker takes so many seconds."""
+        self.slow_file.write_text(f"{seconds:.3f}")
         try:
             yield
         finally:
-            self.slow.write_text(str(FSYNC_SECONDS))
+            self.slow_file.write_text(str(FSYNC_SECONDS))
 
     def encode(self, out: str, workers: int = 1) -> Summary:
         """The job with the driver in this process."""
         config = self.config.model_copy(update={"workers": workers})
         storage = StorageConfig(options={"s3": self.store.options} if self.store else {})
         storage.apply()
-        with open(os.devnull, "w") as quiet, _stderr(quiet):
+        with open(os.devnull, "w") as quiet, redirect_stderr(quiet):
             return job.encode_couplings(config, self.samples, self.teacher, out, storage)
 
-    def driver(self, out: str, address: str) -> "subprocess.Popen[str]":
-        """The same in a process of its own, as a user starts it."""
+    def start_driver(self, out: str, address: str) -> "subprocess.Popen[str]":
+        """The job with the driver in a process of its own, as a user starts it."""
         arguments = ["--samples", self.samples, "--teacher", self.teacher, "--out", out, "--draws", str(DRAWS)]
         return subprocess.Popen(
             [sys.executable, "-m", "nfm", "encode", *arguments, "--json-progress"],
@@ -141,33 +145,35 @@ class Soak:
 
     # When a fault comes
 
-    def done(self, out: str) -> list[Path]:
+    def list_commits(self, out: str) -> list[Path]:
+        """The commit records of the output."""
         return list(Path(out, "commits").glob("[0-9]*.json"))
 
-    def begun(self, out: str) -> dict[Path, int]:
-        """When the first file was written of each unit that has one, and no commit: once all workers are gone."""
-        wait_for(lambda: not self.cluster.workers(), "the end of the workers")
-        committed = {path.name.partition(".")[0] for path in self.done(out)}
+    def list_lost_units(self, out: str) -> dict[Path, int]:
+        """The x files of units that have no commit, with the time (ns) at which they were written; called after a
+        fault, it waits until all workers are gone."""
+        wait_for(lambda: not self.cluster.list_workers(), "the end of the workers")
+        committed = {path.name.partition(".")[0] for path in self.list_commits(out)}
         return {path: path.stat().st_mtime_ns for path in Path(out, "x").glob("*.tar") if path.stem not in committed}
 
-    def moment(self, out: str, driver: "subprocess.Popen[str] | None" = None) -> None:
-        """Some time while units are in hand, a few commits from now. Raises MissedError where the job is over."""
-        count = len(self.done(out)) + self.random.randrange(1, 4)
+    def wait_for_commits(self, out: str, driver: "subprocess.Popen[str] | None" = None) -> None:
+        """Wait for a few more commits, and a random moment more. Raises MissedError if the job is over then."""
+        count = len(self.list_commits(out)) + self.random.randrange(1, 4)
 
-        def over() -> bool:
-            return len(self.done(out)) == self.units or (driver is not None and driver.poll() is not None)
+        def is_over() -> bool:
+            return len(self.list_commits(out)) == self.num_units or (driver is not None and driver.poll() is not None)
 
-        wait_for(lambda: len(self.done(out)) >= count or over(), f"{count} commits")
+        wait_for(lambda: len(self.list_commits(out)) >= count or is_over(), f"{count} commits")
         time.sleep(self.random.uniform(0, 0.05))
-        if over():
+        if is_over():
             raise MissedError
 
     @contextmanager
-    def meanwhile(self, action: Callable[[], None]) -> Iterator[None]:
-        """`action` in a thread beside the block; its errors are raised at the end."""
+    def run_beside(self, action: Callable[[], None]) -> Iterator[None]:
+        """Run `action` in a thread beside the block; its errors are raised at the end."""
         errors: list[Exception] = []
 
-        def guarded() -> None:
+        def run_action() -> None:
             try:
                 action()
             except MissedError:
@@ -175,7 +181,7 @@ class Soak:
             except Exception as error:
                 errors.append(error)
 
-        thread = threading.Thread(target=guarded, daemon=True)
+        thread = threading.Thread(target=run_action, daemon=True)
         thread.start()
         yield
         thread.join()
@@ -188,23 +194,24 @@ class Soak:
         """A worker at random, ready or just starting; the next one once the job has gone on."""
         killed = 0
 
-        def strike() -> None:
+        def apply_faults() -> None:
             nonlocal killed
             for _ in range(count):
-                self.moment(out)
-                kill([self.random.choice(wait_for(self.cluster.workers, "a worker"))])
+                self.wait_for_commits(out)
+                kill_processes([self.random.choice(wait_for(self.cluster.list_workers, "a worker"))])
                 killed += 1
 
-        with self.meanwhile(strike):
+        with self.run_beside(apply_faults):
             summary = self.encode(out, workers=2)
         return Outcome(killed, summary.units_of_dead_workers, summary.units_repeated)
 
     def driver_killed(self, out: str, count: int, number: signal.Signals = signal.SIGKILL, code: int = -9) -> Outcome:
-        killed, begun = 0, list[dict[Path, int]]()
+        killed = 0
+        lost_units: list[dict[Path, int]] = []
         for _ in range(count):
-            with self.driver(out, self.cluster.address) as driver:
+            with self.start_driver(out, self.cluster.address) as driver:
                 try:
-                    self.moment(out, driver)
+                    self.wait_for_commits(out, driver)
                 except MissedError:
                     driver.communicate()
                     break
@@ -214,17 +221,17 @@ class Soak:
                 break  # it was over in the same moment
             assert driver.returncode == code, f"the driver ended with {driver.returncode}"
             killed += 1
-            begun.append(self.begun(out))
+            lost_units.append(self.list_lost_units(out))
         self.encode(out)
-        return Outcome(killed, sum(map(len, begun)), again(begun))
+        return Outcome(killed, sum(map(len, lost_units)), count_rewritten(lost_units))
 
     def driver_told_to_end(self, out: str, count: int) -> Outcome:
         return self.driver_killed(out, count, signal.SIGTERM, 75)
 
     def ray_head_killed(self, out: str, count: int) -> Outcome:
         assert count == 1
-        with Cluster(2, self.slow) as cluster, self.driver(out, cluster.address) as driver:
-            self.moment(out)
+        with Cluster(2, self.slow_file) as cluster, self.start_driver(out, cluster.address) as driver:
+            self.wait_for_commits(out)
             cluster.kill_node(cluster.nodes[0])
             _, errors = driver.communicate(timeout=PATIENCE)
         if driver.returncode == 0:
@@ -237,15 +244,15 @@ class Soak:
         """One worker on each of two nodes; the second joins while the job runs, and all of its processes are killed."""
         assert count == 1
         with (
-            Cluster(1, self.slow) as cluster,
-            self.slower(math.inf),  # no file is finished before the second node has come and gone
-            self.driver(out, cluster.address) as driver,
+            Cluster(1, self.slow_file) as cluster,
+            self.slow_fsync(math.inf),  # no file is finished before the second node has come and gone
+            self.start_driver(out, cluster.address) as driver,
         ):
             wait_for(lambda: list(Path(out).glob("x/*")), "the first worker")
             second = cluster.start_node()
-            wait_for(lambda: has_files_open(alive(second, "ray::Worker"), out), "a second worker that writes")
+            wait_for(lambda: has_files_open(list_processes(second, "ray::Worker"), out), "a second worker that writes")
             cluster.kill_node(second)
-            self.slow.write_text("0")
+            self.slow_file.write_text("0")
             output, errors = driver.communicate(timeout=PATIENCE)
         assert driver.returncode == 0, errors
         summary = json.loads(output.splitlines()[-1])
@@ -260,37 +267,38 @@ class Soak:
         url = f"{store.bucket('faults')}/{Path(out).name}"
         root = Root(url, store.options)
 
-        def commits() -> int:
+        def count_commits() -> int:
             return sum(name[0].isdigit() for name in root.list_names("commits"))
 
-        def enough(wanted: int) -> bool:
-            return commits() >= min(wanted, self.units)
+        def has_commits(count: int) -> bool:
+            return count_commits() >= min(count, self.num_units)
 
-        def strike() -> None:
+        def apply_faults() -> None:
             nonlocal killed
             for _ in range(count):
-                wanted = commits() + self.random.randrange(1, 3)
-                wait_for(partial(enough, wanted), f"{wanted} commits")
-                if commits() == self.units:
+                num_commits = count_commits() + self.random.randrange(1, 3)
+                wait_for(partial(has_commits, num_commits), f"{num_commits} commits")
+                if count_commits() == self.num_units:
                     return
                 store.kill()
                 killed += 1
                 time.sleep(self.random.uniform(0, 0.5))
                 store.start()
 
-        with self.meanwhile(strike):
+        with self.run_beside(apply_faults):
             summary = self.encode(url)
-        assert without_times({name: root.read(name, 1 << 30) for name in root.list_file_sizes()}) == self.clean
+        assert without_times({name: root.read(name, 1 << 30) for name in root.list_file_sizes()}) == self.clean_content
         root.fs.rm(root.path, recursive=True)
         shutil.copytree(self.folder / "clean", out)  # for the check of all jobs; the objects were compared here
         return Outcome(killed, summary.units_of_dead_workers, summary.units_repeated)
 
     def disk_full(self, out: str, count: int) -> Outcome:
         """A file system that is too small, and then a little less so."""
-        step = sum(-(-len(data) // 4096) * 4096 for data in self.clean.values()) / (count + 2)
+        pages = sum(math.ceil(len(data) / PAGE_BYTES) for data in self.clean_content.values())
+        step = pages * PAGE_BYTES / (count + 2)
         Path(out).mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={round(step)}", "none", out], check=True)
-        begun = list[dict[Path, int]]()
+        lost_units: list[dict[Path, int]] = []
         try:
             for number in range(1, count + 1):
                 size = round((number + self.random.uniform(-0.3, 0.3)) * step)
@@ -298,65 +306,68 @@ class Soak:
                 with pytest.raises(OSError, match="No space left on device"):
                     self.encode(out)
                 assert not Path(out, "dataset.json").exists()
-                begun.append(self.begun(out))
-            before = len(self.done(out))
+                lost_units.append(self.list_lost_units(out))
+            num_commits = len(self.list_commits(out))
             subprocess.run(["mount", "-o", f"remount,size={round(9 * count * step)}", out], check=True)
             summary = self.encode(out)
-            assert summary.units_before == before
-            found = Outcome(count, sum(map(len, begun)), again(begun))
-            shutil.copytree(out, f"{out}.kept")
+            assert summary.units_before == num_commits
+            outcome = Outcome(count, sum(map(len, lost_units)), count_rewritten(lost_units))
+            shutil.copytree(out, f"{out}.copy")
         finally:
             subprocess.run(["umount", out], check=True)
         Path(out).rmdir()
-        Path(f"{out}.kept").rename(out)
-        return found
+        Path(f"{out}.copy").rename(out)
+        return outcome
 
     def slow_disk(self, out: str, count: int) -> Outcome:
         """Each fsync takes as long as on a disk that is overloaded; workers are killed as they wait for one."""
-        with self.slower(self.random.uniform(0.02, 0.04)):
+        with self.slow_fsync(self.random.uniform(0.02, 0.04)):
             return self.worker_killed(out, count)
 
     def torn_files(self, out: str, count: int) -> Outcome:
         """What a node leaves that lost power: halves of files, under temporary names and under their own."""
-        names = self.random.sample([name for name in self.clean if name.startswith(("x/", "z/", "noise/"))], count)
+        names = self.random.sample(
+            [name for name in self.clean_content if name.startswith(("x/", "z/", "noise/"))], count
+        )
         for number, name in enumerate(names):
             path = Path(out, name if number % 2 else f"{name}.{uuid.uuid4().hex}.tmp")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self.clean[name][: self.random.randrange(1, len(self.clean[name]))])
+            path.write_bytes(self.clean_content[name][: self.random.randrange(1, len(self.clean_content[name]))])
         return Outcome(count, 0, self.encode(out).units_repeated)
 
-    def damaged(self, out: str, count: int, damage: Callable[[Path], None]) -> Outcome:
-        """Files of different units that were committed, while others are encoded."""
-        hit: set[Path] = set()
+    def damage_files(self, out: str, count: int, damage: Callable[[Path], None]) -> Outcome:
+        """Damage one file each of units that were committed, while others are encoded."""
+        damaged_commits: set[Path] = set()
 
-        def strike() -> None:
+        def apply_faults() -> None:
             for _ in range(count):
-                self.moment(out)
-                commit = self.random.choice(sorted(set(self.done(out)) - hit))
-                damage(Path(out, self.random.choice(json.loads(commit.read_text())["files"])["path"]))
-                hit.add(commit)
+                self.wait_for_commits(out)
+                commit = self.random.choice(sorted(set(self.list_commits(out)) - damaged_commits))
+                file = self.random.choice(json.loads(commit.read_text())["files"])
+                damage(Path(out, file["path"]))
+                damaged_commits.add(commit)
 
-        with self.meanwhile(strike):
+        with self.run_beside(apply_faults):
             summary = self.encode(out)
-        assert summary.units_damaged == len(hit)
-        return Outcome(len(hit), len(hit), summary.units_repeated)
+        assert summary.units_damaged == len(damaged_commits)
+        return Outcome(len(damaged_commits), len(damaged_commits), summary.units_repeated)
 
-    def shard_deleted(self, out: str, count: int) -> Outcome:
-        return self.damaged(out, count, Path.unlink)
+    def file_deleted(self, out: str, count: int) -> Outcome:
+        return self.damage_files(out, count, Path.unlink)
 
-    def shard_flipped(self, out: str, count: int) -> Outcome:
+    def bit_flipped(self, out: str, count: int) -> Outcome:
         def flip(path: Path) -> None:
             data = bytearray(path.read_bytes())
             data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
             path.write_bytes(data)
 
-        return self.damaged(out, count, flip)
+        return self.damage_files(out, count, flip)
 
     # Jobs
 
-    def job(self, fault: str, count: int) -> Outcome:
-        """One job with some faults, and the check that the store is that of a clean run. Where all of the faults would
-        have come too late, the job is run again."""
+    def run_job(self, fault: str, count: int) -> Outcome:
+        """Run a job with some faults, and check that the store is that of a clean run. If all of the faults came too
+        late, the job is run again."""
         for _ in range(5):
             out = str(self.folder / "out")
             shutil.rmtree(out, ignore_errors=True)
@@ -364,9 +375,9 @@ class Soak:
                 outcome: Outcome = getattr(self, fault.lower().replace(" ", "_"))(out, count)
             except MissedError:
                 continue
-            found = content(out)
-            names = found.keys() | self.clean.keys()
-            different = sorted(name for name in names if found.get(name) != self.clean.get(name))
+            files = content(out)
+            names = files.keys() | self.clean_content.keys()
+            different = sorted(name for name in names if files.get(name) != self.clean_content.get(name))
             assert not different, f"{fault}: other bytes than a clean run in {different[:5]}"
             assert list(Store(out).find_faults()) == []
             if outcome.faults:
@@ -374,9 +385,14 @@ class Soak:
         raise AssertionError(f"{fault}: five times in a row it came too late to hit anything")
 
 
-def again(begun: list[dict[Path, int]]) -> int:
-    """How many of the units that were begun at some fault were written again after it."""
-    return sum(path.stat().st_mtime_ns > at for state in begun for path, at in state.items())
+def count_rewritten(lost_units: list[dict[Path, int]]) -> int:
+    """How many of the units that were lost at each fault, as `list_lost_units` gave them, were written after it."""
+    count = 0
+    for written_at in lost_units:
+        for path, nanoseconds in written_at.items():
+            if path.stat().st_mtime_ns > nanoseconds:
+                count += 1
+    return count
 
 
 def has_files_open(pids: list[int], folder: str) -> bool:
@@ -390,15 +406,17 @@ def has_files_open(pids: list[int], folder: str) -> bool:
 
 
 @contextmanager
-def _stderr(file: Any) -> Iterator[None]:
-    before, sys.stderr = sys.stderr, file
+def redirect_stderr(file: Any) -> Iterator[None]:
+    """Also for code that looks up sys.stderr when it prints."""
+    previous = sys.stderr
+    sys.stderr = file
     try:
         yield
     finally:
-        sys.stderr = before
+        sys.stderr = previous
 
 
-def may_mount() -> bool:
+def can_mount() -> bool:
     """Whether this process may mount a tmpfs, which a full disk needs."""
     folder = tempfile.mkdtemp()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode == 0
@@ -408,29 +426,44 @@ def may_mount() -> bool:
     return mounted
 
 
-def schedule(faults: int, generator: random.Random) -> list[tuple[str, int]]:
-    """Jobs with the faults of each, in an order of chance: PLAN, or the same shares of more faults, one a job."""
-    plan = PLAN if may_mount() else {fault: jobs for fault, jobs in PLAN.items() if fault != "disk full"}
-    if len(plan) < len(PLAN):
+def schedule(num_faults: int, generator: random.Random) -> list[tuple[str, int]]:
+    """Jobs in random order, each with its kind of fault and how often it is hit.
+
+    These are the jobs of PLAN, or, for more faults than it has, jobs of one fault each in the same proportions.
+    """
+    plan = dict(PLAN)
+    if not can_mount():
         print("no right to mount a tmpfs: no disk is full in this run", flush=True)
-    whole = sum(jobs * each for jobs, each in PLAN.values())
-    if faults <= whole:
-        found = [(fault, each) for fault, (jobs, each) in plan.items() for _ in range(jobs)]
-    else:
-        found = [(fault, 1) for fault, (jobs, each) in plan.items() for _ in range(round(jobs * each * faults / whole))]
-    generator.shuffle(found)
-    return found
+        del plan["disk full"]
+    faults_of_plan = sum(num_jobs * num_hits for num_jobs, num_hits in PLAN.values())
+    jobs: list[tuple[str, int]] = []
+    for fault, (num_jobs, num_hits) in plan.items():
+        if num_faults <= faults_of_plan:
+            jobs += [(fault, num_hits)] * num_jobs
+        else:
+            jobs += [(fault, 1)] * round(num_jobs * num_hits * num_faults / faults_of_plan)
+    generator.shuffle(jobs)
+    return jobs
 
 
 def table(outcomes: dict[str, list[Outcome]], seconds: dict[str, float]) -> str:
+    """Markdown of the outcomes and the seconds of all jobs of each kind of fault."""
     lines = ["| fault | rounds | jobs | units lost | units encoded again | result | s a job |", "| --- " * 7 + "|"]
-    for fault, found in sorted(outcomes.items(), key=lambda item: list(PLAN).index(item[0])):
-        faults, lost, again = (sum(getattr(outcome, name) for outcome in found) for name in ("faults", "lost", "again"))
-        each = seconds[fault] / len(found)
-        lines.append(f"| {fault} | {faults} | {len(found)} | {lost} | {again} | bytes of a clean run | {each:.1f} |")
-    every = [outcome for found in outcomes.values() for outcome in found]
-    faults, lost, again = (sum(getattr(outcome, name) for outcome in every) for name in ("faults", "lost", "again"))
-    return "\n".join([*lines, f"| all | {faults} | {len(every)} | {lost} | {again} | | |"])
+    for fault in PLAN:
+        if fault in outcomes:
+            counts = count_outcomes(outcomes[fault])
+            seconds_per_job = seconds[fault] / len(outcomes[fault])
+            lines.append(f"| {fault} | {counts} | bytes of a clean run | {seconds_per_job:.1f} |")
+    all_outcomes = [outcome for outcomes_of_fault in outcomes.values() for outcome in outcomes_of_fault]
+    return "\n".join([*lines, f"| all | {count_outcomes(all_outcomes)} | | |"])
+
+
+def count_outcomes(outcomes: list[Outcome]) -> str:
+    """The cells of a row: faults, jobs, units lost and units encoded again."""
+    faults = sum(outcome.faults for outcome in outcomes)
+    units_lost = sum(outcome.units_lost for outcome in outcomes)
+    units_repeated = sum(outcome.units_repeated for outcome in outcomes)
+    return f"{faults} | {len(outcomes)} | {units_lost} | {units_repeated}"
 
 
 def main() -> None:
@@ -453,12 +486,12 @@ def main() -> None:
             if arguments.only:
                 plan = [(arguments.only, 1)] * arguments.rounds
             for number, (fault, count) in enumerate(plan):
-                start = time.monotonic()
-                outcome = soak.job(fault, count)
+                started_at = time.monotonic()
+                outcome = soak.run_job(fault, count)
                 outcomes.setdefault(fault, []).append(outcome)
-                spent = time.monotonic() - start
-                seconds[fault] = seconds.get(fault, 0.0) + spent
-                print(f"job {number + 1}/{len(plan)} {fault}: {outcome}, {spent:.1f} s", file=sys.stderr, flush=True)
+                elapsed = time.monotonic() - started_at
+                seconds[fault] = seconds.get(fault, 0.0) + elapsed
+                print(f"job {number + 1}/{len(plan)} {fault}: {outcome}, {elapsed:.1f} s", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if outcomes:

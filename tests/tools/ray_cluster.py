@@ -31,33 +31,38 @@ os.fsync = fsync
 """
 
 
-def alive(mark: str, *names: str) -> list[int]:
-    """Processes of a node, or those of them whose command line has one of the names."""
-    found = set()
+def list_processes(mark: str, *names: str) -> list[int]:
+    """Process ids of a node, or of those of its processes whose command line has one of the names."""
+    pids = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if f"{MARK}={mark}\0".encode() in (process / "environ").read_bytes():
                 command = (process / "cmdline").read_bytes().decode(errors="replace")
                 if not names or any(name in command for name in names):
-                    found.add(int(process.name))
-    return sorted(found - {os.getpid()})
+                    pids.add(int(process.name))
+    return sorted(pids - {os.getpid()})
 
 
-def kill(pids: list[int]) -> None:
+def kill_processes(pids: list[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 class Cluster:
-    """A head, and nodes that join it. `slow` is the file that makes its disk slow; with `jobs` it takes submitted jobs
-    at `dashboard`. `environment` is what its processes have."""
+    """A head, and nodes that join it.
+
+    `slow_file` is the file that makes the disk of its nodes slow (SLOW_FILE); with `jobs` it takes submitted jobs at
+    the port `dashboard`; `environment` is that of its processes.
+    """
 
     def __init__(
-        self, cpus: int, slow: Path | None = None, jobs: bool = False, environment: dict[str, str] | None = None
+        self, cpus: int, slow_file: Path | None = None, jobs: bool = False, environment: dict[str, str] | None = None
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nfm-", dir="/tmp"))  # short: sockets lie below it
-        self.cpus, self.jobs, self.environment = cpus, jobs, dict(environment or os.environ)
+        self.cpus = cpus
+        self.jobs = jobs
+        self.environment = dict(environment or os.environ)
         with ExitStack() as probes:
             sockets = [probes.enter_context(socket.socket()) for _ in range(3)]
             for probe in sockets:
@@ -65,36 +70,39 @@ class Cluster:
             self.port, self.dashboard, self.agent = (probe.getsockname()[1] for probe in sockets)
         self.address = f"127.0.0.1:{self.port}"
         self.nodes: list[str] = []
-        if slow is not None:
+        if slow_file is not None:
             (self.folder / "sitecustomize.py").write_text(SLOW_FSYNC)
-            self.environment |= {SLOW_FILE: str(slow), "PYTHONPATH": f"{self.folder}:{os.getcwd()}"}
+            self.environment |= {SLOW_FILE: str(slow_file), "PYTHONPATH": f"{self.folder}:{os.getcwd()}"}
 
     def start_node(self) -> str:
         """The head, or another node; returns its mark."""
-        mark, where = uuid.uuid4().hex, [f"--address={self.address}"]
-        if not self.nodes:
-            where = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}/ray"]
-            where += [f"--dashboard-port={self.dashboard}", f"--dashboard-agent-listen-port={self.agent}"]
-            where += [] if self.jobs else ["--include-dashboard=false"]
+        mark = uuid.uuid4().hex
+        if self.nodes:
+            options = [f"--address={self.address}"]
+        else:
+            options = ["--head", f"--port={self.port}", f"--temp-dir={self.folder}/ray"]
+            options += [f"--dashboard-port={self.dashboard}", f"--dashboard-agent-listen-port={self.agent}"]
+            if not self.jobs:
+                options.append("--include-dashboard=false")
         log = self.folder / "start.log"
         ray = Path(sys.executable).with_name("ray")
-        started = subprocess.run(
-            [ray, "start", *where, f"--num-cpus={self.cpus}", "--object-store-memory=80000000"],
+        result = subprocess.run(
+            [ray, "start", *options, f"--num-cpus={self.cpus}", "--object-store-memory=80000000"],
             env=self.environment | {MARK: mark},
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
         )
-        assert started.returncode == 0, log.read_text()
+        assert result.returncode == 0, log.read_text()
         self.nodes.append(mark)
         return mark
 
-    def workers(self) -> list[int]:
-        return [pid for mark in self.nodes for pid in alive(mark, "ray::Worker")]
+    def list_workers(self) -> list[int]:
+        return [pid for mark in self.nodes for pid in list_processes(mark, "ray::Worker")]
 
     def kill_node(self, mark: str) -> None:
         self.nodes.remove(mark)
-        while pids := alive(mark):
-            kill(pids)
+        while pids := list_processes(mark):
+            kill_processes(pids)
 
     def stop(self) -> None:
         for mark in list(self.nodes):
