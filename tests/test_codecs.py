@@ -20,8 +20,8 @@ Z = (RNG.standard_normal((500, 1, 4, 4)) * np.linspace(0.5, 3, 16).reshape(1, 4,
 def test_bfloat16_is_torchs() -> None:
     special = np.array([0.0, -0.0, 1.0, 3.0e38, 1e-40, 1.00390625, 1.01171875], dtype=np.float32)  # ties both ways
     for values in (Z.ravel(), special):
-        ours = decode_z(encode_z(values, "bfloat16", None), "bfloat16", None)
-        assert np.array_equal(ours, torch.from_numpy(values).bfloat16().float().numpy())
+        rounded = decode_z(encode_z(values, "bfloat16", None), "bfloat16", None)
+        assert np.array_equal(rounded, torch.from_numpy(values).bfloat16().float().numpy())
 
 
 def test_float16_is_numpys() -> None:
@@ -106,7 +106,8 @@ def test_derived_noise_is_the_stored_noise(run: Run, tmp_path: Path, dtype: Nois
     assert not (tmp_path / "derived" / "noise").exists()
     for block in range(stored.spec.blocks):
         for draw in range(stored.spec.draws):
-            theirs, ours = stored.column("noise", block, draw), derived.column("noise", block, draw)
-            assert theirs.dtype == ours.dtype == np.dtype(dtype)
-            assert np.array_equal(theirs, ours)
+            stored_noise = stored.column("noise", block, draw)
+            derived_noise = derived.column("noise", block, draw)
+            assert stored_noise.dtype == derived_noise.dtype == np.dtype(dtype)
+            assert np.array_equal(stored_noise, derived_noise)
             assert np.array_equal(stored.column("z", block, draw), derived.column("z", block, draw))

@@ -42,12 +42,12 @@ from nfm.storage_specs.storage.npy import npy_bytes, npy_header
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.stores import LAYOUT_NAMES, block_of, sample_spec, tree
 
-NAMES = ("dataset.json", "manifest.parquet", "sigma_f.npy")
+DOCUMENTS = ("dataset.json", "manifest.parquet", "sigma_f.npy")
 MIB = 1 << 20
-HOME = tempfile.TemporaryDirectory(prefix="nfm-hostile-")
+FOLDER = tempfile.TemporaryDirectory(prefix="nfm-hostile-")
 Files = dict[str, Any]  # path → bytes; None: no file; int: that many zeros; or Callable[[Path], object]
-# What a stream must do: refuse; or, where it has no need of what was changed, refuse or give exactly the sound store's
-# batch. `faults` must find everything.
+# What a stream must do. "refuse": raise StoreError. "indifferent": it does not need what was changed, so it may raise
+# StoreError, or give exactly the batch of the sound store. `find_faults` must find every change.
 Reading = Literal["refuse", "indifferent"]
 WIDE: Files = {"shape": [1, 8192, 8192]}
 LONG: Files = {"rows": 48 * MIB, "block_rows": MIB}
@@ -56,14 +56,14 @@ LONG: Files = {"rows": 48 * MIB, "block_rows": MIB}
 class Case(NamedTuple):
     name: str
     reading: Reading
-    blames: str  # a pattern of the files of which an error names one
+    blamed_files: str  # a pattern of the files of which an error names one
     changes: Files
     layout: LayoutName = "zarr"
     side: int = 4  # of the images
 
 
 class Bomb:
-    marker = Path(HOME.name, "marker")
+    marker = Path(FOLDER.name, "marker")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.marker),)
@@ -74,7 +74,7 @@ BOMB_NPY = npy_header(np.dtype("O"), (1,)) + pickle.dumps(np.array([Bomb()], dty
 
 
 @cache
-def sound(layout: LayoutName, side: int = 4) -> Files:
+def sound_files(layout: LayoutName, side: int = 4) -> Files:
     """70 rows in blocks of 32, 32 and 6, with 2 draws."""
     noise = {"law": "philox-as241-v1", "seed": 7, "dtype": "float16", "stored": True}
     teacher = {"architecture": {"name": "none"}, "sha256": "a" * 64, "training": {"images": 1, "rate": 0.5}}
@@ -82,7 +82,7 @@ def sound(layout: LayoutName, side: int = 4) -> Files:
     coupling |= {"precision": "fp32"}
     document = sample_spec(layout).model_dump() | {"kind": "couplings", "shape": (1, side, side)}
     spec = Spec.model_validate(document | {"coupling": coupling | {"noise": noise, "teacher": teacher}})
-    rng, writer = np.random.default_rng(0), StoreWriter(f"{HOME.name}/{layout}{side}", spec)
+    rng, writer = np.random.default_rng(0), StoreWriter(f"{FOLDER.name}/{layout}{side}", spec)
     writer.initialize()
     for block in range(spec.blocks):
         z, drawn = rng.standard_normal((2, 2, spec.rows_of(block), *spec.shape), dtype=np.float32)
@@ -107,25 +107,32 @@ def rows_of(files: Files) -> list[dict[str, Any]]:
 
 
 def sealed(layout: LayoutName, changes: Files, side: int = 4, /, **spec_changes: Any) -> Files:
-    """The changes, with a manifest (unless they have one) and a dataset.json, of another spec, that agree with them."""
-    whole = sound(layout, side)
-    files, rows_before = whole | changes, {row["path"]: row for row in rows_of(whole)}
+    """The changes to a sound store, and a manifest (unless they have one) and a dataset.json that agree with them.
+    `spec_changes` are fields of the spec with other values."""
+    original = sound_files(layout, side)
+    files = original | changes
+    original_rows = {row["path"]: row for row in rows_of(original)}
     document = json.loads(files["dataset.json"])
     coupling = document["spec"]["coupling"]
     for name, value in spec_changes.items():
         next(part for part in (document["spec"], coupling, coupling["noise"]) if name in part)[name] = value
         document["totals"]["label_counts"] = {}
     spec = spec_of(document)
-    here, rows = LAYOUTS[spec.layout], []
+    layout_of_spec = LAYOUTS[spec.layout]
+    rows = []
     for key in expected_keys(spec):
-        path, count = here.file_path(key.column, key.block, key.draw), spec.rows_of(key.block)
-        row = rows_before.get(path, {"label_counts": [], "squared_error": 0.0 if key.column == "z" else None})
+        path = layout_of_spec.file_path(key.column, key.block, key.draw)
+        count = spec.rows_of(key.block)
+        row = original_rows.get(path, {"label_counts": [], "squared_error": 0.0 if key.column == "z" else None})
         row |= {"column": key.column, "draw": key.draw, "block": key.block, "rows": count, "path": path}
-        row |= {"first_index": key.block * spec.block_rows, "bytes": here.file_size(spec, key.column, count)}
+        row |= {"first_index": key.block * spec.block_rows, "bytes": layout_of_spec.file_size(spec, key.column, count)}
         rows.append(row | {"sha256": sha256(files.get(path, b""))})
     changes = {"manifest.parquet": parquet(rows)} | changes
-    document |= {"records": here.describe_records(spec), "id": content_id(spec, [row["sha256"] for row in rows])}
-    document |= {f"{name.split('.')[0]}_sha256": sha256((files | changes)[name]) for name in NAMES[1:]}
+    document |= {
+        "records": layout_of_spec.describe_records(spec),
+        "id": content_id(spec, [row["sha256"] for row in rows]),
+    }
+    document |= {f"{name.split('.')[0]}_sha256": sha256((files | changes)[name]) for name in DOCUMENTS[1:]}
     return changes | {"dataset.json": canonical_json(document)}
 
 
@@ -133,15 +140,15 @@ def patch(old: bytes, offset: int, data: bytes) -> bytes:
     return old[:offset] + data + old[offset + len(data) :]
 
 
-def put(case: Case, root: Path) -> None:
-    """Write the store of a case; where nothing is changed, as a link to the sound store."""
+def write_case(case: Case, root: Path) -> None:
+    """Write the store of a case. What it does not change is a link to the sound store."""
     changed = {path.split("/")[0] for path in case.changes}
-    for path, content in (sound(case.layout, case.side) | case.changes).items():
+    for path, content in (sound_files(case.layout, case.side) | case.changes).items():
         top = path.split("/")[0]
         (root / path if top in changed else root / top).parent.mkdir(parents=True, exist_ok=True)
         if top not in changed:
             if not (root / top).exists():
-                (root / top).symlink_to(f"{HOME.name}/{case.layout}{case.side}/{top}")
+                (root / top).symlink_to(f"{FOLDER.name}/{case.layout}{case.side}/{top}")
         elif isinstance(content, bytes):
             (root / path).write_bytes(content)
         elif isinstance(content, int):
@@ -151,20 +158,20 @@ def put(case: Case, root: Path) -> None:
             content(root / path)
 
 
-OTHERS: Files = {"gone": None, "a folder": Path.mkdir, "a loop": lambda to: to.symlink_to(to.name)}
-OTHERS |= {"empty": b"", "a pickle": BOMB}
+REPLACEMENTS: Files = {"gone": None, "a folder": Path.mkdir, "a loop": lambda to: to.symlink_to(to.name)}
+REPLACEMENTS |= {"empty": b"", "a pickle": BOMB}
 
 
-def shards(layout: LayoutName) -> Iterator[Case]:
-    """Shards cut, gone, replaced, exchanged, with one bit changed, or with values that none may have."""
-    rng, files, here = random.Random(layout), sound(layout), LAYOUTS[layout]
+def column_files(layout: LayoutName) -> Iterator[Case]:
+    """Files of columns cut, missing, replaced, exchanged, with one bit changed, or with values that none may have."""
+    rng, files, file_layout = random.Random(layout), sound_files(layout), LAYOUTS[layout]
     spec, tar = spec_of(json.loads(files["dataset.json"])), WebDatasetLayout()
     paths = {(row["column"], row["draw"], row["block"]): row["path"] for row in rows_of(files)}
-    for column in (*here.base_kinds, *spec.planes):
+    for column in (*file_layout.base_kinds, *spec.planes):
         path = rng.choice([path for key, path in paths.items() if key[0] == column])
         data, size = files[path], len(files[path])
         reading: Reading = "indifferent" if column == "noise" else "refuse"
-        for what, content in {**OTHERS, "a padded pickle": BOMB.ljust(size, b"\0")}.items():
+        for what, content in {**REPLACEMENTS, "a padded pickle": BOMB.ljust(size, b"\0")}.items():
             yield Case(f"{path} {what}", reading, path, {path: content})
         for length in (1, size - 1, size + 1, size + 512, *rng.choices(range(size), k=2)):
             yield Case(f"{path} of length {length}", reading, path, {path: data[:length].ljust(length, b"\0")})
@@ -181,9 +188,10 @@ def shards(layout: LayoutName) -> Iterator[Case]:
     pairs += [(z, z1, "refuse"), (z, noise, "refuse"), (noise, paths["noise", 1, 0], "indifferent")]
     if layout == "zarr":
         pairs += [("label/c/0", "label/c/1", "refuse"), ("index/c/0", "index/c/1", "refuse")]
-    for one, other, expected in pairs:
-        yield Case(f"{one} is {other}", expected, one, {one: files[other], other: files[one]})
-    first, stride = here.row_placement(spec, "z")
+    for path, other_path, expected in pairs:
+        exchanged = {path: files[other_path], other_path: files[path]}
+        yield Case(f"{path} is {other_path}", expected, path, exchanged)
+    first, stride = file_layout.row_placement(spec, "z")
     swapped = files[z][first + stride :][:32] + files[z][first + 32 : first + stride] + files[z][first:][:32]
     yield Case("values of two rows exchanged", "refuse", z, {z: patch(files[z], first, swapped)})
     forged: list[tuple[Reading, str, int, bytes]] = []
@@ -206,18 +214,18 @@ def shards(layout: LayoutName) -> Iterator[Case]:
 
 
 def zarrs(layout: LayoutName) -> Iterator[Case]:
-    """Metadata of another type, and shards of two chunks whose index gives them other places."""
-    for path, data in sound(layout).items() if layout == "zarr" else ():
+    """Metadata of another type, and files of two chunks whose shard index gives them other places."""
+    for path, data in sound_files(layout).items() if layout == "zarr" else ():
         for old, new in {b"int": b"uint", b"float16": b"float32", b'"bytes"': b'"pickle"', b"{": b"["}.items():
             if path.endswith("zarr.json") and old in data:
                 yield Case(f"{path} {new!r}", "indifferent", path, {path: data.replace(old, new)})
     path = "z/c/0/1/0/0/0"
-    size = len(sound("zarr", 128)[path])
+    size = len(sound_files("zarr", 128)[path])
     half, far = (size - 36) // 2, (1 << 64) - 1
     places = [(0, half, 0, half), (half, half, 0, half), (0, half, half - 1, half), (0, half, size, half), (0,) * 4]
     places += [(0, half, 1 << 60, half), (0, half, half, 1 << 60), (far,) * 4, (0, half, half, far)]
     for place in places if layout == "zarr" else ():
-        data = patch(sound("zarr", 128)[path], size - 36, np.array(place, "<u8").tobytes())
+        data = patch(sound_files("zarr", 128)[path], size - 36, np.array(place, "<u8").tobytes())
         yield Case(f"chunks {place}", "refuse", path, sealed("zarr", {path: data}, 128), side=128)
 
 
@@ -244,27 +252,34 @@ WRONG += ["", "x", "../x", "9" * 40, [], {}, [[]]]
 FREE = re.compile("id$|totals|spec.(class_names|preprocessing|coupling.(eta|source|noise.seed|teacher))")
 
 
-def places(value: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield f"{at}{key}", value, key
-        yield from places(value[key], f"{at}{key}.")
+def places(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every place in a JSON document: its dotted path, the object or list that holds it, and its key or index there."""
+    keys: list[Any] = []
+    if isinstance(value, dict):
+        keys = list(value)
+    elif isinstance(value, list):
+        keys = list(range(len(value)))
+    for key in keys:
+        yield f"{prefix}{key}", value, key
+        yield from places(value[key], f"{prefix}{key}.")
 
 
 def documents(layout: LayoutName) -> Iterator[Case]:
-    """The three files beside the shards replaced, and dataset.json with every value that it must not have."""
-    for name, (what, content) in itertools.product(NAMES, OTHERS.items()):
+    """The three documents replaced, and dataset.json with every value that it must not have."""
+    for name, (what, content) in itertools.product(DOCUMENTS, REPLACEMENTS.items()):
         yield Case(f"{name} {what}", "refuse", name, {name: content})
-    rng, name, good = random.Random(layout), "dataset.json", sound(layout)["dataset.json"]
-    whole = json.loads(good)
-    for at, holder, key in places(whole):
-        reading: Reading = "indifferent" if FREE.match(at) else "refuse"
+    rng, name, good = random.Random(layout), "dataset.json", sound_files(layout)["dataset.json"]
+    document = json.loads(good)
+    for path, holder, key in places(document):
+        reading: Reading = "indifferent" if FREE.match(path) else "refuse"
         intact = holder[key]
-        for wrong in rng.sample([wrong for wrong in WRONG if wrong != intact], 1 if at.startswith("records") else 2):
+        for wrong in rng.sample([wrong for wrong in WRONG if wrong != intact], 1 if path.startswith("records") else 2):
             holder[key] = wrong
-            yield Case(f"{at} = {wrong!r:.20}", reading, "|".join(NAMES), {name: json.dumps(whole).encode()})
+            data = json.dumps(document).encode()
+            yield Case(f"{path} = {wrong!r:.20}", reading, "|".join(DOCUMENTS), {name: data})
         holder[key] = intact
     for version in ("2.0", "0.9", "", "one", "1e0", "-1.0", "1" * 5000, "nan"):
-        data = json.dumps(whole | {"schema_version": version}).encode()
+        data = json.dumps(document | {"schema_version": version}).encode()
         yield Case(f"version {version:.9}", "refuse", name, {name: data})
     texts = [b"[" * 190 + b"]" * 190, b"[" * 9999 + b"]" * 9999, b"Infinity", b"-NaN", b"1e999", b"1" * 9999]
     for text, old in itertools.product((*texts, b'"\\ud800"', b'"\\u0000"', b'"\xff"'), (b'"none"', b"0.1")):
@@ -287,12 +302,12 @@ def specs(layout: LayoutName) -> Iterator[Case]:
 
 def manifests(layout: LayoutName) -> Iterator[Case]:
     """manifest.parquet with hashes that agree with it."""
-    name, good, intact = "manifest.parquet", rows_of(sound(layout)), sound(layout)["manifest.parquet"]
-    path, table, least = good[0]["path"], pa.Table.from_pylist(good, FILE_SCHEMA), -1 << 31
+    name, good, intact = "manifest.parquet", rows_of(sound_files(layout)), sound_files(layout)["manifest.parquet"]
+    path, table, int32_min = good[0]["path"], pa.Table.from_pylist(good, FILE_SCHEMA), -1 << 31
     outside = ["../outside", "/etc/passwd", f"{path}\0", path.replace("/", "\\"), f"link{path[1:]}", f"./{path}", "~"]
     outside += ["", f"x/../{path}", path.replace("/", "//"), f"file:///{path}", "x" * MIB, good[1]["path"]]
-    values: dict[str, Any] = {"path": outside, "column": ["z", "../x"], "draw": [0, least], "rows": [15, -1]}
-    values |= {"block": [1, least], "first_index": [1, least], "bytes": [0, -1, MIB**3 - 1]}
+    values: dict[str, Any] = {"path": outside, "column": ["z", "../x"], "draw": [0, int32_min], "rows": [15, -1]}
+    values |= {"block": [1, int32_min], "first_index": [1, int32_min], "bytes": [0, -1, MIB**3 - 1]}
     values |= {"sha256": ["A" * 64, "../x", "a" * 9999, "b" * 64], "squared_error": [0.0, -1.0, math.nan, math.inf]}
     values |= {"label_counts": [[], [(0, -1)], [(99, 16)], [(0, 1), (0, 16)]]}
     pairs = [(name, value) for name, wrong in values.items() for value in (None, *wrong)]
@@ -314,14 +329,16 @@ def manifests(layout: LayoutName) -> Iterator[Case]:
     raw |= {f"no {field}": parquet(table.drop_columns([field])) for field in FILE_SCHEMA.names}
     raw |= {"extra column": parquet(table.append_column("extra", table["path"])), "cut": intact[:-1], "magic": b"PAR1"}
     raw |= {"name no utf-8": intact.replace(b"squared_e", b"squared_\xff"), "headless": intact[4:], "zeros": bytes(99)}
-    raw |= {"footer": intact[:-8] + b"\xff\xff\xff\x7fPAR1", "json": sound(layout)["dataset.json"]}
+    raw |= {"footer": intact[:-8] + b"\xff\xff\xff\x7fPAR1", "json": sound_files(layout)["dataset.json"]}
     for what, data in raw.items():
         yield Case(f"{name} {what}", "refuse", name, sealed(layout, {name: data}))
     yield Case(f"{name} changed", "refuse", name, {name: patch(intact, 40, b"?")})
 
 
-MAKERS = (shards, zarrs, sigmas, documents, specs, manifests)
-CASES = [case._replace(layout=layout) for layout in LAYOUT_NAMES for maker in MAKERS for case in maker(layout)]
+CASE_GENERATORS = (column_files, zarrs, sigmas, documents, specs, manifests)
+CASES = [
+    case._replace(layout=layout) for layout in LAYOUT_NAMES for generate in CASE_GENERATORS for case in generate(layout)
+]
 
 
 def batch_of(url: str) -> Batch:
@@ -338,20 +355,20 @@ def faults_of(url: str) -> None:
 
 @cache
 def sound_batch(layout: LayoutName, side: int) -> dict[str, torch.Tensor]:
-    faults_of(f"{HOME.name}/{layout}{side}")
-    return vars(batch_of(f"{HOME.name}/{layout}{side}"))
+    faults_of(f"{FOLDER.name}/{layout}{side}")
+    return vars(batch_of(f"{FOLDER.name}/{layout}{side}"))
 
 
-def check(case: Case, url: str, read: Callable[[str], Batch | None], must: bool) -> None:
+def check(case: Case, url: str, read: Callable[[str], Batch | None], must_refuse: bool) -> None:
     try:
         batch = read(url)
     except StoreError as error:
         message = str(error)
     else:
-        wanted = sound_batch(case.layout, case.side) if case.reading == "indifferent" else {}
-        assert not must and all(torch.equal(getattr(batch, name), value) for name, value in wanted.items())
+        expected = sound_batch(case.layout, case.side) if case.reading == "indifferent" else {}
+        assert not must_refuse and all(torch.equal(getattr(batch, name), value) for name, value in expected.items())
         return
-    assert re.search(f"{re.escape(url)}.*({case.blames})", message, re.DOTALL), message
+    assert re.search(f"{re.escape(url)}.*({case.blamed_files})", message, re.DOTALL), message
 
 
 # `make test` takes every tenth, which is one at least of each kind and layout.
@@ -362,14 +379,14 @@ SWEEP = [pytest.param(case, marks=() if i % 10 == 0 else pytest.mark.long) for i
 def test_every_reader_refuses(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NFM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "fdatasync", lambda descriptor: None)  # of the cache, which takes most of the time
-    files, root = sound(case.layout, case.side) | case.changes, f"{tmp_path}/store"
-    put(case, Path(root))
-    check(case, root, batch_of, must=case.reading == "refuse")
-    check(case, root, faults_of, must=True)
+    files, root = sound_files(case.layout, case.side) | case.changes, f"{tmp_path}/store"
+    write_case(case, Path(root))
+    check(case, root, batch_of, must_refuse=case.reading == "refuse")
+    check(case, root, faults_of, must_refuse=True)
     if case.reading != "indifferent" and not any(map(callable, files.values())):
         monkeypatch.setattr(MemoryFileSystem, "store", {})
         MemoryFileSystem().pipe({f"/hostile/{path}": data for path, data in files.items() if data is not None})
-        check(case, "memory://hostile", batch_of, must=True)
+        check(case, "memory://hostile", batch_of, must_refuse=True)
     assert not Bomb.marker.exists()
 
 
@@ -379,17 +396,17 @@ def test_there_are_many_cases_and_their_pickles_are_live() -> None:
     Bomb.marker.rmdir()
 
 
-def absurd() -> Iterator[Case]:
+def resource_cases() -> Iterator[Case]:
     """What takes memory or time without end, if a reader believes it."""
-    table = pa.Table.from_pylist(rows_of(sound("zarr")), FILE_SCHEMA)
+    table = pa.Table.from_pylist(rows_of(sound_files("zarr")), FILE_SCHEMA)
     text = pa.DictionaryArray.from_arrays(pa.array([0] * len(table), pa.int32()), pa.array(["x" * (64 * MIB)]))
     table = table.set_column(FILE_SCHEMA.get_field_index("path"), "path", text)
     short = parquet(table, store_schema=False, dictionary_pagesize_limit=1 << 30)
     yield Case("long text", "refuse", "manifest", sealed("zarr", {"manifest.parquet": short}))
     for name, spec in {"wide": WIDE, "many": LONG, "wide and many": WIDE | LONG}.items():
         yield Case(name, "refuse", "/", sealed("zarr", {}, **spec))
-    for name in (*NAMES, "x/c/0/0/0/0", "z/c/1/1/0/0/0", "label/c/1", "index/c/2"):
-        yield Case(f"sparse {name}", "refuse", name, {name: 900 * MIB if name in NAMES[1:] else MIB * MIB})
+    for name in (*DOCUMENTS, "x/c/0/0/0/0", "z/c/1/1/0/0/0", "label/c/1", "index/c/2"):
+        yield Case(f"sparse {name}", "refuse", name, {name: 900 * MIB if name in DOCUMENTS[1:] else MIB * MIB})
         yield Case(f"endless {name}", "refuse", name, {name: lambda to: to.symlink_to("/dev/zero")})
     for name in ("dataset.json", "x/c/0/0/0/0", "label/c/1"):
         yield Case(f"pipe {name}", "refuse", name, {name: os.mkfifo})
@@ -405,7 +422,7 @@ def probe(urls: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))  # of which Arrow takes one at once
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     for number, (url, read) in enumerate(itertools.product(urls, (batch_of, faults_of))):
-        os.environ["NFM_CACHE"] = f"{HOME.name}/cache-{number}"
+        os.environ["NFM_CACHE"] = f"{FOLDER.name}/cache-{number}"
         Path("/proc/self/clear_refs").write_text("5")  # forgets the largest size
         before = largest_size()
         signal.setitimer(signal.ITIMER_REAL, 120, 0.5)  # what hangs may hang again when it is closed
@@ -415,15 +432,15 @@ def probe(urls: list[str]) -> None:
             end = f"{type(error).__name__}: {error}"
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps([url, end[:4000], largest_size() - before]), flush=True)
-    HOME.cleanup()
+    FOLDER.cleanup()
     os._exit(0)  # without the threads that hang
 
 
 @pytest.mark.long
 def test_nothing_is_taken_by_the_word_of_a_store(tmp_path: Path) -> None:
-    cases = {f"{tmp_path}/{number}": case for number, case in enumerate(absurd())}
+    cases = {f"{tmp_path}/{number}": case for number, case in enumerate(resource_cases())}
     for path, case in cases.items():
-        put(case, Path(path))
+        write_case(case, Path(path))
     # The sparse ones once more as of a server: what fsspec reads through another file system is not local to us.
     cases |= {f"dir:/{path}::file:///.": case for path, case in cases.items() if case.name.startswith("sparse")}
     urls = sorted(cases, key=lambda url: cases[url].name.startswith("pipe"))  # threads that hang take room
@@ -433,7 +450,7 @@ def test_nothing_is_taken_by_the_word_of_a_store(tmp_path: Path) -> None:
     assert len(ends) == 2 * len(cases)
     wrong = []
     for url, end, grown in ends:
-        if not re.match(f"StoreError.*{re.escape(url)}.*{cases[url].blames}", end) or grown >= 200:
+        if not re.match(f"StoreError.*{re.escape(url)}.*{cases[url].blamed_files}", end) or grown >= 200:
             wrong.append(f"{url[:4]} {cases[url].name}: {end.replace(url, '')[:120]}, {grown} MiB more")
     assert not wrong, "\n".join(wrong)
 

@@ -1,4 +1,4 @@
-"""Stock readers get exactly what was written, and what ours reads is the same."""
+"""Stock readers get exactly what was written, and our reader gets the same."""
 
 import hashlib
 import io
@@ -25,26 +25,28 @@ from tests.tools.small_run import Run
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("webdataset", "zarr")
 
 
-def whole(store: Store, column: str, draw: int = -1) -> NDArray[Any]:
+def concatenate_blocks(store: Store, column: str, draw: int = -1) -> NDArray[Any]:
     return np.concatenate([store.column(column, block, draw) for block in range(store.spec.blocks)])
 
 
 def test_headers_are_those_of_tarfile() -> None:
     index = np.array([0, 7, 123_456_789_012])
-    for row, number in zip(tar_headers(index, "x.npy", 192), index.tolist(), strict=True):
+    for header, number in zip(tar_headers(index, "x.npy", 192), index.tolist(), strict=True):
         info = tarfile.TarInfo(f"{number:012d}.x.npy")
         info.size = 192
-        assert row.tobytes() == info.tobuf(tarfile.USTAR_FORMAT)
+        assert header.tobytes() == info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_both_layouts_hold_the_same_values(run: Run) -> None:
-    ours, theirs = (Store(run.couplings[layout]) for layout in LAYOUT_NAMES)
+    webdataset, zarr_store = (Store(run.couplings[layout]) for layout in LAYOUT_NAMES)
     for column in ("x", "label", "index"):
-        assert np.array_equal(whole(ours, column), whole(theirs, column))
-    for draw in range(ours.spec.draws):
+        assert np.array_equal(concatenate_blocks(webdataset, column), concatenate_blocks(zarr_store, column))
+    for draw in range(webdataset.spec.draws):
         for column in ("z", "noise"):
-            assert np.array_equal(whole(ours, column, draw), whole(theirs, column, draw))
-    assert np.array_equal(ours.sigma_f, theirs.sigma_f)
+            assert np.array_equal(
+                concatenate_blocks(webdataset, column, draw), concatenate_blocks(zarr_store, column, draw)
+            )
+    assert np.array_equal(webdataset.sigma_f, zarr_store.sigma_f)
 
 
 def test_tar_and_numpy_read_the_files(run: Run) -> None:
@@ -79,13 +81,13 @@ def test_stock_zarr_reads_the_group(run: Run) -> None:
     for column in ("x", "label", "index"):
         array = group[column]
         assert isinstance(array, zarr.Array)
-        assert np.array_equal(np.asarray(array[:]), whole(store, column))
+        assert np.array_equal(np.asarray(array[:]), concatenate_blocks(store, column))
     for column in ("z", "noise"):
         array = group[column]
         assert isinstance(array, zarr.Array)
         assert array.shape == (store.spec.draws, store.spec.rows, *store.spec.shape)
         for draw in range(store.spec.draws):
-            assert np.array_equal(np.asarray(array[draw]), whole(store, column, draw))
+            assert np.array_equal(np.asarray(array[draw]), concatenate_blocks(store, column, draw))
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
@@ -103,14 +105,14 @@ def test_manifest_lists_every_file_with_its_sha256(run: Run, layout: LayoutName)
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_the_tuple_is_what_the_teacher_did(run: Run, layout: LayoutName) -> None:
-    """x, noise, z and label against the slow and obvious: one image at a time, from the definition."""
+    """x, noise, z and label equal those computed from the definition, one image at a time."""
     from nfm.stages.encode import load_teacher
 
     store, samples = Store(run.couplings[layout]), Store(f"{run.samples}/train")
     teacher, _ = load_teacher(run.teacher)
     assert store.spec.coupling is not None
-    assert np.array_equal(whole(store, "x"), whole(samples, "x"))
-    assert np.array_equal(whole(store, "label"), samples.labels())
+    assert np.array_equal(concatenate_blocks(store, "x"), concatenate_blocks(samples, "x"))
+    assert np.array_equal(concatenate_blocks(store, "label"), samples.labels())
     for index in (0, 31, 32, store.spec.rows - 1):
         block, row = divmod(index, store.spec.block_rows)
         for draw in range(store.spec.draws):
@@ -118,16 +120,16 @@ def test_the_tuple_is_what_the_teacher_did(run: Run, layout: LayoutName) -> None
             drawn = standard_normal(0, np.array([index]), draw, store.spec.shape)[0]
             assert np.array_equal(noise, drawn.astype(np.float16))
             x = to_float(store.column("x", block)[row])
-            seen = x + store.spec.coupling.eta * torch.from_numpy(noise.astype(np.float32))
+            noisy = x + store.spec.coupling.eta * torch.from_numpy(noise.astype(np.float32))
             y = torch.tensor([store.column("label", block)[row]])
             with torch.no_grad():
-                z = teacher(seen[None], y).z[0].numpy()
+                z = teacher(noisy[None], y).z[0].numpy()
             np.testing.assert_allclose(store.column("z", block, draw)[row], z, atol=2e-5, rtol=1e-3)
 
 
 def test_sigma_f_is_the_rms_of_all_z(run: Run) -> None:
     store = Store(run.couplings["webdataset"])
-    z = np.stack([whole(store, "z", draw) for draw in range(store.spec.draws)]).astype(np.float64)
+    z = np.stack([concatenate_blocks(store, "z", draw) for draw in range(store.spec.draws)]).astype(np.float64)
     np.testing.assert_allclose(store.sigma_f, np.sqrt((z**2).mean(axis=(0, 1))), rtol=1e-6)
 
 
@@ -146,10 +148,10 @@ def test_round_trip_of_any_number_of_rows(layout: LayoutName, rows: int) -> None
     )
     rng = np.random.default_rng(0)
     for block in range(spec.blocks):
-        here = spec.rows_of(block)
+        num_rows = spec.rows_of(block)
         written: dict[str, NDArray[Any]] = {
-            "x": rng.integers(0, 256, (here, 3, 5, 7), dtype=np.uint8),
-            "label": rng.integers(0, 1000, here).astype(np.int64),
+            "x": rng.integers(0, 256, (num_rows, 3, 5, 7), dtype=np.uint8),
+            "label": rng.integers(0, 1000, num_rows).astype(np.int64),
         }
         if block == 0:
             written["x"][:] = 0  # a chunk of fill values still has its place
@@ -157,7 +159,7 @@ def test_round_trip_of_any_number_of_rows(layout: LayoutName, rows: int) -> None
         for kind in LAYOUTS[layout].base_kinds:
             data = LAYOUTS[layout].encode_file(spec, kind, block, written)
             assert data == LAYOUTS[layout].encode_file(spec, kind, block, written)
-            assert len(data) == LAYOUTS[layout].file_size(spec, kind, here)
+            assert len(data) == LAYOUTS[layout].file_size(spec, kind, num_rows)
             read |= LAYOUTS[layout].view_columns(spec, kind, block, np.frombuffer(data, np.uint8))
         assert np.array_equal(read["x"], written["x"])
         assert np.array_equal(read["label"], written["label"])

@@ -66,8 +66,8 @@ def test_a_dead_driver_of_this_machine_is_followed_at_once(
 ) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with Lease(str(tmp_path), LEASE_FILE) as mine:
-        assert mine.previous_in_flight == [UNIT]
+    with Lease(str(tmp_path), LEASE_FILE) as lease_of_test:
+        assert lease_of_test.previous_in_flight == [UNIT]
     assert clock.seconds == 0
     assert not (tmp_path / LEASE_FILE).exists()
 
@@ -79,28 +79,28 @@ def test_a_driver_elsewhere_is_dead_when_it_renews_no_more(
     os.waitpid(holder.pid, os.WUNTRACED)  # until it is stopped
     rewrite(tmp_path, host="elsewhere")
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
-    with Lease(str(tmp_path), LEASE_FILE) as mine:
+    with Lease(str(tmp_path), LEASE_FILE) as lease_of_test:
         assert clock.seconds >= lease.LEASE_SECONDS
-        mine.raise_if_lost()
+        lease_of_test.raise_if_lost()
 
-        def error_of_mine() -> StoreError | None:
+        def renewal_error() -> StoreError | None:
             rewrite(tmp_path, token="another")  # once more, where it was renewed at the same moment
             try:
-                mine.raise_if_lost()
+                lease_of_test.raise_if_lost()
             except StoreError as error:
                 return error
             return None
 
-        assert "took over encoding into it" in str(wait_for(error_of_mine, "the end of a lease that another took over"))
-    assert (tmp_path / LEASE_FILE).exists(), "the lease of another is not ours to delete"
+        assert "took over encoding into it" in str(wait_for(renewal_error, "the end of a lease that another took over"))
+    assert (tmp_path / LEASE_FILE).exists(), "the lease of another driver is not deleted"
 
 
-def test_what_was_in_hand_outlives_a_driver_that_was_told_to_end(tmp_path: Path) -> None:
+def test_units_in_flight_outlive_a_driver_that_was_interrupted(tmp_path: Path) -> None:
     first = Lease(str(tmp_path), LEASE_FILE)
     first.__enter__()
     first.set_in_flight(["b", "a"])
     first.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     rewrite(tmp_path, host="elsewhere")
-    with Lease(str(tmp_path), LEASE_FILE) as second:  # which needs no wait: the first said that it ended
+    with Lease(str(tmp_path), LEASE_FILE) as second:  # without a wait: the first has released it
         assert second.previous_in_flight == ["a", "b"]
     assert os.listdir(tmp_path / "commits") == []

@@ -76,7 +76,7 @@ def test_frozen_and_antisymmetric_over_the_range_of_words() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 8), (3, 5, 5), (3, 32, 32)])
 def test_the_same_for_every_world_size_and_batch_size_and_from_threads_at_once(shape: tuple[int, ...]) -> None:
     index = np.random.default_rng(0).permutation(1_281_167)[:37]
-    whole = standard_normal(1, index, 4, shape)  # (3, 32, 32) is more than one chunk
+    all_at_once = standard_normal(1, index, 4, shape)  # (3, 32, 32) is more than one chunk
     parts = [
         rank_rows[start : start + batch]
         for world, batch in ((1, 1), (2, 16), (3, 5), (8, 2))
@@ -86,7 +86,7 @@ def test_the_same_for_every_world_size_and_batch_size_and_from_threads_at_once(s
     with ThreadPoolExecutor(8) as pool:
         noises = pool.map(lambda rows: standard_normal(1, index[rows], 4, shape), parts)
         for rows, noise in zip(parts, noises, strict=True):
-            assert np.array_equal(noise, whole[rows]) and noise.flags.c_contiguous
+            assert np.array_equal(noise, all_at_once[rows]) and noise.flags.c_contiguous
 
 
 def test_the_same_without_the_vector_instructions_of_this_cpu() -> None:

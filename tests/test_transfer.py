@@ -25,12 +25,12 @@ OTHER: dict[LayoutName, LayoutName] = {"webdataset": "zarr", "zarr": "webdataset
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
-def test_conversion_there_and_back_gives_the_same_bytes(run: Run, tmp_path: Path, layout: LayoutName) -> None:
-    there, back = f"{tmp_path}/there", f"{tmp_path}/back"
-    convert_store(Store(run.couplings[layout]), there, OTHER[layout], ignore_progress, None)
-    assert list(Store(there).find_faults()) == []
-    assert Store(there).dataset.id == Store(run.couplings[OTHER[layout]]).dataset.id, "as if encoded in that layout"
-    convert_store(Store(there), back, layout, ignore_progress, None)
+def test_converting_and_converting_back_gives_the_same_bytes(run: Run, tmp_path: Path, layout: LayoutName) -> None:
+    converted, back = f"{tmp_path}/converted", f"{tmp_path}/back"
+    convert_store(Store(run.couplings[layout]), converted, OTHER[layout], ignore_progress, None)
+    assert list(Store(converted).find_faults()) == []
+    assert Store(converted).dataset.id == Store(run.couplings[OTHER[layout]]).dataset.id, "as if encoded in that layout"
+    convert_store(Store(converted), back, layout, ignore_progress, None)
     assert content(back) == content(run.couplings[layout])
     assert Store(back).cost == Store(run.couplings[layout]).cost
 
@@ -108,8 +108,8 @@ def test_a_copy_over_another_store_is_refused(run: Run, tmp_path: Path) -> None:
 def test_an_interrupted_copy_is_never_called_complete(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at any write: no commit record says that a file is there which was not read back, and another store is
-    refused."""
+    """Killed at any write: no commit record names a file that was not read back, and a copy of another store to the
+    same URL is refused."""
     store, out = Store(run.couplings["webdataset"]), str(tmp_path / "out")
     writes: list[str] = []
     original = Root.write

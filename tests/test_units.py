@@ -1,4 +1,4 @@
-"""Which units a store still needs, and what counts as one that is done."""
+"""Which units a store still needs, and which count as committed."""
 
 import random
 from itertools import pairwise
@@ -19,23 +19,23 @@ from tests.tools.stores import flip, sample_spec
 
 
 def couplings_spec(run: Run, draws: int) -> Spec:
-    whole = Store(run.couplings["webdataset"]).spec
-    assert whole.coupling is not None
-    return whole.model_copy(update={"coupling": whole.coupling.model_copy(update={"draws": draws})})
+    spec = Store(run.couplings["webdataset"]).spec
+    assert spec.coupling is not None
+    return spec.model_copy(update={"coupling": spec.coupling.model_copy(update={"draws": draws})})
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_missing_units_and_done_ones_hold_each_file_once(run: Run, seed: int) -> None:
-    """Against the obvious: every file of the store, in the unit that holds it."""
-    generator, whole = random.Random(seed), couplings_spec(run, 12)
-    done = set()
-    for block in range(whole.blocks):
+def test_missing_and_committed_units_contain_each_file_once(run: Run, seed: int) -> None:
+    """By the definition: every file of the store is in exactly one unit."""
+    generator, spec = random.Random(seed), couplings_spec(run, 12)
+    committed = set()
+    for block in range(spec.blocks):
         cuts = sorted(generator.sample(range(13), generator.randrange(2, 6)))
-        done |= {Unit(block, a, b) for a, b in pairwise(cuts) if generator.random() < 0.5}
-    units = [*done, *list_missing_units(whole, done)]
-    for key in expected_keys(whole):
+        committed |= {Unit(block, a, b) for a, b in pairwise(cuts) if generator.random() < 0.5}
+    units = [*committed, *list_missing_units(spec, committed)]
+    for key in expected_keys(spec):
         assert sum(unit.contains(key) for unit in units) == 1, key
-    assert list_missing_units(whole, units) == []
+    assert list_missing_units(spec, units) == []
 
 
 def test_a_sample_store_has_one_unit_a_block() -> None:
@@ -47,42 +47,42 @@ def test_names_survive_the_listing(tmp_path: Path) -> None:
     units = {Unit(0, 0, 8), Unit(1234567, 8, 4096), Unit(3, 0, 0)}
     for unit in units:
         Root(str(tmp_path)).write(unit.commit_file, b"")
-    for other in ("spec.json", "driver.json", "000001.json", "x.k000-001.json"):
-        Root(str(tmp_path)).write(f"commits/{other}", b"")
+    for name in ("spec.json", "driver.json", "000001.json", "x.k000-001.json"):
+        Root(str(tmp_path)).write(f"commits/{name}", b"")
     assert list_committed_units(Root(str(tmp_path))) == units
 
 
 def test_draws_do_not_change_the_lineage_and_all_else_does(run: Run) -> None:
-    whole = couplings_spec(run, 3)
-    assert couplings_spec(run, 4).lineage == whole.lineage
-    assert whole.model_copy(update={"rows": whole.rows + 1}).lineage != whole.lineage
-    assert whole.coupling is not None
+    spec = couplings_spec(run, 3)
+    assert couplings_spec(run, 4).lineage == spec.lineage
+    assert spec.model_copy(update={"rows": spec.rows + 1}).lineage != spec.lineage
+    assert spec.coupling is not None
     for change in ({"eta": 0.5}, {"precision": "bf16"}, {"source": "0" * 64}, {"z_dtype": "float32"}):
-        other = whole.coupling.model_copy(update=change)
-        assert whole.model_copy(update={"coupling": other}).lineage != whole.lineage
+        other = spec.coupling.model_copy(update=change)
+        assert spec.model_copy(update={"coupling": other}).lineage != spec.lineage
 
 
 @pytest.mark.parametrize("kind", ["x", "z", "noise", "sum_z2", "commit"])
 def test_a_flipped_bit_of_any_file_of_a_unit_is_found(run: Run, tmp_path: Path, kind: str) -> None:
     store, unit = Store(run.couplings["webdataset"]), Unit(1, 0, 3)
-    root, whole = Root(str(tmp_path)), couplings_spec(run, 3)
+    root, spec = Root(str(tmp_path)), couplings_spec(run, 3)
     commit = read_commit(store.root, store.spec, unit)
     for path in (*(file.path for file in commit.files), unit.commit_file):
         root.write(path, store.root.read(path, 1 << 30))
-    assert find_faults(root, whole, unit) == []
+    assert find_faults(root, spec, unit) == []
     paths = {file.column: file.path for file in commit.files} | {"commit": unit.commit_file}
     generator = np.random.default_rng(0)
     data = root.read(paths[kind], 1 << 30)
     for position in generator.integers(0, len(data), 20).tolist():
         root.write(paths[kind], flip(position)(data))
-        assert len(find_faults(root, whole, unit)) == 1, position
+        assert len(find_faults(root, spec, unit)) == 1, position
     root.delete(paths[kind])
-    assert len(find_faults(root, whole, unit)) == 1
+    assert len(find_faults(root, spec, unit)) == 1
 
 
 @pytest.mark.parametrize("folder", ["commits/", "z/"])
 def test_storage_that_is_away_is_no_damage(run: Run, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    """Else a commit would be revoked, and its unit encoded again, for an outage."""
+    """Otherwise an outage would delete a commit record, and its unit would be encoded again."""
     store = Store(run.couplings["webdataset"])
     original = store.root.read
 
@@ -97,7 +97,7 @@ def test_storage_that_is_away_is_no_damage(run: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_units_that_overlap_give_the_same_store(run: Run, tmp_path: Path) -> None:
-    """As two drivers leave them that started in the same instant with other draws."""
+    """Two drivers that started at the same time, with different draws, leave such units."""
     for path in Path(run.couplings["webdataset"]).rglob("*"):
         if path.is_file() and path.name not in ("dataset.json", "sigma_f.npy"):
             target = tmp_path / path.relative_to(run.couplings["webdataset"])
