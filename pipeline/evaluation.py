@@ -8,6 +8,7 @@ from nfm.pipeline.report import sampler_names, write_report
 from nfm.pipeline.report_plots import student_names
 from nfm.stages.checkpoint import load_network, weights_sha256
 from nfm.stages.evaluate import evaluate, save_evaluation
+from nfm.stages.progress import Progress
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import Root
 
@@ -17,27 +18,25 @@ MAX_METRICS_BYTES = 1 << 28
 def evaluate_and_report(
     config: Config, samples: str, couplings: str, teacher: str, students: dict[str, str], out: str
 ) -> str:
-    """`metrics.json`, `grids.npz` and `report.html` in `out`; what was measured before on the same inputs is reused.
+    """Write `metrics.json`, `grids.npz` and `report.html` to `out`, and return a summary for the terminal.
 
-    Returns a summary for the terminal.
+    What was measured before on the same inputs with the same settings is reused. `students` are URLs by name.
     """
     root = Root(out)
-    inputs = _inputs(samples, couplings, teacher, students)
-    settings = config.model_dump(mode="json", exclude={"storage"})  # it changes no result, and may hold secrets
-    metrics: dict[str, Any] | None = None
-    if root.exists("metrics.json") and root.exists("grids.npz"):
-        metrics = json.loads(root.read("metrics.json", MAX_METRICS_BYTES))
-        if metrics is not None and (metrics.get("inputs"), metrics.get("config")) != (inputs, settings):
-            metrics = None
+    with Progress("read the networks to evaluate"):
+        inputs = _identify_inputs(samples, couplings, teacher, students)
+    settings = config.model_dump(mode="json", exclude={"storage"})  # storage changes no result, and may hold secrets
+    metrics = _read_metrics(root, inputs, settings)
     if metrics is None:
         measured, grids = evaluate(config.evaluate, samples, couplings, teacher, students)
         metrics = measured | {"config": settings, "inputs": inputs}
         save_evaluation(root, metrics, grids)
-    write_report(root, metrics)
-    return _summary(metrics, f"{out}/report.html")
+    with Progress("write the report"):
+        write_report(root, metrics)
+    return _summarize(metrics, f"{out}/report.html")
 
 
-def _inputs(samples: str, couplings: str, teacher: str, students: dict[str, str]) -> dict[str, Any]:
+def _identify_inputs(samples: str, couplings: str, teacher: str, students: dict[str, str]) -> dict[str, Any]:
     """Identity of everything that the metrics depend on."""
     return {
         "samples": [Store(f"{samples}/{split}", kind="samples").dataset.id for split in ("train", "val")],
@@ -47,8 +46,22 @@ def _inputs(samples: str, couplings: str, teacher: str, students: dict[str, str]
     }
 
 
-def _summary(metrics: dict[str, Any], report: str) -> str:
-    fd, teacher, samplers = metrics["fd"], metrics["teacher"], sampler_names(metrics)
+def _read_metrics(root: Root, inputs: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics in `root`, if they were measured on these inputs with these settings."""
+    if not (root.exists("metrics.json") and root.exists("grids.npz")):
+        return None
+    metrics: dict[str, Any] | None = json.loads(root.read("metrics.json", MAX_METRICS_BYTES))
+    if metrics is None or metrics.get("inputs") != inputs or metrics.get("config") != settings:
+        return None
+    return metrics
+
+
+def _summarize(metrics: dict[str, Any], report_url: str) -> str:
+    """A table of the students, and what their distances are to be compared with."""
+    distances = metrics["fd"]
+    teacher = metrics["teacher"]
+    floor = distances["floor"]
+    samplers = sampler_names(metrics)
     lines = [
         f"{'':16}{'loss':>8}" + "".join(f"{name:>18}" for name in samplers),
         f"{'':24}" + f"{'FD      κ':>18}" * len(samplers),
@@ -57,15 +70,13 @@ def _summary(metrics: dict[str, Any], report: str) -> str:
         student = metrics["students"][name]
         cells = [f"{student[sampler]['fd']:.3f}  {student[sampler]['curvature']:.4f}" for sampler in samplers]
         lines.append(f"{name:16}{student['loss']:8.4f}" + "".join(f"{cell:>18}" for cell in cells))
-    floor = fd["floor"]
     lines += [
-        f"teacher: FD {teacher['fd']:.3f}, {teacher['bpd']:.3f} bits/dim, round trip "
-        f"{teacher['roundtrip_max_abs']:.1e}",
-        f"FD is over {fd['features']}, of {fd['samples']} samples against {fd['reference']} training images. "
-        "Noise floor: "
-        f"{floor['samples']} fresh real images have",
+        f"teacher: FD {teacher['fd']:.3f}, {teacher['bpd']:.3f} bits/dim, "
+        f"round trip {teacher['roundtrip_max_abs']:.1e}",
+        f"FD is over {distances['features']}, of {distances['samples']} samples against {distances['reference']} "
+        f"training images. Noise floor: {floor['samples']} fresh real images have",
         f"{floor['fd']:.3f} (as many of the teacher's: {teacher['fd_at_floor_samples']:.3f}); "
-        f"{fd['samples']} resampled training images, {fd['resampled']['fd']:.3f}",
-        f"report: {report}",
+        f"{distances['samples']} resampled training images, {distances['resampled']['fd']:.3f}",
+        f"report: {report_url}",
     ]
     return "\n".join(lines)
