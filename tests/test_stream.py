@@ -1,4 +1,4 @@
-"""The order of training data: pure in (seed, epoch, position), whatever the readers."""
+"""Streams: their order is a function of (seed, epoch, position) alone, their values are those of the store."""
 
 import subprocess
 import sys
@@ -27,16 +27,16 @@ from tests.tools.small_run import Run
 from tests.tools.waiting import PATIENCE
 
 
-def keys(stream: CouplingStream, batches: int) -> list[tuple[int, int]]:
-    """(index, draw) of each sample."""
-    out: list[tuple[int, int]] = []
-    for _ in range(batches):
+def read_keys(stream: CouplingStream, num_batches: int) -> list[tuple[int, int]]:
+    """(index, draw) of each sample of the next batches."""
+    keys: list[tuple[int, int]] = []
+    for _ in range(num_batches):
         batch = next(stream)
-        out += zip(batch.index.tolist(), batch.draw.tolist(), strict=True)
-    return out
+        keys += zip(batch.index.tolist(), batch.draw.tolist(), strict=True)
+    return keys
 
 
-def test_frozen_permutation() -> None:
+def test_permutation_never_changes() -> None:
     assert permutation(8, seed=1, stream=1, counter=0).tolist() == [0, 6, 5, 3, 4, 7, 2, 1]
 
 
@@ -54,7 +54,7 @@ def test_a_window_holds_few_blocks_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 10])
-def test_the_shuffle_is_one(window: int | None) -> None:
+def test_the_shuffle_is_random(window: int | None) -> None:
     """Rank correlation with the stored order, and neighbours from one block, as chance would have them; in windows,
     within each window."""
     n, block_rows = 20_000, 200
@@ -103,25 +103,26 @@ def test_both_layouts_stream_the_same_batches(run: Run) -> None:
 
 def test_ranks_share_one_global_sequence_and_resume_it_at_another_world_size(run: Run) -> None:
     url = run.couplings["webdataset"]
-    whole = keys(CouplingStream(url, 12, seed=5), 40)  # spans two epochs and more
+    expected = read_keys(CouplingStream(url, 12, seed=5), 40)  # spans two epochs and more
 
-    def part(world: int, batches: int, state: StreamState) -> tuple[list[tuple[int, int]], StreamState]:
-        streams = [CouplingStream(url, 12, seed=5, rank=rank, world_size=world) for rank in range(world)]
-        got: list[tuple[int, int]] = []
+    def read_part(world_size: int, num_batches: int, state: StreamState) -> tuple[list[tuple[int, int]], StreamState]:
+        """Global batches from `state` on, read by `world_size` ranks, and the state after them."""
+        streams = [CouplingStream(url, 12, seed=5, rank=rank, world_size=world_size) for rank in range(world_size)]
+        keys: list[tuple[int, int]] = []
         for stream in streams:
             stream.state = state
-        for _ in range(batches):
+        for _ in range(num_batches):
             for stream in streams:
-                got += keys(stream, 1)
+                keys += read_keys(stream, 1)
         assert len({stream.state for stream in streams}) == 1
-        return got, streams[0].state
+        return keys, streams[0].state
 
     sequence: list[tuple[int, int]] = []
     state = StreamState()
-    for world, batches in ((1, 7), (4, 18), (3, 15)):
-        got, state = part(world, batches, state)
-        sequence += got
-    assert sequence == whole
+    for world_size, num_batches in ((1, 7), (4, 18), (3, 15)):
+        keys, state = read_part(world_size, num_batches, state)
+        sequence += keys
+    assert sequence == expected
 
 
 def test_a_batch_may_be_larger_than_the_store(run: Run) -> None:
@@ -145,7 +146,7 @@ def test_sizes_that_do_not_fit_are_refused(run: Run, batch: int, rank: int, worl
 def test_any_shape_and_length_is_gathered_as_stored(
     tmp_path: Path, layout: LayoutName, shape: tuple[int, int, int], rows: int
 ) -> None:
-    """The one strided matrix over all files against the slow and obvious."""
+    """The stream, which gathers from all files at once, against the store, which reads block by block."""
     write_random_couplings(str(tmp_path), layout, shape, rows, draws=3)
     store = Store(str(tmp_path))
     with closing(CouplingStream(store.url, 2 * rows + 5, seed=1, window_blocks=2)) as stream:
@@ -165,9 +166,9 @@ def test_a_mixture_has_its_weights_and_each_store_its_own_sequence(tmp_path: Pat
         write_random_couplings(url, "zarr" if i == 1 else "webdataset", (1, 4, 4), rows, draws=2, seed=i)
     sources = [Source(url, weight) for url, weight in zip(urls, (5.0, 2.0, 1.0), strict=True)]
     with closing(CouplingStream(sources, 100, seed=4)) as stream:
-        found = [next(stream) for _ in range(2 * MIXTURE_PERIOD // 100)]
+        batches = [next(stream) for _ in range(2 * MIXTURE_PERIOD // 100)]
         assert stream.state == StreamState(*divmod(2 * MIXTURE_PERIOD, 97 + 40 + 64))
-    source = torch.cat([batch.source for batch in found])
+    source = torch.cat([batch.source for batch in batches])
     assert torch.bincount(source[:MIXTURE_PERIOD]).tolist() == [6250, 2500, 1250]
     assert torch.bincount(source).tolist() == [12500, 5000, 2500]
     assert torch.unique(source[:50]).tolist() == [0, 1, 2], "mixed, not one after the other"
@@ -175,15 +176,15 @@ def test_a_mixture_has_its_weights_and_each_store_its_own_sequence(tmp_path: Pat
         with closing(CouplingStream(url, 1250, seed=derive_source_seed(4, i))) as alone:
             single = next(alone)
         for name in ("x", "z", "label", "index", "draw"):
-            whole = torch.cat([getattr(batch, name) for batch in found])[source == i][:1250]
-            assert torch.equal(whole, getattr(single, name))
+            from_source = torch.cat([getattr(batch, name) for batch in batches])[source == i]
+            assert torch.equal(from_source[:1250], getattr(single, name))
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [((1, 0), "positive"), ((1, -1), "positive"), ((1, float("nan")), "positive"), ((1, 1e-9), "at least")],
 )
-def test_weights_that_are_none_are_refused(run: Run, weights: tuple[float, float], message: str) -> None:
+def test_invalid_weights_are_refused(run: Run, weights: tuple[float, float], message: str) -> None:
     sources = [Source(url, weight) for url, weight in zip(run.couplings.values(), weights, strict=True)]
     with pytest.raises(ValueError, match=message):
         CouplingStream(sources, 8, seed=0)
@@ -195,13 +196,13 @@ def test_stores_of_other_shapes_do_not_mix(run: Run, tmp_path: Path) -> None:
         CouplingStream([Source(run.couplings["zarr"]), Source(str(tmp_path))], 8, seed=0)
 
 
-def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it() -> None:
+def test_memory_of_a_batch_is_reused_only_when_no_tensor_shares_it() -> None:
     pool = BufferPool()
     first = pool.allocate(4, 3, torch.float32)
     address, part = first.data_ptr(), first[1:2]
     assert pool.allocate(4, 3, torch.float32).data_ptr() != address
     del first
-    assert pool.allocate(4, 3, torch.float32).data_ptr() != address, "a view still shows it"
+    assert pool.allocate(4, 3, torch.float32).data_ptr() != address, "a view still shares it"
     part += 1
     del part
     assert address in {tensor.data_ptr() for tensor in [pool.allocate(4, 3, torch.float32) for _ in range(3)]}
@@ -209,17 +210,17 @@ def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it() -> None:
 
 def test_batches_kept_by_the_caller_do_not_change(run: Run) -> None:
     with closing(CouplingStream(run.couplings["zarr"], 16, seed=2)) as stream:
-        kept = [next(stream) for _ in range(20)]
+        batches = [next(stream) for _ in range(20)]
     with closing(CouplingStream(run.couplings["zarr"], 16, seed=2)) as stream:
-        for batch in kept:
+        for batch in batches:
             assert torch.equal(batch.z, next(stream).z)
 
 
 def test_setting_the_state_discards_what_was_prepared(run: Run) -> None:
     with closing(CouplingStream(run.couplings["zarr"], 16, seed=2)) as stream:
-        found = [next(stream) for _ in range(5)]
+        batches = [next(stream) for _ in range(5)]
         stream.state = StreamState(0, 16)
-        assert torch.equal(next(stream).index, found[1].index)
+        assert torch.equal(next(stream).index, batches[1].index)
         assert stream.state == StreamState(0, 32)
         with pytest.raises(ValueError, match="expected a position below"):
             stream.state = StreamState(0, 10**9)
@@ -232,22 +233,24 @@ def test_values_as_stored_become_the_same_floats(run: Run, view: View, mixed: bo
     arguments: dict[str, Any] = {"url": sources if mixed else sources[0].url, "batch_size": 50, "seed": 1, "view": view}
     with closing(CouplingStream(**arguments)) as floats, closing(CouplingStream(**arguments, stored=True)) as stored:
         for _ in range(5):
-            ours, theirs = next(stored), next(floats)
-            assert ours.x.dtype == torch.uint8 and (view == "samples" or ours.z.dtype == torch.float16)
-            assert floats.to_float(theirs) is theirs
-            converted = stored.to_float(ours)
-            assert all(torch.equal(vars(converted)[name], vars(theirs)[name]) for name in vars(theirs))
+            stored_batch = next(stored)
+            expected = next(floats)
+            assert stored_batch.x.dtype == torch.uint8
+            assert view == "samples" or stored_batch.z.dtype == torch.float16
+            assert floats.to_float(expected) is expected
+            converted = stored.to_float(stored_batch)
+            assert all(torch.equal(vars(converted)[name], vars(expected)[name]) for name in vars(expected))
 
 
-def test_stores_of_the_same_images_do_not_show_them_together(run: Run) -> None:
+def test_stores_of_the_same_images_do_not_give_them_side_by_side(run: Run) -> None:
     """Two teachers over one data set is what mixtures are for."""
     sources = [Source(url) for url in run.couplings.values()]
     with closing(CouplingStream(sources, 64, seed=0)) as stream:
-        found = [next(stream) for _ in range(40)]
+        batches = [next(stream) for _ in range(40)]
     rows = Store(sources[0].url).spec.rows
-    together = sum(len(batch.index) - len(torch.unique(batch.index)) for batch in found)
-    by_chance = 40 * 64 * 63 / 2 / rows / 2  # about: pairs from different stores that agree
-    assert together < 2 * by_chance
+    num_repeated = sum(len(batch.index) - len(torch.unique(batch.index)) for batch in batches)
+    expected_by_chance = 40 * 64 * 63 / 2 / rows / 2  # pairs in a batch, from different stores, of the same row
+    assert num_repeated < 2 * expected_by_chance
 
 
 def test_a_closed_stream_says_so(run: Run) -> None:
@@ -261,7 +264,13 @@ def test_a_closed_stream_says_so(run: Run) -> None:
     stream.close()
 
 
-EXITS = {"end": "", "error": "raise SystemExit(3)", "exception": "1 / 0", "held": "kept = [next(s) for _ in range(4)]"}
+# How a program ends: the last statement, and the exit code.
+EXITS = {
+    "end": ("", 0),
+    "exit": ("raise SystemExit(3)", 3),
+    "exception": ("1 / 0", 1),
+    "batches alive": ("batches = [next(s) for _ in range(4)]", 0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -272,14 +281,17 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["end", "exception", *(pytest.param(name, marks=pytest.mark.long) for name in ("error", "held"))]
+    "name", ["end", "exception", *(pytest.param(name, marks=pytest.mark.long) for name in ("exit", "batches alive"))]
 )
 def test_a_program_may_end_with_a_stream_open(large: str, name: str) -> None:
-    """No thread reads memory that the end of the interpreter takes away: a batch is under way when it comes."""
+    """A batch is being made when the interpreter ends, and no thread may read memory that it takes away."""
+    last_statement, exit_code = EXITS[name]
     script = (
         "import sys\nfrom nfm.storage_specs.reading.stream import CouplingStream\n"
-        f"s = CouplingStream(sys.argv[1], 8192, 0)\nfor _ in range(3): next(s)\n{EXITS[name]}"
+        f"s = CouplingStream(sys.argv[1], 8192, 0)\nfor _ in range(3): next(s)\n{last_statement}"
     )
-    done = subprocess.run([sys.executable, "-c", script, large], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == {"end": 0, "error": 3, "exception": 1, "held": 0}[name], done.stderr
-    assert ("Traceback" in done.stderr) == ("ZeroDivisionError" in done.stderr) == (name == "exception"), done.stderr
+    process = subprocess.run([sys.executable, "-c", script, large], capture_output=True, text=True, timeout=PATIENCE)
+    assert process.returncode == exit_code, process.stderr
+    has_traceback = "Traceback" in process.stderr
+    has_zero_division = "ZeroDivisionError" in process.stderr
+    assert has_traceback == has_zero_division == (name == "exception"), process.stderr
