@@ -9,6 +9,7 @@ from nfm.pipeline.report_plots import student_names
 from nfm.stages.checkpoint import load_network, weights_sha256
 from nfm.stages.evaluate import evaluate, save_evaluation
 from nfm.stages.progress import Progress
+from nfm.stages.splits import open_splits
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import Root
 
@@ -39,7 +40,7 @@ def evaluate_and_report(
 def _identify_inputs(samples: str, couplings: str, teacher: str, students: dict[str, str]) -> dict[str, Any]:
     """Identity of everything that the metrics depend on."""
     return {
-        "samples": [Store(f"{samples}/{split}", kind="samples").dataset.id for split in ("train", "val")],
+        "samples": [store.dataset.id for store in open_splits(samples)],
         "couplings": Store(couplings, kind="couplings").dataset.id,
         "teacher": weights_sha256(load_network(teacher, "TarFlow")[0].state_dict()),
         "students": {name: weights_sha256(load_network(url, "SiT")[0].state_dict()) for name, url in students.items()},

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from nfm.models.sit import SiT, SiTConfig
 from nfm.models.tarflow import TarFlow, TarFlowConfig
 from nfm.stages.errors import StageError
-from nfm.stages.progress import Progress
 from nfm.storage_specs.storage.files import Root
 
 MAX_BYTES = 1 << 38  # of a checkpoint that is read
@@ -80,8 +79,7 @@ def load(url: str) -> Checkpoint:
     Raises StoreError if there is no file, StageError if it is not a checkpoint of this project.
     """
     root, name = split_url(url)
-    with Progress(f"read {name}"):
-        data = root.read(name, MAX_BYTES)
+    data = root.read(name, MAX_BYTES)
     try:
         header_bytes = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + header_bytes])

@@ -375,10 +375,12 @@ def reencode(store: Store, teacher: str, count: int, seed: int) -> float:
 
     Raises StageError for another teacher than the store's, StoreError if a difference is too large.
     """
-    network, _ = load_teacher(teacher)
     coupling = store.spec.coupling
     assert coupling is not None
-    if weights_sha256(network.state_dict()) != coupling.teacher.sha256:
+    with Progress(f"read {teacher}"):
+        network, _ = load_teacher(teacher)
+        teacher_sha256 = weights_sha256(network.state_dict())
+    if teacher_sha256 != coupling.teacher.sha256:
         raise StageError(f"{teacher}: got another teacher than the one that encoded {store.url}; give that one")
     tolerance = REENCODE_TOLERANCE[coupling.z_dtype] + PRECISION_TOLERANCE[coupling.precision]
     num_pairs = store.spec.rows * store.spec.draws

@@ -141,15 +141,18 @@ def evaluate(
     train, val = open_splits(samples)
     pairs = Store(couplings, kind="couplings")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, teacher_document = load_network(teacher, "TarFlow")
+    with Progress("read the teacher"):
+        network, teacher_document = load_network(teacher, "TarFlow")
+        teacher_sha256 = weights_sha256(network.state_dict())
     assert isinstance(network, TarFlow) and pairs.spec.coupling is not None
     if pairs.spec.coupling.source != train.dataset.id:
         raise StageError(
             f"{couplings}: got a store encoded from other samples than {train.url}; give the samples it was made from"
         )
-    if weights_sha256(network.state_dict()) != pairs.spec.coupling.teacher.sha256:
+    if teacher_sha256 != pairs.spec.coupling.teacher.sha256:
         raise StageError(f"{teacher}: got another teacher than the one that encoded {couplings}; give that one")
-    loaded = {name: load_student(url, pairs, config.guidance) for name, url in students.items()}
+    with Progress("read the students"):
+        loaded = {name: load_student(url, pairs, config.guidance) for name, url in students.items()}
     fd = FrechetDistance(config, train.spec.dim, device)
     steps = TEACHER_STEPS + len(students) * (len(config.samplers) + 1)
     with Progress("evaluate", steps, "step") as progress:

@@ -114,8 +114,9 @@ def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
     """
     if Path(out).suffix not in (".png", ".npz"):
         raise StageError(f"got output {out!r}; expected a name ending in .png or .npz")
-    loaded = load(checkpoint)
-    network = build(loaded, network_name(loaded), checkpoint)
+    with Progress(f"read {checkpoint}"):
+        loaded = load(checkpoint)
+        network = build(loaded, network_name(loaded), checkpoint)
     assert isinstance(network, SiT | TarFlow)
     check_request(request, network, loaded)
     network.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -258,7 +258,9 @@ class Trainer:
         validation is not finite.
         """
         if exists(self.model_url):
-            return check_same_run(load(self.model_url).document, self.document, self.model_url)
+            with Progress("read model.safetensors", enabled=self.world.is_first_rank):
+                document = load(self.model_url).document
+            return check_same_run(document, self.document, self.model_url)
         if exists(self.state_url):
             self._restore()
         done = min(self.images, self.config.images)
@@ -372,7 +374,8 @@ class Trainer:
 
     def _restore(self) -> None:
         """Continue from `state.safetensors`. Raises StageError if it is of another run."""
-        state = load(self.state_url)
+        with Progress("read state.safetensors", enabled=self.world.is_first_rank):
+            state = load(self.state_url)
         check_same_run(state.document, self.document, self.state_url)
         load_weights(self.network, state.group("network"), self.state_url)
         load_weights(self.ema.network, state.group("ema"), self.state_url)

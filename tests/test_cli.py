@@ -47,7 +47,7 @@ def small(*extra: str) -> list[str]:
 
 def is_one_clear_line(result: tuple[int, str, str], *needles: str) -> None:
     code, _, err = result
-    progress = re.compile(r"(check|prepare|encode|train|open|read)[^:]*: ")
+    progress = re.compile(r"(note|check|prepare|encode|train|sample|evaluate|verify|list|open|read|write)\b")
     lines = [line for line in err.splitlines() if not progress.match(line)]
     assert code == 2, err
     assert len(lines) == 1, err
@@ -241,6 +241,45 @@ def test_samples_of_teacher_and_student(call: Nfm, run: Run, tmp_path: Path) -> 
     is_one_clear_line(call("sample", run.teacher, "--out", f"{tmp_path}/x.gif"), ".png or .npz")
 
 
+def test_options_that_do_not_apply_say_so(call: Nfm, run: Run, tmp_path: Path) -> None:
+    out = f"{tmp_path}/out"
+    sampler = call("sample", run.teacher, "--out", f"{out}.npz", "--sampler", "euler5")
+    is_one_clear_line(sampler, "--sampler euler5 for a teacher", "expected no --sampler")
+    guidance = call("sample", run.teacher, "--out", f"{out}.npz", "--guidance", "0.5")
+    is_one_clear_line(guidance, "--guidance 0.5 for a teacher", "at least 1")
+    weight = call("train-student", "--couplings", run.couplings["zarr"], "--weight", "2", "--out", out)
+    is_one_clear_line(weight, "--weight for one store", "expected several --couplings")
+    is_one_clear_line(call("prepare", "--out", out, "--skip-bad-images"), "--skip-bad-images for the digits", "--data")
+    is_one_clear_line(call("store", "verify", run.couplings["zarr"], "--seed", "1"), "--seed without --reencode")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train-teacher", "evaluate"])
+def test_one_of_the_two_sample_stores_is_answered_with_their_folder(
+    call: Nfm, run: Run, tmp_path: Path, command: str
+) -> None:
+    arguments = [command, *small(), "--samples", f"{run.samples}/train", "--out", f"{tmp_path}/out"]
+    if command == "evaluate":
+        arguments += ["--couplings", run.couplings["zarr"], "--teacher", run.teacher, "--student", f"a={run.teacher}"]
+    is_one_clear_line(call(*arguments), "got a single store", f"expected {run.samples}, the folder that prepare wrote")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_both_sample_stores_is_answered_with_one_of_them(call: Nfm, run: Run, tmp_path: Path) -> None:
+    arguments = ["encode", *small(), "--samples", run.samples, "--teacher", run.teacher, "--out", f"{tmp_path}/out"]
+    is_one_clear_line(call(*arguments), "got a folder of stores", f"{run.samples}/train or val")
+    assert not (tmp_path / "out").exists()
+
+
+def test_records_that_are_encoded_again_are_counted(call: Nfm, run: Run) -> None:
+    arguments = ["store", "verify", run.couplings["webdataset"], "--reencode", "5", "--teacher", run.teacher]
+    code, out, err = call(*arguments)
+    assert code == 0
+    assert "encode again: 0/5 pair, starting" in err
+    assert "encode again: 5/5 pair, done in" in err
+    assert "z of 5 records encoded again" in out
+
+
 def test_unknown_options_exit_with_2(call: Nfm) -> None:
     assert call("prepare", "--nothing")[0] == 2
     assert call("nothing")[0] == 2
@@ -259,8 +298,8 @@ import itertools, time
 from nfm.pipeline.cli import main
 from nfm.stages.training import Trainer
 write_checkpoint, number = Trainer._checkpoint, itertools.count(1)
-def write_two_checkpoints(trainer):
-    write_checkpoint(trainer)
+def write_two_checkpoints(trainer, progress):
+    write_checkpoint(trainer, progress)
     if next(number) == 2:
         while True:
             time.sleep(1)

@@ -47,6 +47,27 @@ def test_a_folder_is_resized_with_the_box_filter(images: Path, tmp_path: Path) -
         assert pixels.transpose(2, 0, 1).tobytes() in stored
 
 
+def test_how_images_become_square_is_said_once(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        (images / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 6), "red").save(images / "val" / name / "0.png")
+    prepare(FOLDER, f"{tmp_path}/out", images)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert "images that are not square are stretched to 12×12 as a whole, without a crop (PIL's box filter" in notes[0]
+
+
+def test_nothing_is_said_of_square_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (20 + i, 20 + i)).save(tmp_path / "images" / "train" / name / f"{i}.png")
+    prepare(FOLDER, f"{tmp_path}/out", tmp_path / "images")
+    assert "note: " not in capsys.readouterr().err
+
+
 def test_a_val_folder_is_used_when_there_is_one(images: Path, tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (images / "val" / name).mkdir(parents=True)
@@ -80,6 +101,12 @@ def test_skipped_images_are_counted(images: Path, tmp_path: Path) -> None:
     prepare(FOLDER, f"{tmp_path}/out", images, skip_bad_images=True)  # the same command again
     with pytest.raises(StageError, match="do not decode"):
         prepare(FOLDER, f"{tmp_path}/out", images)  # without the flag they are an error again
+
+
+def test_the_digits_have_no_bad_images_to_skip(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="--skip-bad-images for the digits"):
+        prepare(DIGITS, f"{tmp_path}/out", skip_bad_images=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_image_in_val_stops_before_anything_is_complete(images: Path, tmp_path: Path) -> None:

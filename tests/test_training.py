@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from nfm.models.paths import flow_matching_loss
 from nfm.stages.checkpoint import Checkpoint, build, load, load_network, save, weights_sha256
 from nfm.stages.errors import StageError
+from nfm.stages.progress import Progress
 from nfm.stages.train_student import StudentConfig, train_student
-from nfm.stages.train_teacher import train_teacher
-from nfm.stages.training import TrainConfig, Trainer, learning_rate, step_seed
+from nfm.stages.train_teacher import VAL_DRAWS, train_teacher
+from nfm.stages.training import TrainConfig, Trainer, crosses_multiple, learning_rate, step_seed
+from nfm.storage_specs.reading.store import Store
+from tests.tools.progress_log import record_progress
 from tests.tools.small_run import Run
 from tests.tools.waiting import PATIENCE
 
@@ -79,6 +82,27 @@ def test_both_layouts_train_the_same_student(run: Run, tmp_path: Path) -> None:
         # Their ids differ, since their bytes do; what is in them does not.
         train_student(short, url, f"{tmp_path}/{layout}")
     assert weights(f"{tmp_path}/webdataset") == weights(f"{tmp_path}/zarr")
+
+
+def test_training_and_validation_are_shown_to_their_end(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = record_progress(monkeypatch)
+    train_teacher(run.config.teacher, run.samples, str(tmp_path))
+    counted = [entry for entry in ended if entry[2] is not None]
+    images = VAL_DRAWS * Store(f"{run.samples}/val").spec.rows
+    validations = [("validate", images, images)] * 2  # one at each checkpoint
+    assert counted == [*validations, ("train-teacher", 640, 640)]
+    assert ("write state.safetensors", 0, None) in ended
+
+
+def test_the_first_batch_and_step_are_announced(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Progress, "set_note", lambda progress, note: notes.append(note))
+    interrupt_after(monkeypatch, steps=1)
+    with pytest.raises(InterruptError):
+        train_student(run.config.student, run.couplings["webdataset"], str(tmp_path))
+    assert notes == ["waiting for the first batch", "first step"]
 
 
 def test_a_finished_run_is_not_trained_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +170,11 @@ def test_learning_rate() -> None:
     assert learning_rate(config, 500) == pytest.approx(0.05 + 0.95 * 0.5)
     assert learning_rate(config, 1000) == pytest.approx(0.05)
     assert learning_rate(config.model_copy(update={"lr_schedule": "constant"}), 500) == 1.0
+
+
+def test_a_batch_crosses_a_multiple_once() -> None:
+    crossings = [images for images in range(30, 301, 30) if crosses_multiple(images, 30, 100)]
+    assert crossings == [120, 210, 300]
 
 
 def test_checkpoints_refuse_what_they_are_not(run: Run, tmp_path: Path) -> None:
