@@ -385,7 +385,7 @@ def test_a_failed_part_leaves_nothing_that_still_writes(cache: Path, monkeypatch
         other.write(b"mine")
         other.flush()
         opened_since.set()
-        parts._parts.shutdown()  # waits for all threads
+        parts._part_pool.shutdown()  # waits for all threads
         assert len(late) == 3
         assert os.fstat(other.fileno()).st_size == 4
 

@@ -18,6 +18,8 @@ Columns = dict[str, NDArray[Any]]
 
 
 class Layout(Protocol):
+    """Names, sizes and bytes of the files of a store. All methods depend on their arguments alone."""
+
     base_kinds: tuple[str, ...]  # with one file for each block; "z" and "noise" have one for each block and draw
 
     def file_path(self, kind: str, block: int, draw: int) -> str:

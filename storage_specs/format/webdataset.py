@@ -79,6 +79,7 @@ class WebDatasetLayout:
         return members
 
     def record_bytes(self, spec: Spec, kind: str) -> int:
+        """Bytes of one record: what one row takes in a file."""
         return self.members(spec, kind)[-1].end
 
     def file_size(self, spec: Spec, kind: str, rows: int) -> int:

@@ -32,9 +32,11 @@ class ZarrLayout:
         return f"{kind}/c/{block}/0/0/0" if draw < 0 else f"{kind}/c/{draw}/{block}/0/0/0"
 
     def row_shape(self, spec: Spec, kind: str) -> tuple[int, ...]:
+        """The shape of the values of one row: (C, H, W), or () for labels and indices."""
         return () if kind in ("label", "index") else spec.shape
 
     def row_bytes(self, spec: Spec, kind: str) -> int:
+        """Bytes of the values of one row."""
         return int(np.prod(self.row_shape(spec, kind), dtype=np.int64)) * spec.dtype(kind).itemsize
 
     def chunk_rows(self, spec: Spec, kind: str) -> int:

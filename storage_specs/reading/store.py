@@ -38,7 +38,7 @@ from nfm.storage_specs.storage.files import IO_THREADS, Root, map_file, sha256
 
 T = TypeVar("T")
 
-MAX_OPEN_FILES = 64  # that a Store keeps mapped for the next call of `columns`
+MAX_OPEN_FILES = 64  # files that a Store keeps mapped, for the next call of `columns`
 CACHE_ATTEMPTS = 3  # to fetch a file that other processes delete from the cache before it is opened
 
 
@@ -72,6 +72,7 @@ class Store:
         self._open_files: OrderedDict[FileKey, Columns] = OrderedDict()  # the one used last at the end
 
     def _no_store_error(self) -> StoreError:
+        """The error for a URL without dataset.json. It names the stores in the subfolders "train" and "val"."""
         splits = [name for name in ("train", "val") if self.root.exists(f"{name}/{DATASET_FILE}")]
         if splits:
             return StoreError(
@@ -202,7 +203,8 @@ class Store:
         return columns
 
     def columns(self, key: FileKey) -> Columns:
-        """The columns of one file, mapped and checked. The MAX_OPEN_FILES used last are kept."""
+        """The columns in one file, by name, as views of a memory map. The file is checked when it is opened; the
+        MAX_OPEN_FILES that were used last stay open."""
         if key in self._open_files:
             self._open_files.move_to_end(key)
         else:

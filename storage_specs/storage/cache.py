@@ -53,8 +53,8 @@ class Cache:
         self._downloading_bytes = 0
         self._downloads_until_scan = 0
 
-    def local_path(self, digest: str) -> Path:
-        """Where the file with this sha256 is, if it is cached."""
+    def _final_path(self, digest: str) -> Path:
+        """The path of the file with this sha256 once it is cached, whether it is or not."""
         return self.directory / digest[:2] / digest
 
     def fetch(self, root: Root, path: str, size: int, digest: str) -> Path:
@@ -62,12 +62,12 @@ class Cache:
 
         Raises StoreError if the downloaded file has another size or sha256.
         """
-        final = self.local_path(digest)
+        final = self._final_path(digest)
         if _mark_used(final, size):
             return final
         final.parent.mkdir(parents=True, exist_ok=True)
         partial_file = final.with_suffix(".part")
-        with _locked(partial_file, final) as descriptor:
+        with _open_locked(partial_file, final) as descriptor:
             if not _mark_used(final, size):  # another process may have downloaded it while it had the lock
                 self._reserve_space(size)
                 try:
@@ -113,6 +113,7 @@ class Cache:
             self._delete_least_recently_used()
 
     def _delete_abandoned_parts(self) -> None:
+        """Delete partial files that no process can be writing any more."""
         for part in self.directory.glob("??/*.part"):
             if part.exists() and time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
                 part.unlink(missing_ok=True)
@@ -131,6 +132,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class CachedFile:
+    """A complete file in the cache."""
+
     path: Path
     last_use: float  # modification time, which `_mark_used` sets
     disk_bytes: int
@@ -174,7 +177,7 @@ def _list_files(directory: Path) -> Iterator[CachedFile]:
 
 
 @contextmanager
-def _locked(partial_file: Path, final: Path) -> Iterator[int]:
+def _open_locked(partial_file: Path, final: Path) -> Iterator[int]:
     """An open descriptor of `partial_file` with an exclusive lock: no other thread or process writes the file.
 
     Afterwards the partial file is deleted if the complete file, `final`, exists.
@@ -183,7 +186,7 @@ def _locked(partial_file: Path, final: Path) -> Iterator[int]:
         descriptor = os.open(partial_file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_file_of(descriptor, partial_file):
+            if _is_still_at(descriptor, partial_file):
                 yield descriptor
                 if final.exists():
                     partial_file.unlink(missing_ok=True)
@@ -193,7 +196,7 @@ def _locked(partial_file: Path, final: Path) -> Iterator[int]:
             os.close(descriptor)
 
 
-def _is_file_of(descriptor: int, path: Path) -> bool:
+def _is_still_at(descriptor: int, path: Path) -> bool:
     """Whether the open file is still the one at `path`."""
     try:
         return os.fstat(descriptor).st_ino == path.stat().st_ino

@@ -170,29 +170,30 @@ class Root:
             return self._read_local(path, max_bytes)
         size = self.size(path)
         if size is None:
-            raise self._missing(path)
+            raise self._missing_error(path)
         if size > max_bytes:
-            raise self._too_large(path, size, max_bytes)
+            raise self._too_large_error(path, size, max_bytes)
         return self.read_range(path, 0, size) if size else b""
 
     def _read_local(self, path: str, max_bytes: int) -> bytes:
+        """`read` of a local file, which must be a regular one."""
         try:
             with open_regular_file(self.full_path(path)) as (descriptor, size):
                 if size > max_bytes:
-                    raise self._too_large(path, size, max_bytes)
+                    raise self._too_large_error(path, size, max_bytes)
                 with os.fdopen(descriptor, "rb", closefd=False) as file:
                     return file.read(size)
         except FileNotFoundError as error:
-            raise self._missing(path) from error
+            raise self._missing_error(path) from error
         except OSError as error:
             raise StoreError(
                 f"{self.url}/{path}: {error.strerror}; expected a file (a model is <folder>/model.safetensors)"
             ) from error
 
-    def _missing(self, path: str) -> StoreError:
+    def _missing_error(self, path: str) -> StoreError:
         return StoreError(f"{self.url}/{path} is missing; the store is incomplete or the URL is wrong")
 
-    def _too_large(self, path: str, size: int, max_bytes: int) -> StoreError:
+    def _too_large_error(self, path: str, size: int, max_bytes: int) -> StoreError:
         return StoreError(f"{self.url}/{path}: got {size} bytes, expected at most {max_bytes}; this is no file of ours")
 
     def read_range(self, path: str, start: int | None, end: int | None) -> bytes:
@@ -201,7 +202,7 @@ class Root:
         try:
             data = self._retry(path, lambda: self.fs.cat_file(self.full_path(path), start=start, end=end))
         except FileNotFoundError as error:
-            raise self._missing(path) from error
+            raise self._missing_error(path) from error
         assert isinstance(data, bytes)
         return data
 

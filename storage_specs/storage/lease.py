@@ -153,6 +153,7 @@ class Lease:
             return None
 
     def _write(self, released: bool = False) -> None:
+        """Write the lease file: take the lease, renew it, or say that it is released."""
         holder = Holder(
             token=self.token,
             host=_machine_id(),

@@ -152,7 +152,7 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
         data = store.root.read(path, MAX_DOCUMENT_BYTES)
         target.write(path, data)
         if target.read(path, len(data)) != data:
-            raise _untrusted_storage(f"{out}/{path}")
+            raise _untrusted_storage_error(f"{out}/{path}")
 
     existing = target.list_file_sizes()
     missing = [key for key, record in store.files.items() if existing.get(record.path) != record.bytes]
@@ -162,7 +162,7 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
         list(pool.map(copy_file, damaged))
         still_damaged = _list_bad_copies(store, target, damaged, progress, pool)
         if still_damaged:
-            raise _untrusted_storage(f"{out}/{store.files[still_damaged[0]].path}")
+            raise _untrusted_storage_error(f"{out}/{store.files[still_damaged[0]].path}")
         commit_files = _list_commit_files(store)
         if commit_files:
             target.write(SPEC_FILE, store.spec.to_json())
@@ -174,7 +174,7 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
     return len(missing) + len(damaged)
 
 
-def _untrusted_storage(path: str) -> StoreError:
+def _untrusted_storage_error(path: str) -> StoreError:
     return StoreError(f"{path}: got other bytes than were written; the storage is not to be trusted")
 
 

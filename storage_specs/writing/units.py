@@ -37,6 +37,7 @@ class Unit:
 
     @property
     def name(self) -> str:
+        """Such as "000012.k000-008" for draws 0 to 7 of block 12."""
         return f"{self.block:06d}.k{self.first:03d}-{self.stop:03d}"
 
     @property
@@ -51,6 +52,7 @@ class Unit:
 
     @property
     def draws(self) -> range:
+        """The numbers of the unit's draws."""
         return range(self.first, self.stop)
 
     @property
@@ -176,6 +178,7 @@ class UnitWriter:
         self._sum_z2[draw] = np.square(decoded.astype(np.float64)).sum(axis=0)
 
     def _write_column_file(self, key: FileKey, columns: Columns, squared_error: float | None = None) -> None:
+        """Encode and write one file of a column."""
         data = self.layout.encode_file(self.spec, key.column, key.block, columns)
         assert len(data) == self.layout.file_size(self.spec, key.column, self.spec.rows_of(key.block))
         self._write_file(key, self.layout.file_path(key.column, key.block, key.draw), data, squared_error)

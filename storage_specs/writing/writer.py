@@ -137,6 +137,7 @@ class StoreWriter:
         return [unit for unit in committed if unit.stop > published.draws]
 
     def unit_writer(self, unit: Unit) -> UnitWriter:
+        """The object that writes the files and the commit record of one unit."""
         return UnitWriter(self.root, self.spec, unit, self.z_scale)
 
     def write_block(
