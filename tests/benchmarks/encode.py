@@ -47,7 +47,8 @@ CONFIG = EncodeConfig(draws=DRAWS, workers=WORKERS)
 def prepare(root: Path) -> tuple[str, str]:
     """A sample store of random images and a teacher of random weights: both cost what real ones cost."""
     samples, teacher = str(root / "samples"), str(root / "teacher" / "model.safetensors")
-    rng, (_, config) = np.random.default_rng(0), SMALL
+    rng = np.random.default_rng(0)
+    _, config = SMALL
     side = config.image_size
     spec = Spec(
         kind="samples",
@@ -76,15 +77,15 @@ def prepare(root: Path) -> tuple[str, str]:
     return samples, teacher
 
 
-def encoder_of(samples: str, teacher: str, out: str) -> UnitEncoder:
+def make_encoder(samples: str, teacher: str, out: str) -> UnitEncoder:
     spec, _ = output_spec(CONFIG, Store(samples), teacher, out)
     return UnitEncoder(samples, teacher, out, spec.model_dump(mode="json"))
 
 
 def bare_worker(root: Path, share: int) -> None:
-    """One process of the baseline: says that it is ready, waits for a line, runs, and says how long it took."""
+    """One process of the baseline: prints "ready", waits for a line, runs, and prints how many seconds it took."""
     torch.set_num_threads(1)
-    encoder = encoder_of(*prepare(root), str(root / "bare"))
+    encoder = make_encoder(*prepare(root), str(root / "bare"))
     blocks = range(share, encoder.writer.spec.blocks, WORKERS)
     batches = []
     for block in blocks:
@@ -101,7 +102,7 @@ def bare_worker(root: Path, share: int) -> None:
 
 
 def bare(root: Path) -> float:
-    """Seconds of the bare forward passes."""
+    """Seconds of the bare forward passes, of the slowest process."""
     command = [sys.executable, "-m", "tests.benchmarks.encode", "--root", str(root)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
@@ -127,49 +128,50 @@ def end_to_end(root: Path, rounds: int) -> dict[str, Any]:
     """Rounds of: bare, to the local disk, to S3."""
     samples, teacher = prepare(root)
     local = root / "couplings"
-    found: dict[str, Any] = {"bare": [], "local": [], "S3": [], "start": []}
+    times: dict[str, list[float]] = {"bare": [], "local": [], "S3": [], "start": []}  # seconds by round
     os.environ["OMP_NUM_THREADS"] = "1"
     with ObjectStore(root / "objects") as store, ray_session(print):
         set_file_system_options({"s3": store.options})
         url = f"{store.bucket('bench')}/couplings"
         fs = fsspec.filesystem("s3", **store.options)
         for _ in range(rounds):
-            found["bare"].append(bare(root))
+            times["bare"].append(bare(root))
             rmtree(local, ignore_errors=True)
             seconds, start = job(samples, teacher, str(local), store.options)
-            found["local"].append(seconds)
-            found["start"].append(start)
+            times["local"].append(seconds)
+            times["start"].append(start)
             if fs.exists(url):
                 fs.rm(url, recursive=True)
-            found["S3"].append(job(samples, teacher, url, store.options)[0])
-            print({name: round(values[-1], 2) for name, values in found.items()}, flush=True)
+            times["S3"].append(job(samples, teacher, url, store.options)[0])
+            print({name: round(values[-1], 2) for name, values in times.items()}, flush=True)
     size = Store(str(local)).dataset.totals.bytes
-    return found | {"draws": IMAGES * DRAWS, "flops": forward_flops(SMALL[1]), "bytes": size, "teacher": SMALL[0]}
+    name, config = SMALL
+    return times | {"draws": IMAGES * DRAWS, "flops": forward_flops(config), "bytes": size, "teacher": name}
 
 
 def resume(root: Path, repeats: int) -> list[dict[str, Any]]:
     """What the driver does before it gives out the first unit, with one unit missing among many that are done."""
     samples, teacher = prepare(root)
     spec, _ = output_spec(CONFIG, Store(samples), teacher, str(root / "none"))
-    found = []
+    rows = []
     for commits in COMMITS:
         folder = root / f"resume-{commits}"
-        long = spec.model_copy(update={"rows": (commits + 1) * BLOCK_ROWS})
-        writer = StoreWriter(str(folder), long)
+        larger_spec = spec.model_copy(update={"rows": (commits + 1) * BLOCK_ROWS})
+        writer = StoreWriter(str(folder), larger_spec)
         writer.initialize()
         for block in range(commits):
             (folder / Unit(block, 0, DRAWS).commit_file).touch()  # no more than its name is looked at
         times = []
         for _ in range(repeats):
-            start = time.perf_counter()
-            again = StoreWriter(str(folder), long)
-            again.initialize()
-            assert not again.is_complete()
-            assert again.list_missing_units() == [Unit(commits, 0, DRAWS)]
-            times.append(time.perf_counter() - start)
-        found.append({"commits": commits, "seconds": statistics.median(times), "low": min(times), "high": max(times)})
+            started_at = time.perf_counter()
+            resumed = StoreWriter(str(folder), larger_spec)
+            resumed.initialize()
+            assert not resumed.is_complete()
+            assert resumed.list_missing_units() == [Unit(commits, 0, DRAWS)]
+            times.append(time.perf_counter() - started_at)
+        rows.append({"commits": commits, "seconds": statistics.median(times), "low": min(times), "high": max(times)})
         rmtree(folder)
-    return found
+    return rows
 
 
 def faults() -> str:
@@ -193,11 +195,14 @@ def write(results: dict[str, Any]) -> None:
         "",
     ]
     if "end" in results:
-        lines += _end(results["end"])
+        lines += end_to_end_section(results["end"])
     if "teacher" in results:
         lines += ["## The teacher's forward pass", "", *encode_teacher.table(results["teacher"])]
         if "gpu" not in results["teacher"]:
-            lines += ["No GPU was at hand: `make bench-encode ARGS='--parts teacher'` adds its table where one is.", ""]
+            lines += [
+                "No GPU was available: `make bench-encode ARGS='--parts teacher'` adds its table where one is.",
+                "",
+            ]
     if "resume" in results:
         lines += [
             "## Resuming",
@@ -220,8 +225,8 @@ def write(results: dict[str, Any]) -> None:
             "",
             "`make soak` (60 by default, `ROUNDS=600` for more): real processes are killed, disks filled and files "
             "damaged while a store of 23 blocks with 8 draws is encoded, and then all of its bytes are compared with "
-            "those of a clean run. A round is one fault; a unit is lost when it was in hand at a fault, or damaged by "
-            "it.",
+            "those of a clean run. A round is one fault; a unit is lost when it was in flight at a fault, or damaged "
+            "by it.",
             "",
             results["faults"],
             "",
@@ -229,24 +234,24 @@ def write(results: dict[str, Any]) -> None:
     PAGE.write_text("\n".join(lines))
 
 
-def _end(found: dict[str, Any]) -> list[str]:
+def end_to_end_section(results: dict[str, Any]) -> list[str]:
     rows = []
     for name, title in (("bare", "bare forward"), ("local", "job, local disk"), ("S3", "job, S3 on the same cores")):
-        seconds = statistics.median(found[name])
-        ratios = [bare / other for bare, other in zip(found["bare"], found[name], strict=True)]
+        median = statistics.median(results[name])
+        ratios = [bare / seconds for bare, seconds in zip(results["bare"], results[name], strict=True)]
         rows.append(
-            f"| {title} | {found['draws'] / seconds:.2f} | {seconds:.1f} | {statistics.median(ratios):.3f} | "
+            f"| {title} | {results['draws'] / median:.2f} | {median:.1f} | {statistics.median(ratios):.3f} | "
             f"{min(ratios):.3f} to {max(ratios):.3f} |"
         )
     return [
         "## The job beside its teacher",
         "",
-        f"{found['draws']:,} draws of {found['teacher']} ({found['flops'] / 1e9:.1f} GFLOP each), float32, on "
-        f"{WORKERS} workers of one thread; {found['bytes'] / 1e6:.0f} MB are written, and read back. The job's time is "
-        "from its first ready worker to dataset.json; before that it took "
-        f"{statistics.median(found['start']):.1f} s to start its workers. The bare forward has as many processes and "
+        f"{results['draws']:,} draws of {results['teacher']} ({results['flops'] / 1e9:.1f} GFLOP each), float32, on "
+        f"{WORKERS} workers of one thread; {results['bytes'] / 1e6:.0f} MB are written, and read back. The job's time "
+        "is from its first ready worker to dataset.json; before that it took "
+        f"{statistics.median(results['start']):.1f} s to start its workers. The bare forward has as many processes and "
         "threads, its noisy images in RAM, and nothing else to do. "
-        f"Medians of {len(found['bare'])} rounds, in which the three take turns.",
+        f"Medians of {len(results['bare'])} rounds, in which the three take turns.",
         "",
         "| | draws/s | s | of the bare forward | range |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -181,13 +181,13 @@ def inputs(config: TarFlowConfig, rows: int, device: torch.device) -> tuple[Tens
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
     """Matrix products in float32, TF32 or (by autocast) bfloat16."""
-    before = torch.backends.cuda.matmul.allow_tf32
+    previous = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = name == "TF32"
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16"):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = previous
 
 
 def rms(x: Tensor) -> float:
@@ -195,9 +195,10 @@ def rms(x: Tensor) -> float:
 
 
 def error(z: Tensor, exact: Tensor) -> dict[str, float]:
-    """Of z, in units of rms(z)."""
-    difference, unit = z.double() - exact, rms(exact)
-    return {"rms": rms(difference) / unit, "max": difference.abs().max().item() / unit}
+    """Root mean square and maximum of z - exact, in units of rms(exact)."""
+    difference = z.double() - exact
+    scale = rms(exact)
+    return {"rms": rms(difference) / scale, "max": difference.abs().max().item() / scale}
 
 
 def seconds_per_call(call: Callable[[], Output], count: int, device: torch.device) -> float:
@@ -212,15 +213,18 @@ def seconds_per_call(call: Callable[[], Output], count: int, device: torch.devic
 def take_turns(
     calls: dict[str, Callable[[], Output]], rounds: int, seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds a call, one measurement of about `seconds` in each round, in which all take their turn: forwards in one,
-    backwards in the next."""
+    """Seconds per call by name: in each round one measurement of about `seconds` of every call, first to last in even
+    rounds and last to first in odd ones."""
     counts = {}
     for name, call in calls.items():
         seconds_per_call(call, 1, device)
         counts[name] = max(1, round(seconds / seconds_per_call(call, 1, device)))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name in list(calls)[:: -1 if turn % 2 else 1]:
+    for number in range(rounds):
+        names = list(calls)
+        if number % 2:
+            names.reverse()
+        for name in names:
             times[name].append(seconds_per_call(calls[name], counts[name], device))
     return times
 
@@ -228,7 +232,9 @@ def take_turns(
 @torch.no_grad()
 def measure_cpu(cases: dict[str, TarFlowConfig], rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Images per second in float32, on one thread and on all. `ratio`, ours over published, is the rounds' median."""
-    device, before, results = torch.device("cpu"), torch.get_num_threads(), []
+    device = torch.device("cpu")
+    previous_threads = torch.get_num_threads()
+    results: list[dict[str, Any]] = []
     for threads in sorted({1, len(os.sched_getaffinity(0))}):
         torch.set_num_threads(threads)
         for name, config in cases.items():
@@ -238,11 +244,12 @@ def measure_cpu(cases: dict[str, TarFlowConfig], rounds: int, seconds: float) ->
                 "ours": partial(flow, x, y),
                 "published": partial(Published(flow), x, y),
             }
-            apart = error(tokens(flow, calls["published"]()), tokens(flow, calls["ours"]()).double())["max"]
-            assert apart < AGREEMENT, f"{name}: z differs by {apart:.1e} rms(z)"
+            z = {key: tokens(flow, call()) for key, call in calls.items()}
+            difference = error(z["published"], z["ours"].double())["max"]
+            assert difference < AGREEMENT, f"{name}: z differs by {difference:.1e} rms(z)"
             times = take_turns(calls, rounds, seconds, device)
-            ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["published"], strict=True)]
-            rates = {name: rows / statistics.median(found) for name, found in times.items()}
+            ratios = [published / ours for ours, published in zip(times["ours"], times["published"], strict=True)]
+            rates = {key: rows / statistics.median(seconds_of_key) for key, seconds_of_key in times.items()}
             results.append(
                 {
                     "case": name,
@@ -254,10 +261,10 @@ def measure_cpu(cases: dict[str, TarFlowConfig], rounds: int, seconds: float) ->
                     "ratio_low": min(ratios),
                     "ratio_high": max(ratios),
                     "ours_flop_per_s": rates["ours"] * forward_flops(config),
-                    "largest_difference": apart,
+                    "largest_difference": difference,
                 }
             )
-    torch.set_num_threads(before)
+    torch.set_num_threads(previous_threads)
     return results
 
 
@@ -265,13 +272,15 @@ def measure_cpu(cases: dict[str, TarFlowConfig], rounds: int, seconds: float) ->
 def measure_gpu(cases: dict[str, TarFlowConfig], rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Both formulations, as they are and compiled, in every precision: images per second, FLOP/s and their share of
     the device's peak (None: unknown), and the error of z against float64 on the first images of the batch timed."""
-    device, results = torch.device("cuda"), []
+    device = torch.device("cuda")
+    results: list[dict[str, Any]] = []
     peaks = PEAKS.get(torch.cuda.get_device_name(), {})
     for name, config in cases.items():
         flow, rows = random_teacher(config, device), batch_rows(config, "cuda")
-        networks, (x, y) = {"ours": flow, "published": Published(flow).to(device)}, inputs(config, rows, device)
-        few = slice(min(rows, 4))
-        exact = flow.patchify(copy.deepcopy(flow).double()(x[few].double(), y[few]).z)  # (few, T, P)
+        networks = {"ours": flow, "published": Published(flow).to(device)}
+        x, y = inputs(config, rows, device)
+        first = slice(min(rows, 4))  # images whose error is measured
+        exact = flow.patchify(copy.deepcopy(flow).double()(x[first].double(), y[first]).z)  # (≤ 4, T, P)
         for mode in PRECISIONS:
             torch.compiler.reset()  # each precision compiles anew; none may run into the limit on recompiling
             calls: dict[str, Callable[[], Output]] = {}
@@ -279,12 +288,13 @@ def measure_gpu(cases: dict[str, TarFlowConfig], rounds: int, seconds: float) ->
                 calls[key] = partial(network, x, y)
                 calls[f"{key}, compiled"] = partial(torch.compile(network), x, y)
             with precision(mode, device):
-                first = {key: seconds_per_call(call, 1, device) for key, call in calls.items()}
-                errors = {key: error(tokens(flow, call())[few], exact) for key, call in calls.items()}
-                assert mode != "float32" or max(found["max"] for found in errors.values()) < AGREEMENT, errors
+                first_call_seconds = {key: seconds_per_call(call, 1, device) for key, call in calls.items()}
+                errors = {key: error(tokens(flow, call())[first], exact) for key, call in calls.items()}
+                if mode == "float32":
+                    assert max(error_of_key["max"] for error_of_key in errors.values()) < AGREEMENT, errors
                 times = take_turns(calls, rounds, seconds, device)
-            for key, found in times.items():
-                rate = rows / statistics.median(found)
+            for key, seconds_of_key in times.items():
+                rate = rows / statistics.median(seconds_of_key)
                 flop_per_s = rate * forward_flops(config)
                 results.append(
                     {
@@ -293,11 +303,11 @@ def measure_gpu(cases: dict[str, TarFlowConfig], rounds: int, seconds: float) ->
                         "network": key,
                         "precision": mode,
                         "images_per_s": rate,
-                        "low": rows / max(found),
-                        "high": rows / min(found),
+                        "low": rows / max(seconds_of_key),
+                        "high": rows / min(seconds_of_key),
                         "flop_per_s": flop_per_s,
                         "of_peak": flop_per_s / (peaks[mode] * 1e12) if peaks else None,
-                        "first_call_s": first[key],
+                        "first_call_s": first_call_seconds[key],
                         "error": errors[key],
                     }
                 )
@@ -310,37 +320,40 @@ def measure_errors(device: torch.device, case: tuple[str, TarFlowConfig] = SMALL
     float16; and the largest differences in float32 between batches of 1, 7 and 64 images and, on CPU, 1 and 2
     threads."""
     name, config = case
-    flow, (x, y) = random_teacher(config, device), inputs(config, 64, device)
-    few = slice(8)  # bfloat16 is slow on a CPU without units for it
-    exact = copy.deepcopy(flow).double()(x[few].double(), y[few]).z
+    flow = random_teacher(config, device)
+    x, y = inputs(config, 64, device)
+    first = slice(8)  # images whose error is measured: bfloat16 is slow on a CPU without units for it
+    exact = copy.deepcopy(flow).double()(x[first].double(), y[first]).z
     errors = {"exact z stored as float16": error(exact.half(), exact)}
     for mode in PRECISIONS if device.type == "cuda" else ("float32", "bfloat16"):
         with precision(mode, device):
-            errors[mode] = error(flow(x[few], y[few]).z, exact)
+            errors[mode] = error(flow(x[first], y[first]).z, exact)
 
     def encode(batch: int) -> Tensor:
         pairs = zip(x.split(batch), y.split(batch), strict=True)
         return torch.cat([flow(part, labels).z for part, labels in pairs])
 
     def spread(z: list[Tensor]) -> float:
-        every = torch.stack(z)
-        return (every.amax(0) - every.amin(0)).max().item() / rms(exact)
+        """The largest difference between several z of the same images, in units of rms(z)."""
+        stacked = torch.stack(z)
+        return (stacked.amax(0) - stacked.amin(0)).max().item() / rms(exact)
 
     result: dict[str, Any] = {
         "case": name,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "rms_z": rms(exact),
-        "rms_z_minus_x": rms(exact - x[few]),
+        "rms_z_minus_x": rms(exact - x[first]),
         "errors": errors,
     }
     with precision("float32", device):
         result["batches"] = spread([encode(batch) for batch in (1, 7, 64)])
     if device.type == "cpu":
-        before, z = torch.get_num_threads(), []
+        previous_threads = torch.get_num_threads()
+        z: list[Tensor] = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
             z.append(encode(64))
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous_threads)
         result["threads"] = spread(z)
     return result
 
@@ -371,9 +384,9 @@ def table(results: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     if "cpu" in results:
         lines += [
-            f"Forward pass on CPU, float32, batches of {BATCH_TOKENS['cpu']:,} tokens. The formulations take "
-            "turns; the ratio "
-            "is the median of the rounds'. FLOP/s count attention as dense, of which ours skips the masked half.",
+            f"Forward pass on CPU, float32, batches of {BATCH_TOKENS['cpu']:,} tokens. The formulations take turns; "
+            "the ratio is the median of the rounds'. FLOP/s count attention as dense, of which ours skips the masked "
+            "half.",
             "",
             "| teacher | batch | threads | ours, images/s | published, images/s | ours / published | range "
             "| ours, GFLOP/s | largest Δz / rms(z) |",
@@ -395,21 +408,21 @@ def table(results: dict[str, Any]) -> list[str]:
             "| teacher | device | rms(z) | rms(z − x) | z | rms error | largest error | batches | threads |",
             "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
         ]
-        for found in results["errors"]:
-            for name, row in found["errors"].items():
-                apart = [
-                    f"{found[key]:.0e}" if name == "float32" and key in found else "" for key in ("batches", "threads")
-                ]
+        for result in results["errors"]:
+            for name, row in result["errors"].items():
+                differences = {"batches": "", "threads": ""}
+                if name == "float32":
+                    differences |= {key: f"{result[key]:.0e}" for key in differences if key in result}
                 lines.append(
-                    f"| {found['case']} | {found['device']} | {found['rms_z']:.2f} | {found['rms_z_minus_x']:.2f} "
-                    f"| {name} | {row['rms']:.1e} | {row['max']:.1e} | {apart[0]} | {apart[1]} |"
+                    f"| {result['case']} | {result['device']} | {result['rms_z']:.2f} | {result['rms_z_minus_x']:.2f} "
+                    f"| {name} | {row['rms']:.1e} | {row['max']:.1e} | {differences['batches']} "
+                    f"| {differences['threads']} |"
                 )
         lines.append("")
     if "gpu" in results:
         lines += [
             f"Forward pass on {results['device']}, batches of {BATCH_TOKENS['cuda']:,} tokens, and the error of z "
-            "against "
-            "float64 in units of rms(z). Peaks are those of dense matrix products in the vendor's data sheet.",
+            "against float64 in units of rms(z). Peaks are those of dense matrix products in the vendor's data sheet.",
             "",
             "| teacher | batch | precision | network | images/s | range | TFLOP/s | of peak | first call, s "
             "| rms error | largest error |",
