@@ -98,7 +98,7 @@ def read_output_spec(
 ) -> tuple[Spec, Any]:
     """`output_spec`, which reads the teacher and may run it to find the scale of int8 z, with progress."""
     if config.z_dtype == "int8":
-        progress.set_status("reading the samples and the teacher, and the scale of int8 z", announce=False)
+        progress.set_status("reading the samples and the teacher, and measuring the scale of int8 z", announce=False)
     else:
         progress.set_status("reading the samples and the teacher", announce=False)
     return output_spec(config, Store(samples, kind="samples"), teacher, out)
