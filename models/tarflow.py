@@ -181,6 +181,17 @@ class Layer(nn.Module):
         return result
 
 
+def _embedding(*shape: int) -> nn.Parameter:
+    """Normal values of standard deviation 0.01.
+
+    On the meta device only the shape counts; to draw there, PyTorch would import its compiler, which takes seconds.
+    """
+    values = torch.empty(shape)
+    if not values.is_meta:
+        values.normal_().mul_(1e-2)
+    return nn.Parameter(values)
+
+
 class FlowBlock(nn.Module):
     """One autoregressive affine map over T tokens. With `flip` it reads them from the last to the first."""
 
@@ -189,10 +200,8 @@ class FlowBlock(nn.Module):
         self.flip = flip
         self.nvp = config.nvp
         self.proj_in = nn.Linear(config.token_dim, config.width)
-        self.pos_embed = nn.Parameter(torch.randn(config.tokens, config.width) * 1e-2)
-        self.class_embed = (
-            nn.Parameter(torch.randn(config.num_classes, 1, config.width) * 1e-2) if config.num_classes else None
-        )
+        self.pos_embed = _embedding(config.tokens, config.width)
+        self.class_embed = _embedding(config.num_classes, 1, config.width) if config.num_classes else None
         self.attn_blocks = nn.ModuleList(Layer(config.width, config.head_dim, config.expansion) for _ in range(depth))
         self.proj_out = nn.Linear(config.width, config.token_dim * (2 if config.nvp else 1))
         nn.init.zeros_(self.proj_out.weight)  # the flow starts close to the identity
