@@ -26,6 +26,23 @@ from tests.tools.ray_cluster import MARK
 from tests.tools.small_run import SMALL, Run, encode_in_process
 
 
+def _uses_ray(item: pytest.Item | None) -> bool:
+    return "ray_cluster" in getattr(item, "fixturenames", ())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on Ray come first, and Ray ends with them: its processes take half a GB."""
+    items.sort(key=_uses_ray, reverse=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if _uses_ray(item) and not _uses_ray(nextitem):
+        import ray
+
+        ray.shutdown()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)
@@ -71,9 +88,9 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """A real S3 server for all tests that need one; each takes a bucket of its own."""
+    """A real S3 server for the tests of a file; each takes a bucket of its own."""
     with ObjectStore(tmp_path_factory.mktemp("object-store")) as store:
         yield store
 

@@ -88,7 +88,7 @@ def test_killed_readers_resume_the_same_sequence(run: Run, tmp_path: Path, kind:
     keys: list[Any] = []
     digests: list[str] = []
     state = [0, 0]
-    for world in (1, 4, 3):
+    for world in (1, 3, 2):
         folder = tmp_path / str(world)
         run_and_kill(folder, sources, window, state, world)
         ranks = [lines(folder / f"{rank}.log") for rank in range(world)]
