@@ -85,7 +85,7 @@ class FrechetDistance:
             self.metric = frechet_metric(features).to(device)
         except ModuleNotFoundError as error:
             raise StageError(
-                f"evaluate.features = 'inception' needs torch-fidelity ({error}); install it, or use 'pixels'"
+                f"evaluate.features = 'inception' needs torch-fidelity ({error}); install nfm[fid], or use 'pixels'"
             ) from error
 
     def set_reference(self, store: Store, progress: Progress) -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+import torch
 
 import nfm
 from nfm.models.sit import SiT
@@ -19,6 +20,7 @@ from nfm.models.tarflow import TarFlow
 from nfm.pipeline.config import Config
 from nfm.stages.checkpoint import Checkpoint, save
 from nfm.stages.errors import StageError
+from nfm.stages.evaluate import FrechetDistance
 from nfm.stages.train_student import train_student
 from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.small_run import Run
@@ -129,6 +131,13 @@ def test_streams_and_stores_say_what_is_wrong(run: Run, tmp_path: Path) -> None:
         nfm.CouplingStream(f"{run.samples}/train", 32, 0)
     with pytest.raises(ValueError, match="got global batch 33 for rank 0 of 2; expected a positive multiple"):
         nfm.CouplingStream(run.couplings["zarr"], 33, 0, world_size=2)
+
+
+def test_inception_features_name_the_extra_that_brings_them(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
+    evaluate = config.evaluate.model_copy(update={"features": "inception"})
+    with pytest.raises(StageError, match=r"needs torch-fidelity .*; install nfm\[fid\], or use 'pixels'"):
+        FrechetDistance(evaluate, dim=64, device=torch.device("cpu"))
 
 
 def imported_packages(paths: list[Path]) -> set[str]:
