@@ -204,6 +204,6 @@ def test_a_teacher_of_other_images_is_refused(run: Run, tmp_path: Path, images: 
 
     config = DataConfig(source="folder", image_size=8, channels=3, holdout=0.3, block_rows=4)
     prepare(config, f"{tmp_path}/samples", images)
-    with pytest.raises(StageError, match="use the teacher trained on these samples"):
+    with pytest.raises(StageError, match="use the teacher that was trained on these samples"):
         job.encode_couplings(run.config.encode, f"{tmp_path}/samples/train", run.teacher, f"{tmp_path}/out")
     assert not (tmp_path / "out").exists()
