@@ -56,10 +56,12 @@ def check_request(request: SampleRequest, network: SiT | TarFlow, checkpoint: Ch
         )
     if request.guidance == 1:
         return
-    least = 1 if is_teacher else 0
-    if not (least <= request.guidance < math.inf):
+    min_guidance = 1 if is_teacher else 0
+    if not (min_guidance <= request.guidance < math.inf):
         kind = "teacher" if is_teacher else "student"
-        raise StageError(f"got --guidance {request.guidance:g} for a {kind}, expected a number of at least {least}")
+        raise StageError(
+            f"got --guidance {request.guidance:g} for a {kind}, expected a number of at least {min_guidance}"
+        )
     if request.classes and set(request.classes) == {NULL_LABEL}:
         raise StageError(
             f"got --guidance {request.guidance:g} for images without a class, which it cannot change; expected no "
