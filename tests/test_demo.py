@@ -67,7 +67,7 @@ def test_the_same_command_again_does_nothing_twice(demo: Path, config: Config) -
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.is_file()}
     run_demo(config, str(demo), None, skip_bad_images=False)
     changed = {path.name for path, at in before.items() if path.stat().st_mtime_ns != at}
-    assert changed == {"report.html"}
+    assert changed == {"report.html", "report.png"}
 
 
 def test_metrics_of_other_settings_are_not_reused(demo: Path, config: Config) -> None:
