@@ -31,8 +31,9 @@ def _uses_ray(item: pytest.Item | None) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on Ray come first, and Ray ends with them: its processes take half a GB."""
-    items.sort(key=_uses_ray, reverse=True)
+    """Tests on Ray come first, those of the demo last among them, and Ray ends with them: its processes take half a GB,
+    and this one grows."""
+    items.sort(key=lambda item: (not _uses_ray(item), "home" in getattr(item, "fixturenames", ())))
 
 
 @pytest.hookimpl(trylast=True)

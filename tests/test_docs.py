@@ -80,6 +80,8 @@ def test_nfm_lines_run(home: Path, monkeypatch: pytest.MonkeyPatch, where: str, 
     arguments = shlex.split(line.partition("-m nfm ")[2] if line.startswith("torchrun") else line[4:])
     if "runs/demo" not in line and arguments[0] != "config":
         arguments.append("--dry-run")
+    elif arguments[0] == "encode" and "--workers" not in arguments:
+        arguments += ["--workers", "1"]  # the tests stay below 2 GiB
     monkeypatch.setattr(sys, "argv", ["nfm", *arguments])
     main()
 

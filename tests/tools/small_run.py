@@ -21,6 +21,7 @@ SMALL = (
     "teacher.train.checkpoint_images=320",
     "teacher.train.log_images=128",
     "encode.draws=3",
+    "encode.workers=1",
     "student.size=SiT-1x16h2/2",
     "student.train.images=640",
     "student.train.checkpoint_images=320",
