@@ -14,6 +14,7 @@ from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import Root
 
 MAX_METRICS_BYTES = 1 << 28
+METRICS_VERSION = 2  # raised when keys of metrics.json change: what an earlier version measured is measured again
 
 
 def evaluate_and_report(
@@ -30,7 +31,7 @@ def evaluate_and_report(
     metrics = _read_metrics(root, inputs, settings)
     if metrics is None:
         measured, grids = evaluate(config.evaluate, samples, couplings, teacher, students)
-        metrics = measured | {"config": settings, "inputs": inputs}
+        metrics = measured | {"version": METRICS_VERSION, "config": settings, "inputs": inputs}
         save_evaluation(root, metrics, grids)
     with Progress("write the report"):
         write_report(root, metrics)
@@ -52,7 +53,8 @@ def _read_metrics(root: Root, inputs: dict[str, Any], settings: dict[str, Any]) 
     if not (root.exists("metrics.json") and root.exists("grids.npz")):
         return None
     metrics: dict[str, Any] | None = json.loads(root.read("metrics.json", MAX_METRICS_BYTES))
-    if metrics is None or metrics.get("inputs") != inputs or metrics.get("config") != settings:
+    expected = {"version": METRICS_VERSION, "inputs": inputs, "config": settings}
+    if metrics is None or any(metrics.get(key) != value for key, value in expected.items()):
         return None
     return metrics
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -42,19 +40,6 @@ def store_command(command: Callable[..., None]) -> Callable[..., None]:
         command(store=store, **arguments)
 
     return wrapped
-
-
-@contextmanager
-def advance_progress(name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Progress of the block; gives the function that counts more units as done, which any thread may call."""
-    lock = threading.Lock()
-    with Progress(name, total, unit) as progress:
-
-        def advance(units: int) -> None:
-            with lock:
-                progress.advance(units)
-
-        yield advance
 
 
 @click.group()
@@ -101,8 +86,8 @@ def verify(store: Store, num_records: int, teacher: str | None, seed: int | None
     if seed is not None and not num_records:
         raise StoreError("got --seed without --reencode N, whose records it chooses; expected both or none")
     num_faults = 0
-    with advance_progress("verify", store.dataset.totals.bytes, "B") as advance:
-        for _, fault in store.find_faults(advance):
+    with Progress("verify", store.dataset.totals.bytes, "B") as progress:
+        for _, fault in store.find_faults(progress.advance):
             num_faults += 1
             print_line(fault)
     if num_faults:
@@ -126,8 +111,8 @@ def repair(store: Store) -> None:
     """Queue exactly the blocks with bad or missing files to be written again by the command that wrote the store."""
     from nfm.storage_specs.writing.transfer import repair_store
 
-    with advance_progress("verify", store.dataset.totals.bytes, "B") as advance:
-        faults, blocks = repair_store(store, advance)
+    with Progress("verify", store.dataset.totals.bytes, "B") as progress:
+        faults, blocks = repair_store(store, progress.advance)
     for fault in faults:
         click.echo(fault, err=True)
     if not faults:
@@ -148,11 +133,11 @@ def convert(store: Store, out: str, layout: str) -> None:
     """Write the same store to OUT in another layout, without loss; or export it as classic tuples."""
     from nfm.storage_specs.writing.transfer import convert_store, export_tuples
 
-    with advance_progress(f"convert to {layout}", store.spec.rows, "image") as advance:
+    with Progress(f"convert to {layout}", store.spec.rows, "image") as progress:
         if layout == "tuples":
-            result = f"{export_tuples(store, out, advance, None)} files of tuples"
+            result = f"{export_tuples(store, out, progress.advance, None)} files of tuples"
         else:
-            dataset = convert_store(store, out, cast("LayoutName", layout), advance, None)
+            dataset = convert_store(store, out, cast("LayoutName", layout), progress.advance, None)
             result = f"store {dataset.id[:12]}, {layout} layout"
     click.echo(f"{out}: {result}")
 
@@ -164,6 +149,6 @@ def copy(store: Store, out: str) -> None:
     """Copy the store to OUT, local or remote, and read it back; the same command again continues."""
     from nfm.storage_specs.writing.transfer import copy_store
 
-    with advance_progress("copy and check", 2 * store.dataset.totals.bytes, "B") as advance:
-        num_written = copy_store(store, out, advance, None)
+    with Progress("copy and check", 2 * store.dataset.totals.bytes, "B") as progress:
+        num_written = copy_store(store, out, progress.advance, None)
     click.echo(f"{out}: {num_written} of {len(store.files)} files written, all {len(store.files)} checked")

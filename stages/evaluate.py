@@ -420,6 +420,6 @@ class Evaluation:
         return {
             "images": spec.rows,
             "draws": spec.draws,
-            "shards": self.pairs.dataset.totals.files,
+            "files": self.pairs.dataset.totals.files,
             "seconds": self.pairs.cost.total if self.pairs.cost else 0.0,
         }

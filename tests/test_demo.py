@@ -37,7 +37,7 @@ def test_every_number_is_there_and_finite(demo: Path, config: Config) -> None:
     store = Store(f"{demo}/couplings-webdataset")
     assert metrics["encode"]["images"] == store.spec.rows
     assert metrics["encode"]["draws"] == config.encode.draws
-    assert metrics["encode"]["shards"] == store.dataset.totals.files
+    assert metrics["encode"]["files"] == store.dataset.totals.files
     assert metrics["encode"]["seconds"] > 0
     assert metrics["fd"]["floor"]["samples"] == Store(f"{demo}/samples/val").spec.rows
     assert metrics["config"] == config.model_dump(mode="json", exclude={"storage"})
@@ -75,6 +75,14 @@ def test_metrics_of_other_settings_are_not_reused(demo: Path, config: Config) ->
     run_demo(fewer, str(demo), None, skip_bad_images=False)
     assert json.loads((demo / "metrics.json").read_text())["fd"]["samples"] == 200
     run_demo(config, str(demo), None, skip_bad_images=False)
+
+
+def test_metrics_of_another_version_are_not_reused(demo: Path, config: Config) -> None:
+    metrics = json.loads((demo / "metrics.json").read_text())
+    older = metrics | {"version": metrics["version"] - 1, "encode": {}}
+    (demo / "metrics.json").write_text(json.dumps(older))
+    run_demo(config, str(demo), None, skip_bad_images=False)
+    assert json.loads((demo / "metrics.json").read_text())["encode"] == metrics["encode"]
 
 
 @pytest.mark.long
