@@ -43,11 +43,11 @@ demo: $(READY)  ## the whole path on embedded data: runs/demo/report.html (DATA=
 	$(if $(filter 1,$(FRESH)),rm -rf "$(DEMO_OUT)")
 	$(BIN)/nfm demo --preset "$(PRESET)" --out "$(DEMO_OUT)" $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: $(READY)  ## the quick tests of every subject (3 minutes on 2 cores)
+test: $(READY)  ## the quick tests of every subject (2 to 4 minutes on 2 cores)
 	@$(BIN)/pytest -m "not long" $(ARGS); status=$$?; \
 	echo "make test-all runs the long tests too: sweeps over faults and hostile stores, whole demos."; exit $$status
 
-test-all: $(READY)  ## all tests (15 minutes)
+test-all: $(READY)  ## all tests (10 minutes)
 	$(BIN)/pytest $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
