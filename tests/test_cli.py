@@ -288,7 +288,7 @@ def test_unknown_options_exit_with_2(call: Nfm) -> None:
 def test_info_shows_what_the_store_holds(call: Nfm, run: Run) -> None:
     _, out, _ = call("store", "info", run.couplings["webdataset"])
     store = Store(run.couplings["webdataset"])
-    for needle in ("couplings, webdataset", "3 an image, η = 0.3", str(store.spec.rows), store.dataset.id):
+    for needle in ("couplings, webdataset", "3 per image, η = 0.3", str(store.spec.rows), store.dataset.id):
         assert needle in out
 
 

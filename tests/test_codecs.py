@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from nfm.storage_specs.format.card import croissant, summarize
 from nfm.storage_specs.format.codecs import INT8_RANGE, ZDtype, all_finite, decode_z, encode_z, int8_scale
 from nfm.storage_specs.format.schema import NoiseDtype
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
+from tests.tools.random_couplings import write_random_couplings
 from tests.tools.small_run import Run, encode_in_process
 
 DTYPES: tuple[ZDtype, ...] = ("float32", "float16", "bfloat16", "int8")
@@ -58,6 +60,24 @@ def test_finite_is_told_from_the_bits(dtype: ZDtype) -> None:
         broken = Z.copy()
         broken[499, 0, 3, 3] = bad
         assert not all_finite(encode_z(broken, dtype, scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_store_says_how_to_read_z_and_how_to_compute_the_noise(tmp_path: Path, dtype: ZDtype) -> None:
+    write_random_couplings(str(tmp_path), "webdataset", (1, 4, 4), 40, draws=2, z_dtype=dtype)
+    readme = (tmp_path / "README.md").read_text()
+    sentence = {
+        "float32": "z is stored as float32.",
+        "float16": "z is stored as float16.",
+        "bfloat16": "z is stored as bfloat16: upper 16 bits of float32 z: (value.astype('<u4') << 16).view('<f4').",
+        "int8": "z is stored as int8: z / z_scale.npy, rounded: value * z_scale.",
+    }[dtype]
+    assert sentence in readme.splitlines()
+    assert "Philox" in readme and "docs/store.md" in readme
+    dataset = Store(str(tmp_path)).dataset
+    assert sentence in croissant(dataset)["description"]
+    summary = summarize(dataset, sigma_f_rms=1.0)
+    assert "K = 2 per image" in summary and "recomputed from the seed; the teacher got it as float16" in summary
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -154,5 +154,5 @@ def test_the_costs_in_the_docs_are_those_of_the_layout() -> None:
             preprocessing={},
             coupling=coupling,
         )
-        held = {kind: share for kind, (_, share) in bytes_per_row(spec).items()}
-        assert row[2] == f"{round(held.pop('x') / 8 + sum(held.values())):,}"
+        file_bytes = {kind: row_bytes.file for kind, row_bytes in bytes_per_row(spec).items()}
+        assert row[2] == f"{round(file_bytes.pop('x') / 8 + sum(file_bytes.values())):,}"

@@ -1,7 +1,7 @@
 """Descriptions of a store: README.md and croissant.json, which lie in it for a team that has none of our code, and the
 summary for a terminal."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from nfm.storage_specs.format.codecs import STORED_MEANING
 from nfm.storage_specs.format.layouts import LAYOUTS
@@ -37,25 +37,37 @@ def _title(spec: Spec) -> str:
     return f"{spec.kind.capitalize()}: {spec.rows} images {'×'.join(map(str, spec.shape))}, {spec.num_classes} classes"
 
 
-def _describe_values(spec: Spec) -> list[str]:
-    """Sentences that say what x, z and the noise are and how they are stored."""
+def _describe_meaning(spec: Spec) -> list[str]:
+    """Sentences that say what x and z are, however they are stored."""
     lines = ["x is uint8; x / 127.5 - 1 is the data in [-1, 1]."]
     coupling = spec.coupling
+    if coupling is not None:
+        lines.append(
+            f"z = f(x + η·ε′, label) is the raw output of a {coupling.teacher.architecture.get('name')} teacher for "
+            f"{coupling.draws} draws of ε′ per image, η = {coupling.eta}."
+        )
+        lines.append(f"Divide z by `{SIGMA_F_FILE}` to train a student on it.")
+    return lines
+
+
+def _describe_storage(spec: Spec) -> list[str]:
+    """Sentences that say how the files of the store hold z and the noise; none for a sample store."""
+    coupling = spec.coupling
     if coupling is None:
-        return lines
+        return []
     noise = coupling.noise
-    lines.append(
-        f"z = f(x + η·ε′, label) is the raw output of a {coupling.teacher.architecture.get('name')} teacher for "
-        f"{coupling.draws} draws of ε′ an image, η = {coupling.eta}."
-    )
-    lines.append(f"z is stored as {coupling.z_dtype}: {STORED_MEANING[coupling.z_dtype]}.")
-    lines.append(f"Divide z by `{SIGMA_F_FILE}` to train a student on it.")
+    lines = [f"z is stored as {coupling.z_dtype}."]
+    if coupling.z_dtype in STORED_MEANING:
+        lines = [f"z is stored as {coupling.z_dtype}: {STORED_MEANING[coupling.z_dtype]}."]
     if noise.stored:
-        lines.append(f"ε′ is stored as `noise`, {noise.dtype}, exactly as the teacher saw it.")
+        lines.append(f"ε′ is stored as `noise`, {noise.dtype}, exactly as the teacher got it.")
     else:
         lines.append(
-            f"ε′ is not stored: the law {noise.law} gives it back from seed {noise.seed}, image index and draw, "
-            f"rounded to {noise.dtype} as the teacher saw it."
+            f"ε′ is not stored. It is a function of seed, image index and draw, by the law {noise.law} with seed "
+            f"{noise.seed}, and is then rounded to {noise.dtype} as the teacher got it. The law: NumPy's `Philox`, "
+            "constructed with key (seed, 0) and counter (0, 0, draw, index), gives 32-bit words w, low word first, and "
+            "ε′ = Φ⁻¹((w + ½) / 2³²) by Wichura's algorithm AS 241. docs/store.md of nfm has the details, and "
+            "storage_specs/format/noise.py of nfm computes it with NumPy alone."
         )
     return lines
 
@@ -69,7 +81,8 @@ def readme(dataset: Dataset) -> str:
     lines = [
         f"# {_title(spec)}",
         "",
-        *_describe_values(spec),
+        *_describe_meaning(spec),
+        *_describe_storage(spec),
         "",
         f"{dataset.totals.files} files, {dataset.totals.bytes} bytes; `{MANIFEST_FILE}` lists each with its sha256.",
         "",
@@ -84,14 +97,12 @@ def tuples_readme(dataset: Dataset) -> str:
     assert dataset.spec.coupling is not None
     z_dtype = dataset.spec.coupling.z_dtype
     exported_dtype = "float32" if z_dtype in ("bfloat16", "int8") else z_dtype
-    # How the store keeps z and ε′ does not apply: the tuples hold both as plain arrays.
-    about_values = [line for line in _describe_values(dataset.spec) if not line.startswith(("z is stored", "ε′ is"))]
     lines = [
         f"# Tuples of store {dataset.id[:12]}. {_title(dataset.spec)}",
         "",
-        *about_values,
+        *_describe_meaning(dataset.spec),
         f"Every sample of k<draw>/<block>.tar has x.npy, z.npy ({exported_dtype}), "
-        "noise.npy (ε′ as the teacher saw it) and cls.",
+        "noise.npy (ε′ as the teacher got it) and cls.",
         "",
     ]
     return "\n".join(lines)
@@ -139,7 +150,7 @@ def croissant(dataset: Dataset) -> dict[str, Any]:
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
         "name": f"nfm-{spec.kind}-{dataset.id[:12]}",
-        "description": " ".join([f"{_title(spec)}.", *_describe_values(spec)]),
+        "description": " ".join([f"{_title(spec)}.", *_describe_meaning(spec), *_describe_storage(spec)]),
         "version": dataset.schema_version,
         "identifier": dataset.id,
         "distribution": [
@@ -167,7 +178,7 @@ def croissant(dataset: Dataset) -> dict[str, Any]:
                 "@type": "cr:RecordSet",
                 "@id": "files",
                 "name": "files",
-                "description": "One row a file of the store.",
+                "description": "One row per file of the store.",
                 "field": [
                     {
                         "@type": "cr:Field",
@@ -183,21 +194,27 @@ def croissant(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def bytes_per_row(spec: Spec) -> dict[str, tuple[float, float]]:
-    """By file kind: the bytes of the values of one row, and its share of the bytes of the file, with headers and
-    padding."""
+class RowBytes(NamedTuple):
+    """What one row takes in the files of one kind."""
+
+    values: float  # bytes of its values
+    file: float  # bytes of the file divided by its rows: values, headers and padding
+
+
+def bytes_per_row(spec: Spec) -> dict[str, RowBytes]:
+    """By file kind, the bytes of one row in a file with `block_rows` rows."""
     layout, rows = LAYOUTS[spec.layout], spec.block_rows
-    result: dict[str, tuple[float, float]] = {}
+    result: dict[str, RowBytes] = {}
     for kind in (*layout.base_kinds, *spec.planes):
         values_per_row = 1 if kind in ("label", "index") else spec.dim
         value_bytes = float(spec.dtype(kind).itemsize * values_per_row)
-        result[kind] = (value_bytes, layout.file_size(spec, kind, rows) / rows)
+        result[kind] = RowBytes(values=value_bytes, file=layout.file_size(spec, kind, rows) / rows)
     return result
 
 
 def summarize(dataset: Dataset, sigma_f_rms: float | None = None) -> str:
-    """The summary of a store for a terminal. A coupling store needs `sigma_f_rms`, the root mean square of its σ_f, as
-    the error of the stored z is given relative to it."""
+    """The summary of a store for a terminal. For a coupling store it needs `sigma_f_rms`, the root mean square of its
+    σ_f, as the error of the stored z is given relative to it."""
     spec, coupling, totals = dataset.spec, dataset.spec.coupling, dataset.totals
     rows = [
         ("kind", f"{spec.kind}, {spec.layout} layout, schema {dataset.schema_version}"),
@@ -208,11 +225,13 @@ def summarize(dataset: Dataset, sigma_f_rms: float | None = None) -> str:
         noise, teacher = coupling.noise, coupling.teacher
         assert totals.z_rms_error is not None and sigma_f_rms is not None
         relative_error = totals.z_rms_error / sigma_f_rms
-        noise_form = f"stored as {noise.dtype}" if noise.stored else f"derived, seen as {noise.dtype}"
+        noise_form = f"stored as {noise.dtype}"
+        if not noise.stored:
+            noise_form = f"recomputed from the seed; the teacher got it as {noise.dtype}"
         trained_images = teacher.training.get("images")
         rows += [
-            ("draws", f"K = {coupling.draws} an image, η = {coupling.eta}"),
-            ("z", f"{coupling.z_dtype}, off by {relative_error:.1e} of its rms after the round trip"),
+            ("draws", f"K = {coupling.draws} per image, η = {coupling.eta}"),
+            ("z", f"{coupling.z_dtype}, rounding error {relative_error:.1e} of its rms"),
             ("noise", f"{noise_form} ({noise.law}, seed {noise.seed})"),
             (
                 "teacher",
@@ -220,16 +239,16 @@ def summarize(dataset: Dataset, sigma_f_rms: float | None = None) -> str:
             ),
             ("source", coupling.source[:12]),
         ]
-    for kind, (value_bytes, file_bytes) in bytes_per_row(spec).items():
+    for kind, row_bytes in bytes_per_row(spec).items():
         if kind in spec.planes:
-            share = f"{file_bytes:.0f} a pair"
+            size = f"{row_bytes.file:.0f} per pair"
         elif coupling:
-            share = f"{file_bytes:.0f} an image, or {file_bytes / spec.draws:.0f} a pair"
+            size = f"{row_bytes.file:.0f} per image, or {row_bytes.file / spec.draws:.0f} per pair"
         else:
-            share = f"{file_bytes:.0f} an image"
-        rows.append((f"bytes {kind}", f"{share} (values {value_bytes:.0f})"))
+            size = f"{row_bytes.file:.0f} per image"
+        rows.append((f"bytes {kind}", f"{size} (values {row_bytes.values:.0f})"))
     if coupling:
-        rows.append(("bytes", f"{totals.bytes / (spec.rows * coupling.draws):.0f} a pair in all"))
+        rows.append(("bytes", f"{totals.bytes / (spec.rows * coupling.draws):.0f} per pair in all"))
     rows.append(("labels", _label_histogram(dataset)))
     rows.append(("id", dataset.id))
     return "\n".join(f"{name:12}{value}" for name, value in rows)

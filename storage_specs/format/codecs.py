@@ -17,17 +17,15 @@ from nfm.storage_specs.storage.npy import npy_header
 ZDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 STORED_DTYPES: Final[dict[ZDtype, str]] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
-# For the card: what a stored value is, or how to get z from it.
+# For the card: how to get z from a stored value, where the value is not z itself.
 STORED_MEANING: Final[dict[ZDtype, str]] = {
-    "float32": "z",
-    "float16": "z",
     "bfloat16": "upper 16 bits of float32 z: (value.astype('<u4') << 16).view('<f4')",
     "int8": "z / z_scale.npy, rounded: value * z_scale",
 }
 MAX_MAGNITUDE: Final = 2.0**100  # of a stored number, so that it stays finite when divided by σ_f
 MIN_SCALE, MAX_SCALE = 1e-8, 1e20  # of σ_f and of the int8 scale, so that z / σ_f stays finite
 INT8_RANGE: Final = 5.0  # int8 clips 6e-7 of a normal distribution, what lies beyond so many standard deviations
-_CHECKED_ROWS = 64  # rows that `all_finite` tests at once, which keeps its temporary arrays small
+_ROWS_PER_CHECK = 64  # that `all_finite` tests at once, which keeps its temporary arrays small
 
 
 def int8_scale(z: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -59,8 +57,7 @@ def encode_z(z: NDArray[np.float32], dtype: ZDtype, scale: NDArray[np.float32] |
 def decode_z(stored: NDArray[Any], dtype: ZDtype, scale: NDArray[np.float32] | None) -> NDArray[np.float32]:
     """The float32 z that stored values stand for; the inverse of `encode_z` but for its rounding."""
     if dtype == "bfloat16":
-        bits: NDArray[np.float32] = (stored.astype("<u4") << 16).view("<f4")
-        return bits
+        return np.asarray((stored.astype("<u4") << 16).view("<f4"))
     values = torch.from_numpy(np.array(stored, order="C")).float().numpy()
     if dtype == "int8":
         assert scale is not None
@@ -86,8 +83,8 @@ def all_finite(stored: NDArray[Any]) -> bool:
         return True
     bits_dtype, mask, first_bad_exponent = _EXPONENT_BITS[stored.dtype.str]
     bits = stored.view(bits_dtype)
-    for start in range(0, len(bits), _CHECKED_ROWS):
-        exponents = bits[start : start + _CHECKED_ROWS] & bits.dtype.type(mask)
+    for start in range(0, len(bits), _ROWS_PER_CHECK):
+        exponents = bits[start : start + _ROWS_PER_CHECK] & bits.dtype.type(mask)
         if (exponents >= first_bad_exponent).any():
             return False
     return True

@@ -96,10 +96,11 @@ def parse_file_records(table: pa.Table, spec: Spec, name: str) -> dict[FileKey, 
     fields = ("column", "draw", "block", "first_index", "rows", "path", "bytes")
     rows = zip(*(table[field].to_pylist() for field in fields), strict=True)
     digests = table["sha256"].to_pylist()
-    errors = table["squared_error"].to_pylist()
+    squared_errors = table["squared_error"].to_pylist()
     file_sizes: dict[tuple[str, int], int] = {}  # by column and rows; there are few
     files: dict[FileKey, FileRecord] = {}
-    for number, (key, row, digest, error) in enumerate(zip(expected_keys(spec), rows, digests, errors, strict=True)):
+    row_values = zip(expected_keys(spec), rows, digests, squared_errors, strict=True)
+    for number, (key, row, digest, squared_error) in enumerate(row_values):
         num_rows = spec.rows_of(key.block)
         if (key.column, num_rows) not in file_sizes:
             file_sizes[key.column, num_rows] = LAYOUTS[spec.layout].file_size(spec, key.column, num_rows)
@@ -110,14 +111,16 @@ def parse_file_records(table: pa.Table, spec: Spec, name: str) -> dict[FileKey, 
             if value != expected:
                 raise StoreError(
                     f"{name}: row {number} has {field} {str(value)[:100]!r}, expected {expected!r} of {path}; "
-                    "its files are not those of the spec, each once"
+                    "the manifest must list each file of the spec exactly once"
                 )
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise StoreError(f"{name}: the sha256 of {path} is not 64 hexadecimal digits")
-        has_error = error is not None
-        if has_error != (key.column == "z") or (has_error and not 0 <= error < math.inf):
+        has_squared_error = squared_error is not None
+        is_valid = not has_squared_error or 0 <= squared_error < math.inf
+        if has_squared_error != (key.column == "z") or not is_valid:
             raise StoreError(
-                f"{name}: got squared_error {error} of {path}, expected a number for files of z and none for others"
+                f"{name}: got squared_error {squared_error} of {path}, "
+                "expected a finite number >= 0 for files of z and none for others"
             )
         files[key] = FileRecord(
             column=key.column,
@@ -126,7 +129,7 @@ def parse_file_records(table: pa.Table, spec: Spec, name: str) -> dict[FileKey, 
             path=path,
             bytes=size,
             sha256=digest,
-            squared_error=error,
+            squared_error=squared_error,
         )
     return files
 

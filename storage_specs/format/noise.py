@@ -1,7 +1,9 @@
 """ε′: standard normal noise as a pure function of (seed, image index, draw).
 
-Law `philox-as241-v1`: Philox 4x64 with key (seed, 0) and counter (0, 0, draw, index) gives 32-bit words w, low word
-first. Each becomes u = (w + ½) / 2³² and then Φ⁻¹(u) by Wichura's algorithm AS 241 in float64, rounded to float32.
+Law `philox-as241-v1`: NumPy's `Philox` (Philox 4x64-10), constructed with key (seed, 0) and counter
+(0, 0, draw, index), gives 32-bit words w, low word first. NumPy increments the counter before each block of words, so
+the first block is that of counter (1, 0, draw, index). Each word becomes u = (w + ½) / 2³² and then Φ⁻¹(u) by
+Wichura's algorithm AS 241 in float64, rounded to float32.
 
 Only + - * / and square root are applied to a value. IEEE 754 rounds each of them correctly, so the bits are the same on
 every machine, NumPy version and batch size. NumPy's own normal sampler promises none of that. The order of the

@@ -13,8 +13,9 @@ from nfm.storage_specs.storage.npy import npy_header
 
 TAR_BLOCK = 512  # bytes; tar pads everything to multiples of it
 TAR_END = 2 * TAR_BLOCK  # bytes of zeros that close an archive
-KEY_DIGITS = 12
-LABEL_DIGITS = 6
+# Decimal digits, with leading zeros, so that all records have the same length.
+KEY_DIGITS = 12  # of the index in a member's name: for up to 10¹² images
+LABEL_DIGITS = 6  # of the label in a .cls member: a spec has at most 1,000,000 classes
 CHECKSUM = slice(148, 156)  # the field of a tar header: six octal digits, NUL, space
 CHECKSUM_DIGITS = slice(148, 154)
 

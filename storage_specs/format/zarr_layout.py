@@ -21,6 +21,11 @@ INDEX_ENTRY_BYTES = 16
 CHECKSUM_BYTES = 4
 
 
+def has_draws(kind: str) -> bool:
+    """Whether a column has a value for each draw, so that the draw is the first axis of its array."""
+    return kind in ("z", "noise")
+
+
 class ZarrLayout:
     """A file is one shard of the array of its column. See `Layout` for the methods."""
 
@@ -56,14 +61,18 @@ class ZarrLayout:
 
     def _create_array(self, store: MemoryStore, spec: Spec, kind: str, rows: int, draws: int) -> "zarr.Array[Any]":
         """The empty array of a column with so many rows, and draws if it has any, in a Zarr store in memory."""
-        has_draws = kind in ("z", "noise")
         row_shape = self.row_shape(spec, kind)
+        shape = (rows, *row_shape)
+        chunks = (self.chunk_rows(spec, kind), *row_shape)
+        shards = (spec.block_rows, *row_shape)
+        if has_draws(kind):
+            shape, chunks, shards = (draws, *shape), (1, *chunks), (1, *shards)
         return zarr.create_array(
             store,
             name=kind,
-            shape=(*((draws,) if has_draws else ()), rows, *row_shape),
-            chunks=(*((1,) if has_draws else ()), self.chunk_rows(spec, kind), *row_shape),
-            shards=(*((1,) if has_draws else ()), spec.block_rows, *row_shape),
+            shape=shape,
+            chunks=chunks,
+            shards=shards,
             dtype=spec.dtype(kind),
             compressors=None,
             filters=None,
@@ -74,13 +83,12 @@ class ZarrLayout:
         index = spec.indices(block)
         values = index if kind == "index" else columns[kind]
         assert len(values) == len(index) and values.dtype == spec.dtype(kind)
-        has_draws = kind in ("z", "noise")
         content: dict[str, Any] = {}
         store = MemoryStore(content)
         with zarr.config.set({"array.write_empty_chunks": True}):  # else chunks of zeros would be left out
             array = self._create_array(store, spec, kind, rows=len(index), draws=1)
-            array[...] = values[None] if has_draws else values
-        file: bytes = content[self.file_path(kind, block=0, draw=0 if has_draws else -1)].to_bytes()
+            array[...] = values[None] if has_draws(kind) else values
+        file: bytes = content[self.file_path(kind, block=0, draw=0 if has_draws(kind) else -1)].to_bytes()
         return file
 
     def row_placement(self, spec: Spec, kind: str) -> tuple[int, int]:
@@ -92,11 +100,11 @@ class ZarrLayout:
         num_chunks, num_entries = self._count_chunks(spec, kind, rows)
         chunk_bytes = self.chunk_rows(spec, kind) * self.row_bytes(spec, kind)
         index_bytes = data[-INDEX_ENTRY_BYTES * num_entries - CHECKSUM_BYTES : -CHECKSUM_BYTES].tobytes()
-        index = np.frombuffer(index_bytes, dtype="<u8").reshape(num_entries, 2)
+        shard_index = np.frombuffer(index_bytes, dtype="<u8").reshape(num_entries, 2)
         expected = np.full((num_entries, 2), MISSING_CHUNK)
         expected[:num_chunks, 0] = np.arange(num_chunks, dtype=np.uint64) * np.uint64(chunk_bytes)
         expected[:num_chunks, 1] = chunk_bytes
-        if not np.array_equal(index, expected):
+        if not np.array_equal(shard_index, expected):
             raise StoreError("its shard index is not that of uncompressed chunks in order")
         values = data[: rows * self.row_bytes(spec, kind)].view(spec.dtype(kind))
         values = values.reshape(rows, *self.row_shape(spec, kind))
