@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nfm.models.sit import SiT, SiTConfig
 from nfm.models.tarflow import TarFlow, TarFlowConfig
 from nfm.stages.errors import StageError
+from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import Root
 
 MAX_BYTES = 1 << 38  # of a checkpoint that is read
@@ -76,10 +77,19 @@ def save(url: str, checkpoint: Checkpoint) -> None:
 def load(url: str) -> Checkpoint:
     """Read a checkpoint.
 
-    Raises StoreError if there is no file, StageError if it is not a checkpoint of this project.
+    Raises StoreError if there is no file, StageError if it is not a checkpoint of this project, or if it is the folder
+    of one.
     """
     root, name = split_url(url)
-    data = root.read(name, MAX_BYTES)
+    try:
+        data = root.read(name, MAX_BYTES)
+    except StorageError:
+        raise
+    except StoreError as error:
+        model_url = f"{url.rstrip('/')}/model.safetensors"
+        if not exists(model_url):
+            raise
+        raise StageError(f"{url}: got a folder, expected a file; the model in it is {model_url}") from error
     try:
         header_bytes = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + header_bytes])

@@ -107,12 +107,12 @@ def test_what_is_not_finite_is_named_and_nothing_of_it_committed(run: Run, tmp_p
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"seed": 1}, "coupling.noise.seed is 0 there and 1 here"),
-        ({"draws": 2}, r"coupling.draws is 3 there and 2 here \(draws can be added, not taken away\)"),
-        ({"precision": "bf16"}, 'coupling.precision is "fp32" there and "bf16" here'),
-        ({"z_dtype": "float32"}, 'coupling.z_dtype is "float16" there and "float32" here'),
-        ({"layout": "zarr"}, 'layout is "webdataset" there and "zarr" here'),
-        ({"noise": "derived"}, "coupling.noise.stored is true there and false here"),
+        ({"seed": 1}, "coupling.noise.seed: existing 0, requested 1"),
+        ({"draws": 2}, r"coupling.draws: existing 3, requested 2 \(draws can be added, not taken away\)"),
+        ({"precision": "bf16"}, 'coupling.precision: existing "fp32", requested "bf16"'),
+        ({"z_dtype": "float32"}, 'coupling.z_dtype: existing "float16", requested "float32"'),
+        ({"layout": "zarr"}, 'layout: existing "webdataset", requested "zarr"'),
+        ({"noise": "derived"}, "coupling.noise.stored: existing true, requested false"),
     ],
 )
 def test_other_settings_at_an_output_are_refused_with_both_values(
@@ -134,7 +134,7 @@ def test_another_origin_is_refused_with_both_values(run: Run, tmp_path: Path, wh
         document["preprocessing"]["resize"] = "another"
     else:
         coupling[what] = {"eta": 0.25, "source": "0" * 64}[what]
-    with pytest.raises(StoreError, match=f"{what}.* there and .* here"):
+    with pytest.raises(StoreError, match=f"{what}.*: existing .*, requested "):
         StoreWriter(str(tmp_path), Spec.model_validate(document, strict=False)).initialize()
     assert writer.list_missing_units() == [Unit(block, 0, 3) for block in range(6)]
 

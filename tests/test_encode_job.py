@@ -74,7 +74,7 @@ def test_more_draws_extend_a_store_to_the_bytes_of_one_made_with_them(run: Run, 
     kept = {name: data for name, data in content(str(grown)).items() if not name.startswith(("sum_z2/", "commits/"))}
     assert kept.items() <= content(str(whole)).items()
     assert list(Store(str(grown)).find_faults()) == []
-    with pytest.raises(StoreError, match=r"coupling.draws is 5 there and 4 here \(draws can be added"):
+    with pytest.raises(StoreError, match=r"coupling.draws: existing 5, requested 4 \(draws can be added"):
         encode(run, str(grown), draws=4)
 
 

@@ -13,7 +13,7 @@ from nfm.storage_specs.format.names import LEASE_FILE
 from nfm.storage_specs.storage import lease
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import Root
-from nfm.storage_specs.storage.lease import Lease
+from nfm.storage_specs.storage.lease import Holder, Lease
 from tests.tools.lease_holder import UNIT, lease_holder
 from tests.tools.waiting import PATIENCE, wait_for
 
@@ -77,7 +77,7 @@ def test_a_driver_elsewhere_is_dead_when_it_renews_no_more(
 ) -> None:
     holder.send_signal(signal.SIGSTOP)
     os.waitpid(holder.pid, os.WUNTRACED)  # until it is stopped
-    rewrite(tmp_path, host="elsewhere")
+    rewrite(tmp_path, machine_id="elsewhere")
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
     with Lease(str(tmp_path), LEASE_FILE) as lease_of_test:
         assert clock.seconds >= lease.LEASE_SECONDS
@@ -95,12 +95,22 @@ def test_a_driver_elsewhere_is_dead_when_it_renews_no_more(
     assert (tmp_path / LEASE_FILE).exists(), "the lease of another driver is not deleted"
 
 
+@pytest.mark.parametrize(
+    ("machine_id", "name"), [("host-a 1234-5678 pid:[4026531836]", "process 12 on host-a"), ("", "process 12")]
+)
+def test_a_holder_is_named_by_its_process_and_its_host_if_that_is_known(machine_id: str, name: str) -> None:
+    holder = Holder(
+        token="a", machine_id=machine_id, pid=12, process_start_time="1", renewals=0, in_flight=[], released=False
+    )
+    assert holder.process_name == name
+
+
 def test_units_in_flight_outlive_a_driver_that_was_interrupted(tmp_path: Path) -> None:
     first = Lease(str(tmp_path), LEASE_FILE)
     first.__enter__()
     first.set_in_flight(["b", "a"])
     first.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    rewrite(tmp_path, host="elsewhere")
+    rewrite(tmp_path, machine_id="elsewhere")
     with Lease(str(tmp_path), LEASE_FILE) as second:  # without a wait: the first has released it
         assert second.previous_in_flight == ["a", "b"]
     assert os.listdir(tmp_path / "commits") == []

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -30,8 +31,8 @@ from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
 from nfm.storage_specs.storage import files
-from nfm.storage_specs.storage.cache import PART_BYTES, Cache
-from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.cache import RANGE_BYTES, Cache
+from nfm.storage_specs.storage.errors import OutageError, StoreError
 from nfm.storage_specs.storage.files import Root, set_file_system_options, sha256
 from nfm.storage_specs.writing.transfer import copy_store
 from nfm.storage_specs.writing.units import Unit
@@ -211,11 +212,28 @@ def test_a_server_that_stays_away_ends_in_one_clear_error(
     monkeypatch.setattr(files, "RETRY_SECONDS", 1.0)
     s3.kill()
     try:
-        with pytest.raises(StoreError, match="tried for 1 s. The same command continues"):
+        with pytest.raises(StoreError, match=r"tried for \d+\.\d s\. The same command continues"):
             store.columns(FileKey("z", 0, 0))
     finally:
         s3.start()
     assert np.array_equal(store.column("z", 0, 0), Store(run.couplings["zarr"]).column("z", 0, 0))
+
+
+def test_an_outage_says_how_long_the_request_was_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where `stop_retrying` ended the attempts."""
+    root = Root("memory://outage")
+
+    def fail(path: str) -> int:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(root.fs, "size", fail)
+    for stopped, times, message in ((True, [100.0, 112.5], "12.5 s"), (False, [100.0, 399.95], "299.9 s|300.0 s")):
+        monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=iter(times).__next__))
+        root.stop_retrying = threading.Event()
+        if stopped:
+            root.stop_retrying.set()
+        with pytest.raises(OutageError, match=f"file: no answer; tried for ({message}). The same command continues"):
+            root.size("file")
 
 
 def test_s3_without_credentials_is_one_clear_error(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +276,7 @@ def test_training_stops_at_a_bad_shard_and_names_it(
 
 @pytest.fixture
 def web(run: Run) -> Iterator[str]:
-    """A plain web server, which knows no ranges."""
+    """A plain web server, which does not support range requests."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -276,7 +294,7 @@ def test_a_store_on_a_plain_web_server_streams(run: Run, cache: Path, web: str) 
     assert same(batches(CouplingStream(web, 40, seed=3), 20), expected)
 
 
-@pytest.mark.parametrize("size", [1, PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES + 17])
+@pytest.mark.parametrize("size", [1, RANGE_BYTES, RANGE_BYTES + 1, 3 * RANGE_BYTES + 17])
 def test_files_of_many_parts_arrive_whole(s3: ObjectStore, cache: Path, size: int) -> None:
     data = np.random.default_rng(size).bytes(size)
     root = Root(f"{s3.bucket('parts')}/folder")
@@ -365,7 +383,7 @@ def test_storage_options_that_are_none_are_refused(monkeypatch: pytest.MonkeyPat
 
 def test_a_failed_part_leaves_nothing_that_still_writes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many ranges one fails at once and the others come late: none may write into a file opened since."""
-    size = 4 * PART_BYTES
+    size = 4 * RANGE_BYTES
     root = Root("memory://parts")
     opened_since = threading.Event()
     late = deque[int]()
@@ -385,7 +403,7 @@ def test_a_failed_part_leaves_nothing_that_still_writes(cache: Path, monkeypatch
         other.write(b"mine")
         other.flush()
         opened_since.set()
-        parts._part_pool.shutdown()  # waits for all threads
+        parts._range_pool.shutdown()  # waits for all threads
         assert len(late) == 3
         assert os.fstat(other.fileno()).st_size == 4
 

@@ -20,6 +20,7 @@ from nfm.stages.train_student import StudentConfig, train_student
 from nfm.stages.train_teacher import VAL_DRAWS, train_teacher
 from nfm.stages.training import TrainConfig, Trainer, crosses_multiple, learning_rate, step_seed
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.progress_log import record_progress
 from tests.tools.small_run import Run
 from tests.tools.waiting import PATIENCE
@@ -113,7 +114,7 @@ def test_a_finished_run_is_not_trained_again(run: Run, monkeypatch: pytest.Monke
 
 def test_a_folder_of_another_run_is_refused_with_both_values(run: Run) -> None:
     other = run.config.teacher.model_copy(update={"eta": 0.7})
-    with pytest.raises(StageError, match=r"another run \(teacher\.eta is 0\.3 there and 0\.7 here\)"):
+    with pytest.raises(StageError, match=r"another run \(teacher\.eta: existing 0\.3, requested 0\.7\)"):
         train_teacher(other, run.samples, str(Path(run.teacher).parent))
 
 
@@ -158,7 +159,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_images_it_came_from(
         return torch.where(torch.arange(64) == 3, torch.nan, loss)
 
     monkeypatch.setattr(module, "flow_matching_loss", poisoned)
-    with pytest.raises(FloatingPointError, match=r"loss is nan at 0 images; images \[\d+\]"):
+    message = r"loss is nan at 0 images; the loss of images \[\d+\] of the store is not finite"
+    with pytest.raises(FloatingPointError, match=message):
         train_student(run.config.student, run.couplings["webdataset"], str(tmp_path))
 
 
@@ -204,6 +206,15 @@ def test_a_hostile_architecture_allocates_nothing(run: Run, key: str, value: Any
     document["architecture"][key] = value
     with pytest.raises(StageError, match="architecture"):
         build(Checkpoint(checkpoint.tensors, document), "TarFlow", "x")
+
+
+def test_the_folder_of_a_model_is_answered_with_the_model_in_it(run: Run, tmp_path: Path) -> None:
+    folder = run.teacher.rpartition("/")[0]
+    for url in (folder, f"{folder}/"):
+        with pytest.raises(StageError, match=f"got a folder, expected a file; the model in it is {run.teacher}"):
+            load(url)
+    with pytest.raises(StoreError, match="not a regular file|expected a file"):
+        load(str(tmp_path))
 
 
 def test_another_seed_draws_other_numbers() -> None:

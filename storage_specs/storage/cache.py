@@ -18,10 +18,10 @@ from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
 
 DEFAULT_CACHE_GB = 200.0  # unless $NFM_CACHE_GB says otherwise
-# Size of one ranged GET. There are IO_THREADS threads for parts of large files, as many for files that a reader waits
-# for, and as many for files fetched ahead: at most 3 · IO_THREADS · PART_BYTES are in memory.
-PART_BYTES = 8 << 20
-_SCAN_INTERVAL = 16  # downloads after which the folder is listed again, to count what other processes added
+# Size of one ranged GET. There are IO_THREADS threads for ranges of large files, as many for files that a reader waits
+# for, and as many for files fetched ahead: at most 3 · IO_THREADS · RANGE_BYTES are in memory.
+RANGE_BYTES = 8 << 20
+_DOWNLOADS_PER_SCAN = 16  # downloads after which the folder is listed again, to count what other processes added
 _ABANDONED_SECONDS = 86_400.0  # a partial file that was not written to for so long belongs to a killed process
 
 
@@ -47,7 +47,7 @@ class Cache:
         except ValueError as error:
             raise StoreError(f"got NFM_CACHE_GB={os.environ['NFM_CACHE_GB']!r}; expected a number") from error
         self.max_bytes = int(gigabytes * 1e9) if max_bytes is None else max_bytes
-        self._part_pool = ThreadPoolExecutor(IO_THREADS, "nfm-part")
+        self._range_pool = ThreadPoolExecutor(IO_THREADS, "nfm-range")
         self._lock = threading.Lock()  # for the three counters
         self._used_bytes = 0  # on disk, with what is being downloaded; an estimate between two scans
         self._downloading_bytes = 0
@@ -81,16 +81,16 @@ class Cache:
     def _download(self, root: Root, path: str, size: int, digest: str, descriptor: int) -> None:
         """Write the remote file to the open file `descriptor` and check its size and sha256."""
         os.ftruncate(descriptor, 0)
-        if size <= PART_BYTES:
+        if size <= RANGE_BYTES:
             data = root.read_range(path, 0, size + 1)  # one byte more than expected, to notice a longer file
             received_bytes, received_digest = len(data), sha256(data)
             if (received_bytes, received_digest) == (size, digest):
                 os.pwrite(descriptor, data, 0)
         else:
-            download_part = partial(_download_part, root, path, size, descriptor)
-            parts = [self._part_pool.submit(download_part, start) for start in range(0, size, PART_BYTES)]
-            wait(parts)  # also after a failure: no thread may still write when the descriptor is closed
-            received_bytes = sum(part.result() for part in parts)
+            download_range = partial(_download_range, root, path, size, descriptor)
+            downloads = [self._range_pool.submit(download_range, start) for start in range(0, size, RANGE_BYTES)]
+            wait(downloads)  # also after a failure: no thread may still write when the descriptor is closed
+            received_bytes = sum(download.result() for download in downloads)
             with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as content:
                 received_digest = sha256(np.frombuffer(content, np.uint8))
         if (received_bytes, received_digest) != (size, digest):
@@ -108,7 +108,7 @@ class Cache:
             self._downloads_until_scan -= 1
             if self._used_bytes <= self.max_bytes and self._downloads_until_scan > 0:
                 return
-            self._downloads_until_scan = _SCAN_INTERVAL
+            self._downloads_until_scan = _DOWNLOADS_PER_SCAN
             self._delete_abandoned_parts()
             self._delete_least_recently_used()
 
@@ -139,15 +139,15 @@ class CachedFile:
     disk_bytes: int
 
 
-def _download_part(root: Root, path: str, size: int, descriptor: int, start: int) -> int:
-    """Copy the PART_BYTES from `start` of a remote file to the same place of the open file `descriptor`. Returns the
+def _download_range(root: Root, path: str, size: int, descriptor: int, start: int) -> int:
+    """Copy the RANGE_BYTES from `start` of a remote file to the same place of the open file `descriptor`. Returns the
     number of bytes. Raises StoreError if the server sends another number of bytes than was asked for."""
-    end = min(start + PART_BYTES, size)
+    end = min(start + RANGE_BYTES, size)
     data = root.read_range(path, start, end)
     if len(data) != end - start:
         raise StoreError(
             f"{root.url}/{path}: got {len(data)} bytes for a range of {end - start}; "
-            "the file is not the one of the manifest, or its server knows no ranges"
+            "the file is not the one of the manifest, or its server does not support range requests"
         )
     return os.pwrite(descriptor, data, start)
 

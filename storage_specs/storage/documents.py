@@ -62,17 +62,15 @@ def parse_sealed_json(model: type[T], data: bytes, name: str) -> T:
 
 
 def list_differences(requested: dict[str, Any], existing: dict[str, Any], prefix: str = "") -> list[str]:
-    """One phrase for each field in which two JSON documents differ, such as "data.rows is 70 there and 71 here", where
-    "there" is `existing` and "here" is `requested`."""
+    """One phrase for each field in which two JSON documents differ, such as "data.rows: existing 70, requested 71"."""
     differences: list[str] = []
     for key in sorted(requested.keys() | existing.keys()):
         requested_value, existing_value = requested.get(key), existing.get(key)
         if isinstance(requested_value, dict) and isinstance(existing_value, dict):
             differences += list_differences(requested_value, existing_value, f"{prefix}{key}.")
         elif requested_value != existing_value:
-            differences.append(
-                f"{prefix}{key} is {_shortened_json(existing_value)} there and {_shortened_json(requested_value)} here"
-            )
+            existing_json, requested_json = _shortened_json(existing_value), _shortened_json(requested_value)
+            differences.append(f"{prefix}{key}: existing {existing_json}, requested {requested_json}")
     return differences
 
 

@@ -61,7 +61,7 @@ def check_relative_path(path: str) -> str:
 
 
 def _imported_classes(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:
-    """Those of the (module, class) names whose module was imported."""
+    """The exception classes among these (module, class) names whose module is imported."""
     return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
 
 
@@ -105,7 +105,7 @@ class Root:
         """
         if self.local:
             return action()
-        deadline = time.monotonic() + RETRY_SECONDS
+        started_at = time.monotonic()
         pause = _FIRST_PAUSE
         while True:
             try:
@@ -116,11 +116,12 @@ class Root:
                 http_status = getattr(error, "status", None)
                 if isinstance(http_status, int) and 400 <= http_status < 500 and http_status not in (408, 429):
                     raise StorageError(
-                        f"{self.url}/{path}: {error}; expected a server that gives access to it"
+                        f"{self.url}/{path}: {error}; the server refuses the request, check URL and credentials"
                     ) from error
-                if time.monotonic() + pause > deadline or self.stop_retrying.is_set():
+                elapsed = time.monotonic() - started_at
+                if elapsed + pause > RETRY_SECONDS or self.stop_retrying.is_set():
                     raise OutageError(
-                        f"{self.url}/{path}: {error or type(error).__name__}; tried for {RETRY_SECONDS:.0f} s. "
+                        f"{self.url}/{path}: {error or type(error).__name__}; tried for {elapsed:.1f} s. "
                         "The same command continues once the storage answers"
                     ) from error
                 spread = random.uniform(0.5, 1.0)  # noqa: S311  (so that many clients do not all come back at once)
@@ -161,7 +162,7 @@ class Root:
         except FileNotFoundError:
             return None
         if size is None:
-            raise StoreError(f"{self.url}/{path}: got no size from the server, expected one that tells it")
+            raise StoreError(f"{self.url}/{path}: the server reports no file size")
         return int(size)
 
     def read(self, path: str, max_bytes: int) -> bytes:
@@ -186,15 +187,16 @@ class Root:
         except FileNotFoundError as error:
             raise self._missing_error(path) from error
         except OSError as error:
-            raise StoreError(
-                f"{self.url}/{path}: {error.strerror}; expected a file (a model is <folder>/model.safetensors)"
-            ) from error
+            raise StoreError(f"{self.url}/{path}: {error.strerror}; expected a file") from error
 
     def _missing_error(self, path: str) -> StoreError:
         return StoreError(f"{self.url}/{path} is missing; the store is incomplete or the URL is wrong")
 
     def _too_large_error(self, path: str, size: int, max_bytes: int) -> StoreError:
-        return StoreError(f"{self.url}/{path}: got {size} bytes, expected at most {max_bytes}; this is no file of ours")
+        return StoreError(
+            f"{self.url}/{path}: got {size} bytes, expected at most {max_bytes}; "
+            "the file is larger than any such file that nfm writes"
+        )
 
     def read_range(self, path: str, start: int | None, end: int | None) -> bytes:
         """Bytes `start` (inclusive) to `end` (exclusive) of a file; None stands for its beginning or its end. Raises
@@ -208,7 +210,10 @@ class Root:
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file so that it is durable when this returns, and that a reader sees the old file or the new one at
-        any time, also after a crash. Makes missing folders. Raises OSError."""
+        any time, also after a crash. Makes missing folders.
+
+        Raises OSError if the local file system refuses, StorageError if a remote one cannot be reached or refuses
+        access."""
         if self.local:
             self._write_local(self.full_path(path), data)
             return
@@ -267,6 +272,15 @@ def open_regular_file(path: str | Path) -> Iterator[tuple[int, int]]:
         yield descriptor, status.st_size
     finally:
         os.close(descriptor)
+
+
+def check_file_size(name: str | Path, actual_bytes: int, expected_bytes: int) -> None:
+    """Raise StoreError with the file's `name` unless it has the size that the manifest gives."""
+    if actual_bytes != expected_bytes:
+        raise StoreError(
+            f"{name}: got {actual_bytes} bytes, expected {expected_bytes}; "
+            "the file is truncated or overlong, repair or copy it again"
+        )
 
 
 def map_file(path: str | Path) -> NDArray[np.uint8]:

@@ -26,7 +26,7 @@ from nfm.storage_specs.storage.files import Root
 
 RENEW_SECONDS = 5.0
 LEASE_SECONDS = 30.0
-BURST_SECONDS = 0.2  # between two writes of the lease file, however often the units in flight change
+MIN_WRITE_INTERVAL_SECONDS = 0.2  # between two writes of the lease file, however often the units in flight change
 MAX_LEASE_BYTES = 1 << 24
 
 
@@ -34,7 +34,7 @@ class Holder(StrictModel):
     """The content of a lease file: which process holds the lease, and what it is working on."""
 
     token: str  # random, of one `Lease` object
-    host: str  # the result of `_machine_id`
+    machine_id: str  # the result of `_machine_id`
     pid: int
     process_start_time: str  # in clock ticks, so that a later process with the same pid is not taken for the holder
     renewals: int  # counts the writes, so that every renewal changes the file
@@ -43,15 +43,16 @@ class Holder(StrictModel):
 
     @property
     def process_name(self) -> str:
-        """For messages: "process 1234 on host-a"."""
-        return f"process {self.pid} on {self.host.partition(' ')[0]}"
+        """For messages: "process 1234 on host-a", or "process 1234" where the machine has no id."""
+        host_name = self.machine_id.partition(" ")[0]
+        return f"process {self.pid} on {host_name}" if host_name else f"process {self.pid}"
 
     def is_known_dead(self) -> bool:
         """Whether the holder released the lease, or was a process of this machine that no longer runs. Nothing is known
         of processes on other machines."""
         if self.released:
             return True
-        if self.host == "" or self.host != _machine_id():
+        if self.machine_id == "" or self.machine_id != _machine_id():
             return False
         return _process_start_time(self.pid) != self.process_start_time
 
@@ -156,7 +157,7 @@ class Lease:
         """Write the lease file: take the lease, renew it, or say that it is released."""
         holder = Holder(
             token=self.token,
-            host=_machine_id(),
+            machine_id=_machine_id(),
             pid=os.getpid(),
             process_start_time=_process_start_time(os.getpid()),
             renewals=self.renewals,
@@ -178,7 +179,7 @@ class Lease:
                 if current is not None and current.token != self.token:
                     self._taken_over = True
                     self._error = StoreError(
-                        f"{self.root.url}: {current.process_name} took over encoding into it; this one stops"
+                        f"{self.root.url}: {current.process_name} took over encoding into it; this process stops"
                     )
                     return
                 self._write()
@@ -187,7 +188,7 @@ class Lease:
                 return
             except OSError:
                 pass  # the disk may be full for a while; if another driver takes over meanwhile, the next read tells
-            self._stop.wait(BURST_SECONDS)
+            self._stop.wait(MIN_WRITE_INTERVAL_SECONDS)
 
 
 def _machine_id() -> str:
