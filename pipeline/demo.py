@@ -14,6 +14,7 @@ from nfm.stages.prepare import prepare
 from nfm.stages.progress import Progress, print_line
 from nfm.stages.train_student import train_student
 from nfm.stages.train_teacher import train_teacher
+from nfm.storage_specs.format.names import DATASET_FILE
 from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.storage.files import Root
 
@@ -54,7 +55,7 @@ def run_demo(config: Config, out: str, data: Path | None, skip_bad_images: bool)
 def _encode_stores(config: Config, samples: str, teacher: str, stores: dict[LayoutName, str]) -> None:
     """Encode one store in each layout, in one Ray session; without one if all of them are complete."""
     with ExitStack() as stack:
-        if not all(Root(url).exists("dataset.json") for url in stores.values()):
+        if not all(Root(url).exists(DATASET_FILE) for url in stores.values()):
             with Progress("encode: starting Ray"):
                 stack.enter_context(ray_session(lambda status: print_line(f"encode: {status}")))
         for layout, url in stores.items():

@@ -87,9 +87,9 @@ def verify(store: Store, num_records: int, teacher: str | None, seed: int | None
         raise StoreError("got --seed without --reencode N, whose records it chooses; expected both or none")
     num_faults = 0
     with Progress("verify", store.dataset.totals.bytes, "B") as progress:
-        for _, fault in store.find_faults(progress.advance):
+        for fault in store.find_faults(progress.advance):
             num_faults += 1
-            print_line(fault)
+            print_line(fault.message)
     if num_faults:
         raise StoreError(
             f"{store.url}: {num_faults} faults in {len(store.files)} files; nfm store repair queues them to be written "

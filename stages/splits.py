@@ -1,6 +1,7 @@
 """The two sample stores that prepare writes, as the stages after it open them."""
 
 from nfm.stages.errors import StageError
+from nfm.storage_specs.format.names import DATASET_FILE
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import Root
 
@@ -13,7 +14,7 @@ def open_splits(samples: str) -> tuple[Store, Store]:
     Raises StageError if `samples` is one of the two stores, StoreError if one of them is missing or broken.
     """
     samples = samples.rstrip("/") or samples
-    if Root(samples).exists("dataset.json"):
+    if Root(samples).exists(DATASET_FILE):
         folder, _, name = samples.rpartition("/")
         suggestion = f"{folder or '.'}, " if name in SPLITS else ""
         raise StageError(

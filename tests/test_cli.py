@@ -267,7 +267,7 @@ def test_one_of_the_two_sample_stores_is_answered_with_their_folder(
 
 def test_the_folder_of_both_sample_stores_is_answered_with_one_of_them(call: Nfm, run: Run, tmp_path: Path) -> None:
     arguments = ["encode", *small(), "--samples", run.samples, "--teacher", run.teacher, "--out", f"{tmp_path}/out"]
-    is_one_clear_line(call(*arguments), "got a folder of stores", f"{run.samples}/train or val")
+    is_one_clear_line(call(*arguments), "got a folder of stores", f"{run.samples}/train or {run.samples}/val")
     assert not (tmp_path / "out").exists()
 
 

@@ -195,7 +195,7 @@ def test_streams_with_either_reader_are_the_same_to_the_bit(
             plain = CouplingStream(url, **arguments)
         assert readers_of(fast) == {RegionRows} and readers_of(plain) == {MemmapRows}
         for reader in (*fast._readers, *plain._readers):
-            reader.set_cache_share(1.0)  # as of a remote store, whose cache holds one window
+            reader.set_cache_windows(1.0)  # as of a remote store, whose cache holds one window
         with closing(fast), closing(plain):
             for _ in range(3 * ROWS // 23 + 1):
                 batch = next(fast)

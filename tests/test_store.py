@@ -13,9 +13,10 @@ from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
-from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.errors import OutageError, StoreError
 from nfm.storage_specs.storage.files import Root, check_relative_path, sha256
 from nfm.storage_specs.writing.writer import StoreWriter
+from tests.tools.random_couplings import write_random_couplings
 from tests.tools.small_run import Run
 from tests.tools.stores import LAYOUT_NAMES, block_of, damage, edit, flip, sample_spec, tree
 
@@ -49,7 +50,7 @@ def test_nothing_is_a_store_before_it_is_complete(tmp_path: Path) -> None:
 def test_another_spec_at_the_same_url_is_refused_with_both_values(tmp_path: Path) -> None:
     write(str(tmp_path), sample_spec(rows=70), [0])
     before = tree(str(tmp_path))
-    with pytest.raises(StoreError, match="rows is 70 there and 71 here"):
+    with pytest.raises(StoreError, match="rows: existing 70, requested 71"):
         StoreWriter(str(tmp_path), sample_spec(rows=71)).initialize()
     assert tree(str(tmp_path)) == before
 
@@ -72,7 +73,7 @@ def test_z_that_is_not_finite_is_not_written(run: Run, tmp_path: Path) -> None:
     base = {"x": store.column("x", 0), "label": store.column("label", 0)}
     for bad in (np.inf, np.nan, 70_000.0):  # the last is finite, but not as float16
         z[1, 7, 0, 3, 3] = bad
-        with pytest.raises(FloatingPointError, match="z of image 7, draw 1"):
+        with pytest.raises(FloatingPointError, match="z of image 7, draw 1, .*draw was not written"):
             writer.write_block(0, base, z, noise)
     written = set(tree(str(tmp_path)))
     assert not any("k001" in path for path in written)
@@ -167,6 +168,33 @@ def test_verify_reads_what_is_not_in_the_manifest_too(run: Run, tmp_path: Path) 
         damage(copy, path, change)
         ((_, fault),) = Store(str(copy)).find_faults()
         assert path in fault
+
+
+def test_a_damaged_scale_is_found_behind_a_damaged_sigma_f(tmp_path: Path) -> None:
+    write_random_couplings(str(tmp_path), "webdataset", (1, 4, 4), 40, draws=1, z_dtype="int8")
+    for name in ("sigma_f.npy", "z_scale.npy"):
+        damage(tmp_path, name, flip(150))
+    faults = list(Store(str(tmp_path)).find_faults())
+    assert [fault.file for fault in faults] == ["sigma_f.npy", "z_scale.npy"]
+    assert all(str(fault.file) in fault.message for fault in faults)
+
+
+def test_storage_that_is_away_is_no_fault_of_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repair would otherwise queue sound blocks."""
+    url = "memory://away"
+    write_random_couplings(url, "zarr", (1, 4, 4), 40, draws=1)
+    original = Root.read
+    for away in ("sigma_f.npy", "z/zarr.json", "z/c/0/1/0/0/0"):
+
+        def read(self: Root, path: str, max_bytes: int, away: str = away) -> bytes:
+            if path == away:
+                raise OutageError(f"{path}: tried for 300 s")
+            return original(self, path, max_bytes)
+
+        monkeypatch.setattr(Root, "read", read)
+        with pytest.raises(OutageError, match=away):
+            list(Store(url).find_faults())
+    Root(url).fs.rm("/away", recursive=True)
 
 
 def test_paths_stay_inside_the_store() -> None:

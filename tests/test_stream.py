@@ -24,6 +24,7 @@ from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState
 from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.random_couplings import write_random_couplings
 from tests.tools.small_run import Run
+from tests.tools.stores import damage, flip
 from tests.tools.waiting import PATIENCE
 
 
@@ -134,10 +135,24 @@ def test_a_batch_may_be_larger_than_the_store(run: Run) -> None:
     assert stream.state == StreamState(epoch=2, position=0)
 
 
-@pytest.mark.parametrize(("batch", "rank", "world"), [(0, 0, 1), (10, 0, 3), (12, 3, 3), (12, -1, 3)])
-def test_sizes_that_do_not_fit_are_refused(run: Run, batch: int, rank: int, world: int) -> None:
-    with pytest.raises(ValueError, match="global batch"):
+@pytest.mark.parametrize(
+    ("batch", "rank", "world", "message"),
+    [
+        (0, 0, 1, "got global batch 0; expected a positive multiple of the world size 1"),
+        (10, 0, 3, "got global batch 10; expected a positive multiple of the world size 3"),
+        (12, 3, 3, "got rank 3; expected 0 to 2"),
+        (12, -1, 3, "got rank -1; expected 0 to 2"),
+        (12, 0, 0, "got world size 0; expected at least 1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(run: Run, batch: int, rank: int, world: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         CouplingStream(run.couplings["webdataset"], batch, 0, rank=rank, world_size=world)
+
+
+def test_a_mixture_of_no_stores_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected at least one store"):
+        CouplingStream([], 8, seed=0)
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "zarr"])
@@ -222,8 +237,10 @@ def test_setting_the_state_discards_what_was_prepared(run: Run) -> None:
         stream.state = StreamState(0, 16)
         assert torch.equal(next(stream).index, batches[1].index)
         assert stream.state == StreamState(0, 32)
-        with pytest.raises(ValueError, match="expected a position below"):
-            stream.state = StreamState(0, 10**9)
+        last = Store(run.couplings["zarr"]).spec.rows - 1
+        for state in (StreamState(0, last + 1), StreamState(0, -1), StreamState(-1, 0)):
+            with pytest.raises(ValueError, match=f"expected epoch >= 0 and a position in 0 … {last}"):
+                stream.state = state
 
 
 @pytest.mark.parametrize("view", ["pairs", "samples"])
@@ -251,6 +268,17 @@ def test_stores_of_the_same_images_do_not_give_them_side_by_side(run: Run) -> No
     num_repeated = sum(len(batch.index) - len(torch.unique(batch.index)) for batch in batches)
     expected_by_chance = 40 * 64 * 63 / 2 / rows / 2  # pairs in a batch, from different stores, of the same row
     assert num_repeated < 2 * expected_by_chance
+
+
+def test_a_damaged_index_file_is_found_again_by_a_retry(tmp_path: Path) -> None:
+    """The labels of its block were read before it was found to be damaged."""
+    write_random_couplings(str(tmp_path), "zarr", (1, 4, 4), 40, draws=1)
+    damage(tmp_path, "index/c/1", flip(0))
+    with closing(CouplingStream(str(tmp_path), 40, seed=0)) as stream:
+        for _ in range(2):
+            with pytest.raises(StoreError, match=r"index/c/1: its sha256"):
+                next(stream)
+            stream.state = StreamState()  # discards the error of the first attempt
 
 
 def test_a_closed_stream_says_so(run: Run) -> None:

@@ -18,6 +18,7 @@ from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.writing.transfer import convert_store, copy_store, export_tuples, repair_store
 from nfm.storage_specs.writing.units import UnitWriter
 from nfm.storage_specs.writing.writer import StoreWriter
+from tests.tools.random_couplings import write_random_couplings
 from tests.tools.small_run import Run
 from tests.tools.stores import LAYOUT_NAMES, content, damage, edit, flip, ignore_progress, tree
 
@@ -73,6 +74,8 @@ def test_tuples_hold_all_of_a_pair_in_one_sample(run: Run, tmp_path: Path) -> No
             assert np.array_equal(sample["z.npy"], store.column("z", block, draw)[i])
             assert np.array_equal(sample["noise.npy"], store.column("noise", block, draw)[i])
             assert sample["cls"] == store.column("label", block)[i]
+    readme = (tmp_path / "README.md").read_text()
+    assert "z = f(x + η·ε′, label)" in readme and "stored" not in readme, "what z means, not how the store holds it"
     before = tree(str(tmp_path))
     (tmp_path / "k001" / "000001.tar").unlink()
     export_tuples(store, str(tmp_path), ignore_progress, None)
@@ -94,6 +97,18 @@ def test_a_copy_is_the_same_bytes_and_continues(run: Run, tmp_path: Path, layout
     damage(tmp_path, files[6].path, flip(70))  # of the right size: found at the end
     assert copy_store(store, out, ignore_progress, None) == 3
     assert tree(out) == tree(store.url)
+
+
+def test_the_progress_of_a_copy_counts_files_that_exist(run: Run, tmp_path: Path) -> None:
+    """Every file twice: once it is written or exists, and once it was read back."""
+    store, out = Store(run.couplings["zarr"]), str(tmp_path)
+    for _ in range(3):
+        steps: list[int] = []
+        copy_store(store, out, steps.append, None)
+        assert sum(steps) == 2 * store.dataset.totals.bytes
+        files = list(store.files.values())
+        (tmp_path / files[1].path).unlink()
+        damage(tmp_path, files[6].path, flip(70))  # written a second time, and counted once
 
 
 def test_a_copy_over_another_store_is_refused(run: Run, tmp_path: Path) -> None:
@@ -191,6 +206,16 @@ def test_repair_without_commit_records_says_what_to_do(run: Run, tmp_path: Path)
     shutil.rmtree(tmp_path / "commits")
     damage(tmp_path, "manifest.parquet", flip(40))
     with pytest.raises(StoreError, match="copy it again from its source"):
+        repair_store(Store(str(tmp_path)), ignore_progress)
+    assert (tmp_path / "dataset.json").exists()
+
+
+def test_repair_without_a_sound_scale_says_what_to_do(tmp_path: Path) -> None:
+    """Also behind another fault: dataset.json stays, as no command could write it again."""
+    write_random_couplings(str(tmp_path), "webdataset", (1, 4, 4), 40, draws=1, z_dtype="int8")
+    for name in ("sigma_f.npy", "z_scale.npy"):
+        damage(tmp_path, name, flip(150))
+    with pytest.raises(StoreError, match=r"z_scale\.npy: its sha256 .* cannot be repaired; copy it again"):
         repair_store(Store(str(tmp_path)), ignore_progress)
     assert (tmp_path / "dataset.json").exists()
 

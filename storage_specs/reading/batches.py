@@ -86,18 +86,18 @@ class BatchMaker:
         size = self._rank_batch_size
         buffers = self._allocate_buffers(size)
         if len(self._readers) == 1:
-            source = np.zeros(size, dtype=np.int64)
+            sources = np.zeros(size, dtype=np.int64)
             self._readers[0].read(rank_start, buffers)
         else:
-            source = self._mixture.choose_sources(rank_start, size)
-            self._read_mixture(rank_start, source, buffers)
+            sources = self._mixture.choose_sources(rank_start, size)
+            self._read_mixture(rank_start, sources, buffers)
         return Batch(
             x=buffers.x.view(size, *self._shape),
             z=torch.empty(0, *self._shape) if buffers.z is None else buffers.z.view(size, *self._shape),
             label=buffers.label,
             index=buffers.index,
             draw=buffers.draw,
-            source=torch.from_numpy(source),
+            source=torch.from_numpy(sources),
         )
 
     def _allocate_buffers(self, size: int) -> SampleBuffers:
@@ -114,24 +114,24 @@ class BatchMaker:
             label=torch.empty(size, dtype=torch.int64),
             index=torch.empty(size, dtype=torch.int64),
             draw=torch.empty(size, dtype=torch.int64),
-            as_stored=self._stored,
+            stored=self._stored,
         )
 
-    def _read_mixture(self, start: int, source: NDArray[np.int64], buffers: SampleBuffers) -> None:
-        """Fill the buffers with the samples from `start` on, whose stores are `source`, (B,)."""
+    def _read_mixture(self, start: int, sources: NDArray[np.int64], buffers: SampleBuffers) -> None:
+        """Fill the buffers with the samples from `start` on, whose stores are `sources`, (B,)."""
         samples_before = self._mixture.count_samples_before(start)
-        for number, reader in enumerate(self._readers):
-            positions = torch.from_numpy(np.flatnonzero(source == number))
-            if len(positions) == 0:
+        for source, reader in enumerate(self._readers):
+            batch_rows = torch.from_numpy(np.flatnonzero(sources == source))
+            if len(batch_rows) == 0:
                 continue
-            part = _allocate_like(buffers, len(positions))
-            reader.read(int(samples_before[number]), part)
-            buffers.x[positions] = part.x
+            part = _allocate_like(buffers, len(batch_rows))
+            reader.read(int(samples_before[source]), part)
+            buffers.x[batch_rows] = part.x
             if buffers.z is not None and part.z is not None:
-                buffers.z[positions] = part.z
-            buffers.label[positions] = part.label
-            buffers.index[positions] = part.index
-            buffers.draw[positions] = part.draw
+                buffers.z[batch_rows] = part.z
+            buffers.label[batch_rows] = part.label
+            buffers.index[batch_rows] = part.index
+            buffers.draw[batch_rows] = part.draw
 
     def to_float(self, batch: Batch) -> Batch:
         """A batch of this maker with x in [-1, 1] and z / σ_f, float32 on the device of the batch.
@@ -147,9 +147,9 @@ class BatchMaker:
             z = self._scale_z(self._readers[0], batch.z)
         else:
             z = torch.empty_like(batch.z, dtype=torch.float32)
-            for number, reader in enumerate(self._readers):
-                from_reader = batch.source == number
-                z[from_reader] = self._scale_z(reader, batch.z[from_reader])
+            for source, reader in enumerate(self._readers):
+                is_from_source = batch.source == source
+                z[is_from_source] = self._scale_z(reader, batch.z[is_from_source])
         return replace(batch, x=x, z=z)
 
     def _scale_z(self, reader: RowReader, stored_z: torch.Tensor) -> torch.Tensor:
@@ -172,5 +172,5 @@ def _allocate_like(buffers: SampleBuffers, size: int) -> SampleBuffers:
         label=torch.empty_like(buffers.label[:size]),
         index=torch.empty_like(buffers.index[:size]),
         draw=torch.empty_like(buffers.draw[:size]),
-        as_stored=buffers.as_stored,
+        stored=buffers.stored,
     )

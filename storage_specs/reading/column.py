@@ -15,12 +15,12 @@ from nfm.storage_specs.reading.store import Store
 
 
 def create_mapped_rows(placement: RowPlacement) -> MappedRows:
-    """The fast reader where it can be had, else the plain one, which gives the same rows.
+    """The fast reader where it works, else the plain one, which gives the same rows.
 
-    The fast one is had where `supports_region` says so and the address space holds all files of the column at once. It
-    may not: `ulimit -v` bounds it, and 47 bits of address are 128 TiB. The plain reader is sound then, because it takes
-    address space only for files that are mapped, each at the size that was checked when it was opened, and reserves
-    nothing on the word of the spec. If even that is too much, mapping a file raises OSError.
+    The fast one works where `supports_region` says so and the address space holds all files of the column at once. It
+    may not hold them: `ulimit -v` bounds it, and 47 bits of address are 128 TiB. The plain reader is sound then: it
+    takes address space only for files that are mapped, each at the size that was checked when it was opened, and does
+    not reserve what an unverified spec claims. If even that is too much, mapping a file raises OSError.
     """
     if supports_region(placement):
         try:
@@ -84,27 +84,27 @@ class Column:
         self._mapped[key] = None
         self._mapped.move_to_end(key)
 
-    def unmap_unused(self, used: set[FileKey], max_mapped: int) -> None:
-        """Unmap the files used longest ago until at most `max_mapped` are mapped, but none of those in `used`."""
+    def unmap_unused(self, needed: set[FileKey], max_mapped: int) -> None:
+        """Unmap the files used longest ago until at most `max_mapped` are mapped, but none of those in `needed`."""
         num_excess = max(0, len(self._mapped) - max_mapped)
-        unused = [key for key in self._mapped if key not in used]
-        for key in unused[:num_excess]:
+        unneeded = [key for key in self._mapped if key not in needed]
+        for key in unneeded[:num_excess]:
             self._rows.unmap_file(self._slot(key))
             del self._mapped[key]
 
     def locate(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None) -> Tensor:
-        """The positions, (B,) int64, that `gather` takes for these rows of the store, (B,), and draws, (B,) or None."""
+        """The locations, (B,) int64, that `gather` takes for these rows of the store, (B,), and draws, (B,) or None."""
         blocks, rows_in_file = np.divmod(rows, self.spec.block_rows)
         slots = blocks if draws is None else draws * self.spec.blocks + blocks
         return torch.from_numpy(self._rows.locate(slots, rows_in_file))
 
-    def gather(self, positions: Tensor, out: Tensor | None) -> Tensor:
-        """The rows at these positions, (B, n) in the dtype of the files, whose files must be mapped.
+    def gather(self, locations: Tensor, out: Tensor | None) -> Tensor:
+        """The rows at these locations, (B, n) in the dtype of the files, whose files must be mapped.
 
         They are copied into `out`; if that is None, into memory of the column, which the next call overwrites.
         """
         if out is None:
-            if len(self._buffer) < len(positions):
-                self._buffer = torch.empty(len(positions), self.spec.dim, dtype=self.dtype)
-            out = self._buffer[: len(positions)]
-        return self._rows.gather(positions, out)
+            if len(self._buffer) < len(locations):
+                self._buffer = torch.empty(len(locations), self.spec.dim, dtype=self.dtype)
+            out = self._buffer[: len(locations)]
+        return self._rows.gather(locations, out)

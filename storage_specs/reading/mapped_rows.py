@@ -1,7 +1,7 @@
 """The interface behind which a column reads its rows, whichever way the platform allows.
 
 Two classes implement it: `RegionRows` (region.py), which is fast, and `MemmapRows` (memmap_rows.py), which is plain and
-runs everywhere. Both give the same rows.
+runs on every POSIX platform. Both give the same rows.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from nfm.storage_specs.storage.errors import StoreError
 
 
 @dataclass(frozen=True)
@@ -48,22 +46,13 @@ class MappedRows(Protocol):
         """Forget the file of a slot. None of its rows may be gathered until it is mapped again."""
 
     def locate(self, slots: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The positions, (B,), under which `gather` finds rows given by their slots and row numbers in the file, (B,).
+        """The locations, (B,), that `gather` takes for rows given by their slots and row numbers in the file, (B,).
 
         The files need not be mapped yet.
         """
 
-    def gather(self, positions: Tensor, out: Tensor) -> Tensor:
-        """Copy the rows at the given positions, (B,) int64, into `out`, contiguous (B, n) of the column's dtype.
+    def gather(self, locations: Tensor, out: Tensor) -> Tensor:
+        """Copy the rows at the given locations, (B,) int64, into `out`, contiguous (B, n) of the column's dtype.
 
         The files of all these rows must be mapped. Returns `out`.
         """
-
-
-def check_file_size(path: Path, actual_bytes: int, expected_bytes: int) -> None:
-    """Raise StoreError unless a file has the size that the manifest gives."""
-    if actual_bytes != expected_bytes:
-        raise StoreError(
-            f"{path}: got {actual_bytes} bytes, expected {expected_bytes}; "
-            "the file is truncated or overlong, repair or copy it again"
-        )

@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nfm.storage_specs.reading.mapped_rows import RowPlacement, check_file_size
-from nfm.storage_specs.storage.files import open_regular_file
+from nfm.storage_specs.reading.mapped_rows import RowPlacement
+from nfm.storage_specs.storage.files import check_file_size, open_regular_file
 
 
 class MemmapRows:
-    """Implements `MappedRows` with nothing that depends on the platform.
+    """Implements `MappedRows` with what every POSIX platform has.
 
     It needs no more address space than the mapped files take, and does not depend on the byte order of the machine, nor
     on how rows are aligned. A row that was never mapped is a KeyError or an IndexError.
@@ -35,13 +35,13 @@ class MemmapRows:
     def locate(self, slots: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return slots * self._placement.file_rows + rows
 
-    def gather(self, positions: Tensor, out: Tensor) -> Tensor:
-        slots, rows = np.divmod(positions.numpy(), self._placement.file_rows)
+    def gather(self, locations: Tensor, out: Tensor) -> Tensor:
+        slots, rows = np.divmod(locations.numpy(), self._placement.file_rows)
         # NumPy has no bfloat16, so values are copied as unsigned integers of the same size.
         target = out.view(torch.uint8).numpy().view(f"=u{self._placement.dtype.itemsize}")
         for slot in np.unique(slots).tolist():
-            in_file = np.flatnonzero(slots == slot)
-            target[in_file] = self._rows_by_slot[slot][rows[in_file]]
+            batch_rows = np.flatnonzero(slots == slot)
+            target[batch_rows] = self._rows_by_slot[slot][rows[batch_rows]]
         return out
 
     def _view_rows(self, data: NDArray[np.uint8]) -> NDArray[Any]:

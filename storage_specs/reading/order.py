@@ -77,8 +77,8 @@ def make_epoch_order(num_rows: int, block_rows: int, seed: int, epoch: int, wind
     if len(windows) == 1:
         return EpochOrder(shuffled_rows, windows, [0, num_rows])
     window_of_block = np.empty(num_blocks, dtype=np.int64)
-    for number, blocks in enumerate(windows):
-        window_of_block[blocks] = number
+    for window, blocks in enumerate(windows):
+        window_of_block[blocks] = window
     window_of_row = window_of_block[shuffled_rows // block_rows]
     # A stable sort by window keeps the shuffled order inside each window.
     rows = shuffled_rows[np.argsort(window_of_row, kind="stable")]
@@ -99,7 +99,7 @@ def choose_epoch_draws(num_blocks: int, num_draws: int, seed: int, epoch: int) -
 
 
 def derive_source_seed(seed: int, source: int) -> int:
-    """The seed for the order of store number `source` of a mixture.
+    """The seed for the order of the store with index `source` in a mixture.
 
     Each store has another one, so that two stores made of the same images do not give the same images side by side.
     Store 0 has the seed itself: a mixture of one store is that store.

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nfm.storage_specs.reading.mapped_rows import RowPlacement, check_file_size
-from nfm.storage_specs.storage.files import open_regular_file
+from nfm.storage_specs.reading.mapped_rows import RowPlacement
+from nfm.storage_specs.storage.files import check_file_size, open_regular_file
 
 # What Python's mmap module, which cannot map a file at a given address, leaves out. The values are those of Linux (on
 # every processor that torch is built for) and of macOS.
@@ -42,7 +42,7 @@ def _load_libc() -> ctypes.CDLL | None:
         ]
         libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    except (OSError, TypeError, AttributeError):  # no library under this name (Windows), or none with these functions
+    except (OSError, TypeError, AttributeError):  # no library, or one without these functions
         return None
     return libc
 
@@ -73,7 +73,8 @@ def supports_region(placement: RowPlacement) -> bool:
 
 
 def _step_bytes(placement: RowPlacement) -> int:
-    """The largest number of bytes that divides both the stride of rows and the distance between files."""
+    """The largest number of bytes that divides the stride of rows and the page size, and so also the distance between
+    files, which begin at multiples of the page size."""
     return int(np.gcd(placement.stride, mmap.PAGESIZE))
 
 
@@ -173,13 +174,13 @@ class RegionRows:
     def locate(self, slots: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return slots * self._steps_per_slot + rows * self._steps_per_row
 
-    def gather(self, positions: Tensor, out: Tensor) -> Tensor:
+    def gather(self, locations: Tensor, out: Tensor) -> Tensor:
         """As `MappedRows.gather`.
 
         It first reads one byte in each page of these rows and throws the bytes away. These reads do not wait for each
         other, so the processor looks up many pages at a time; the copy that follows finds them looked up, and is a
         third faster. (Files have pages of 4 KiB, and random rows hardly ever share one.)
         """
-        probes = torch.add(self._probe_offsets, positions[:, None], alpha=self._step_bytes)
+        probes = torch.add(self._probe_offsets, locations[:, None], alpha=self._step_bytes)
         torch.index_select(self._bytes, 0, probes.view(-1))
-        return torch.index_select(self._matrix, 0, positions, out=out)
+        return torch.index_select(self._matrix, 0, locations, out=out)

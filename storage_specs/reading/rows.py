@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nfm.storage_specs.format.manifest import FileKey
+from nfm.storage_specs.format.names import DATASET_FILE
 from nfm.storage_specs.format.pixels import scale_pixels
 from nfm.storage_specs.reading.column import Column
 from nfm.storage_specs.reading.order import EpochOrder, choose_epoch_draws, list_epoch_windows, make_epoch_order
@@ -21,27 +22,28 @@ from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, map_file
 
 MAX_MAPPED_FILES = 30_000  # of one store; Linux allows a process 65,530 mappings
-BYTES_PER_ROW = 96  # of memory, for the order and the labels of an epoch while it is made
+ORDER_BYTES_PER_ROW = 96  # of memory, for the order and the labels of an epoch while it is made
 _TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """One epoch of a store: its order, and for each of its N positions the draw and where the columns have the row."""
+    """One epoch of a store: its order, and for each of its N positions the draw and the location of the row in each
+    column."""
 
     epoch: int
     order: EpochOrder
     draw_of_block: NDArray[np.int64]  # (blocks,), -1 where only x is read
     draws: NDArray[np.int64]  # (N,), -1 where only x is read
-    x_positions: Tensor  # (N,), for Column.gather
-    z_positions: Tensor | None  # (N,), None where only x is read
+    x_locations: Tensor  # (N,), for Column.gather
+    z_locations: Tensor | None  # (N,), None where only x is read
 
 
 @dataclass(frozen=True)
 class SampleBuffers:
     """Tensors for B samples of n = C·H·W values, which `RowReader.read` fills.
 
-    With `as_stored`, x and z get the values that the files hold, so x must be uint8 and z have the dtype of the files.
+    With `stored`, x and z get the values that the files hold, so x must be uint8 and z have the dtype of the files.
     Otherwise both are float32, and get x in [-1, 1] and z / σ_f.
     """
 
@@ -50,7 +52,7 @@ class SampleBuffers:
     label: Tensor  # (B,) int64
     index: Tensor  # (B,) int64: the row of the store
     draw: Tensor  # (B,) int64, -1 where only x is read
-    as_stored: bool
+    stored: bool
 
 
 class RowReader:
@@ -80,7 +82,7 @@ class RowReader:
             self.sigma_f = _as_row(store.sigma_f)
             self.z_scale = None if store.z_scale is None else _as_row(store.z_scale)
         self.labels = np.empty(self.spec.rows, dtype=np.int64)
-        self._has_labels = np.zeros(self.spec.blocks, dtype=bool)  # of which blocks `labels` is filled
+        self._checked_files: set[FileKey] = set()  # of labels and indices, where these have files of their own
         self._pool = ThreadPoolExecutor(IO_THREADS, "nfm-open")
         self._plan: EpochPlan | None = None
         self._open_window_id: tuple[int, int] | None = None  # epoch, and number of the window in it
@@ -98,16 +100,16 @@ class RowReader:
 
     def _check_memory(self) -> None:
         """Raise StoreError if the order of an epoch takes more memory than the machine has."""
-        needed_bytes = self.spec.rows * BYTES_PER_ROW
+        needed_bytes = self.spec.rows * ORDER_BYTES_PER_ROW
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed_bytes > memory_bytes:
             raise StoreError(
-                f"{self.store.url}/dataset.json: got {self.spec.rows} rows, "
+                f"{self.store.url}/{DATASET_FILE}: got {self.spec.rows} rows, "
                 f"whose order alone takes {needed_bytes / 1e9:.0f} GB of memory; "
                 "expected fewer rows, or a larger machine"
             )
 
-    def set_cache_share(self, num_windows: float) -> None:
+    def set_cache_windows(self, num_windows: float) -> None:
         """Tell the reader of a remote store that the cache has room for `num_windows` of its windows."""
         self._prefetches = num_windows >= 2
         # A mapped file that the cache has dropped still takes its disk space. So where the cache cannot hold the whole
@@ -118,30 +120,30 @@ class RowReader:
     def read(self, start: int, buffers: SampleBuffers) -> None:
         """Fill the buffers with the samples start … start + B - 1. Raises StoreError if a file is missing or bad."""
         num_filled = 0
-        for plan, run in self._split_into_runs(start, len(buffers.x)):
+        for plan, run in self._iterate_open_runs(start, len(buffers.x)):
             part = slice(num_filled, num_filled + run.stop - run.start)
-            self._read_x(plan.x_positions[run], buffers.x[part], buffers.as_stored)
+            self._read_x(plan.x_locations[run], buffers.x[part], buffers.stored)
             if buffers.z is not None:
-                assert plan.z_positions is not None
-                self._read_z(plan.z_positions[run], buffers.z[part], buffers.as_stored)
+                assert plan.z_locations is not None
+                self._read_z(plan.z_locations[run], buffers.z[part], buffers.stored)
             rows = plan.order.rows[run]
             buffers.label.numpy()[part] = self.labels[rows]
             buffers.index.numpy()[part] = rows
             buffers.draw.numpy()[part] = plan.draws[run]
             num_filled = part.stop
 
-    def _read_x(self, positions: Tensor, out: Tensor, as_stored: bool) -> None:
-        if as_stored:
-            self.x.gather(positions, out)
+    def _read_x(self, locations: Tensor, out: Tensor, stored: bool) -> None:
+        if stored:
+            self.x.gather(locations, out)
         else:
-            scale_pixels(self.x.gather(positions, None), out=out)
+            scale_pixels(self.x.gather(locations, None), out=out)
 
-    def _read_z(self, positions: Tensor, out: Tensor, as_stored: bool) -> None:
+    def _read_z(self, locations: Tensor, out: Tensor, stored: bool) -> None:
         assert self.z is not None
-        if as_stored:
-            self.z.gather(positions, out)
+        if stored:
+            self.z.gather(locations, out)
         else:
-            self.scale_z(self.z.gather(positions, None), out=out)
+            self.scale_z(self.z.gather(locations, None), out=out)
 
     def scale_z(self, stored_z: Tensor, out: Tensor) -> Tensor:
         """Write z / σ_f into `out`, (B, n) float32, from z in the dtype of the files, (B, n) on the same device."""
@@ -152,8 +154,9 @@ class RowReader:
             out.mul_(self.z_scale)
         return out.div_(self.sigma_f)
 
-    def _split_into_runs(self, start: int, count: int) -> Iterator[tuple[EpochPlan, slice]]:
-        """The samples start … start + count - 1 as slices of epochs, each within one window, which is open then."""
+    def _iterate_open_runs(self, start: int, count: int) -> Iterator[tuple[EpochPlan, slice]]:
+        """The samples start … start + count - 1 as slices of epochs, each within one window. Opens the files of the
+        window before it yields a slice, so that its rows can be gathered."""
         end = start + count
         while start < end:
             epoch, position = divmod(start, self.spec.rows)
@@ -177,8 +180,8 @@ class RowReader:
             order=order,
             draw_of_block=draw_of_block,
             draws=draws,
-            x_positions=self.x.locate(order.rows, None),
-            z_positions=None if self.z is None else self.z.locate(order.rows, draws),
+            x_locations=self.x.locate(order.rows, None),
+            z_locations=None if self.z is None else self.z.locate(order.rows, draws),
         )
         return self._plan
 
@@ -215,10 +218,10 @@ class RowReader:
             self._prefetch_window_after(plan, window)
 
     def _is_open(self, key: FileKey) -> bool:
-        """Whether nothing more is needed of a file: it is mapped, or the labels of its block are known."""
+        """Whether a file of x or z is mapped, or a file of labels or indices was checked."""
         if key.column in self._columns:
             return self._columns[key.column].is_mapped(key)
-        return bool(self._has_labels[key.block])
+        return key in self._checked_files
 
     def _open_file(self, key: FileKey) -> None:
         """Map a file of x or z, check a file of labels or indices; keep the labels that it holds."""
@@ -228,10 +231,10 @@ class RowReader:
             data = self.store.use_local_file(key, map_file)
             columns = self.store.parse_columns(key, data, sha256_checked=not self.store.root.local)
             labels = columns.get("label")
+            self._checked_files.add(key)
         if labels is not None:
             first_row = key.block * self.spec.block_rows
             self.labels[first_row : first_row + len(labels)] = labels
-            self._has_labels[key.block] = True
 
     def _prefetch_window_after(self, plan: EpochPlan, window: int) -> None:
         """Begin to fetch the files of the window that follows this one, in this epoch or the next."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,13 +33,20 @@ from nfm.storage_specs.format.noise import standard_normal
 from nfm.storage_specs.format.schema import Cost, Dataset, FileRecord, Kind, Spec, content_id, parse_dataset
 from nfm.storage_specs.storage.cache import Cache
 from nfm.storage_specs.storage.documents import parse_json
-from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import IO_THREADS, Root, map_file, sha256
+from nfm.storage_specs.storage.errors import StorageError, StoreError
+from nfm.storage_specs.storage.files import IO_THREADS, Root, check_file_size, map_file, sha256
 
 T = TypeVar("T")
 
 MAX_OPEN_FILES = 64  # files that a Store keeps mapped, for the next call of `columns`
 CACHE_ATTEMPTS = 3  # to fetch a file that other processes delete from the cache before it is opened
+
+
+class Fault(NamedTuple):
+    """Something that is wrong with a store."""
+
+    file: FileKey | str  # the file of a column that is damaged or missing, or the name of another file of the store
+    message: str  # one sentence, with the URL of the file
 
 
 class Store:
@@ -66,7 +73,7 @@ class Store:
         self.layout = LAYOUTS[self.spec.layout]
         if self.dataset.records != self.layout.describe_records(self.spec):
             raise StoreError(
-                f"{self.url}/{DATASET_FILE}: its records are not those of its spec; "
+                f"{self.url}/{DATASET_FILE}: its `records` section does not describe the layout in its spec; "
                 "the file is damaged or of another version"
             )
         self._open_files: OrderedDict[FileKey, Columns] = OrderedDict()  # the one used last at the end
@@ -75,9 +82,8 @@ class Store:
         """The error for a URL without dataset.json. It names the stores in the subfolders "train" and "val"."""
         splits = [name for name in ("train", "val") if self.root.exists(f"{name}/{DATASET_FILE}")]
         if splits:
-            return StoreError(
-                f"{self.url}: got a folder of stores, expected one of them: {self.url}/{' or '.join(splits)}"
-            )
+            urls = " or ".join(f"{self.url}/{name}" for name in splits)
+            return StoreError(f"{self.url}: got a folder of stores, expected one of them: {urls}")
         return StoreError(
             f"{self.url}: no dataset.json; expected a complete store there (if its job was interrupted, run it again)"
         )
@@ -93,8 +99,8 @@ class Store:
         data = self.root.read(MANIFEST_FILE, max_manifest_bytes(self.spec))
         if sha256(data) != self.dataset.manifest_sha256:
             raise StoreError(
-                f"{name}: its sha256 is not the one in dataset.json; the file is damaged, "
-                "or draws were added to the store since it was opened: then open it again"
+                f"{name}: its sha256 is not the one in dataset.json; the file is damaged (repair or copy the store), "
+                "or draws were added since the store was opened (open it again)"
             )
         return parse_manifest(data, self.spec, name)
 
@@ -107,12 +113,12 @@ class Store:
     @cached_property
     def _label_counts(self) -> list[list[tuple[int, int]]]:
         """For each block, how many rows of each label it has according to the manifest."""
-        rows_of_x = self.manifest["label_counts"][: self.spec.blocks]  # the files of x come first
-        return list(rows_of_x.to_pylist())
+        counts_of_x_files = self.manifest["label_counts"][: self.spec.blocks]  # the files of x come first
+        return list(counts_of_x_files.to_pylist())
 
     @cached_property
     def cost(self) -> Cost | None:
-        """The seconds that the teacher took to make the couplings; None if the store does not tell."""
+        """The seconds that the teacher took to make the couplings; None if there is no cost.json."""
         if not self.root.exists(COST_FILE):
             return None
         return parse_json(Cost, self.root.read(COST_FILE, MAX_METADATA_BYTES), f"{self.url}/{COST_FILE}")
@@ -159,8 +165,7 @@ class Store:
                 size = os.stat(self.root.full_path(record.path)).st_size
             except OSError as error:
                 raise StoreError(f"{name}: {error.strerror}; repair or copy the store") from error
-            if size != record.bytes:
-                raise _wrong_size_error(name, size, record.bytes)
+            check_file_size(name, size, record.bytes)
 
     def use_local_file(self, key: FileKey, use: Callable[[Path], T]) -> T:
         """The result of `use(path)` for the local path of a file. If another process deletes the file from the cache
@@ -178,7 +183,9 @@ class Store:
             except OSError as error:
                 place = "" if self.root.local else f" in the cache {self.cache.directory}"
                 raise StoreError(f"{name}: {error.strerror or error}{place}") from error
-        raise StoreError(f"{name}: the cache {self.cache.directory} drops files as they come; raise storage.cache_gb")
+        raise StoreError(
+            f"{name}: the cache {self.cache.directory} evicts files before they can be opened; raise storage.cache_gb"
+        )
 
     def parse_columns(self, key: FileKey, data: NDArray[np.uint8], sha256_checked: bool) -> Columns:
         """The columns in `data`, the bytes of a file, as views.
@@ -188,8 +195,7 @@ class Store:
         """
         record = self.files[key]
         name = f"{self.url}/{record.path}"
-        if len(data) != record.bytes:
-            raise _wrong_size_error(name, len(data), record.bytes)
+        check_file_size(name, len(data), record.bytes)
         if not sha256_checked and sha256(data) != record.sha256:
             raise StoreError(f"{name}: its sha256 is not the one in the manifest; repair or copy it again")
         try:
@@ -244,31 +250,27 @@ class Store:
             images[positions] = self.column("x", block)[rows_in_block[positions]]
         return images
 
-    def find_faults(
-        self, progress: Callable[[int], None] = lambda _bytes: None
-    ) -> Iterator[tuple[FileKey | None, str]]:
-        """Everything that is wrong with the store, as pairs of a file and a sentence. The file is None where the fault
-        is not that of a file in the manifest.
+    def find_faults(self, progress: Callable[[int], None] = lambda _bytes: None) -> Iterator[Fault]:
+        """Everything that is wrong with the store.
 
         Reads all files from where they are (not from the cache) and checks size, sha256, structure, labels and their
         counts, and that all numbers are finite. `progress` gets the number of bytes of each file that was read. Raises
-        StoreError if the manifest is damaged.
+        StoreError if the manifest is damaged, StorageError if storage cannot be read.
         """
-        for fault in self.find_document_faults():
-            yield None, fault
+        yield from self.find_document_faults()
         total_counts: Counter[int] = Counter()
         _ = self._label_counts  # read once, before threads use it
         every_file_is_sound = True
         with ThreadPoolExecutor(IO_THREADS, "nfm-verify") as pool:
-            for key, fault, label_counts in pool.map(self._examine_file, self.files):
+            for key, message, label_counts in pool.map(self._examine_file, self.files):
                 progress(self.files[key].bytes)
                 total_counts.update(label_counts)
-                if fault:
+                if message:
                     every_file_is_sound = False
-                    yield key, fault
+                    yield Fault(key, message)
         totals = {str(label): count for label, count in total_counts.items()}
         if every_file_is_sound and totals != self.dataset.totals.label_counts:
-            yield None, f"{self.url}/{DATASET_FILE}: its label counts are not those of its files"
+            yield Fault(DATASET_FILE, f"{self.url}/{DATASET_FILE}: its label counts are not those of its files")
 
     def _examine_file(self, key: FileKey) -> tuple[FileKey, str, dict[int, int]]:
         """The key; a sentence on what is wrong with the file, or ""; and the number of rows of each label in it."""
@@ -279,46 +281,48 @@ class Store:
             else:
                 data = np.frombuffer(self.root.read(record.path, record.bytes), np.uint8)
             columns = self.parse_columns(key, data, sha256_checked=False)
+        except StorageError:
+            raise
         except StoreError as error:
             return key, str(error), {}
         if "label" not in columns:
             return key, "", {}
         labels, counts = np.unique(columns["label"], return_counts=True)
         label_counts = dict(zip(labels.tolist(), counts.tolist(), strict=True))
-        fault = ""
+        message = ""
         if dict(self._label_counts[key.block]) != label_counts:
-            fault = f"{self.url}/{MANIFEST_FILE}: its label counts are not those of {record.path}"
-        return key, fault, label_counts
+            message = f"{self.url}/{MANIFEST_FILE}: its label counts are not those of {record.path}"
+        return key, message, label_counts
 
-    def find_document_faults(self) -> list[str]:
-        """What is wrong with dataset.json, σ_f, the int8 scale and the metadata of Zarr: one sentence for each that
-        does not agree with the manifest and the spec. Raises StoreError if the manifest is damaged."""
-        faults: list[str] = []
+    def find_document_faults(self) -> list[Fault]:
+        """What is wrong with dataset.json, σ_f, the int8 scale and the metadata of Zarr: a fault for each that does not
+        agree with the manifest and the spec. Raises StoreError if the manifest is damaged, StorageError if storage
+        cannot be read."""
+        faults: list[Fault] = []
         records, totals = list(self.files.values()), self.dataset.totals
         dataset_name = f"{self.url}/{DATASET_FILE}"
         if self.dataset.id != content_id(self.spec, [record.sha256 for record in records]):
-            faults.append(f"{dataset_name}: its id is not that of its files")
+            faults.append(Fault(DATASET_FILE, f"{dataset_name}: its id is not that of its files"))
         if totals.files != len(records) or totals.bytes != sum(record.bytes for record in records):
-            faults.append(f"{dataset_name}: its totals are not those of the manifest")
-        try:
-            if self.spec.coupling:
-                _ = self.sigma_f, self.z_scale
-        except StoreError as error:
-            faults.append(str(error))
+            faults.append(Fault(DATASET_FILE, f"{dataset_name}: its totals are not those of the manifest"))
+        if self.spec.coupling:
+            for name in (SIGMA_F_FILE, Z_SCALE_FILE):
+                try:
+                    _ = self.sigma_f if name == SIGMA_F_FILE else self.z_scale
+                except StorageError:
+                    raise
+                except StoreError as error:
+                    faults.append(Fault(name, str(error)))
         if totals.z_rms_error != z_rms_error(self.spec, records):
-            faults.append(f"{dataset_name}: its z_rms_error is not that of the manifest")
+            faults.append(Fault(DATASET_FILE, f"{dataset_name}: its z_rms_error is not that of the manifest"))
         for path, expected in self.layout.metadata_files(self.spec).items():
             try:
                 intact = self.root.read(path, len(expected)) == expected
+            except StorageError:
+                raise
             except StoreError:
                 intact = False
             if not intact:
-                faults.append(f"{self.url}/{path}: it is not the metadata of this spec; copy it again")
+                message = f"{self.url}/{path}: it is not the metadata of this spec; repair or copy the store"
+                faults.append(Fault(path, message))
         return faults
-
-
-def _wrong_size_error(name: str, size: int, expected_size: int) -> StoreError:
-    return StoreError(
-        f"{name}: got {size} bytes, expected {expected_size}; the file is truncated or overlong, "
-        "repair or copy it again"
-    )

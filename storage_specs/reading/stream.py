@@ -43,7 +43,7 @@ class CouplingStream:
     `url` is the URL of a store, or a list of `Source`s. The view "pairs" needs coupling stores, and gives x with one
     draw of z; "samples" takes any store, and gives x alone. See `Batch` for shapes and ranges.
 
-    `batch_size` is the size of the global batch, of which rank `rank` of `world_size` gets its slice, number `rank`. So
+    `batch_size` is the size of the global batch; each of `world_size` ranks, 0 to `world_size` - 1, gets its slice. So
     the global sequence does not depend on the number of readers. Epochs follow each other without a gap: a batch may
     span two of them. An epoch of a mixture has as many samples as its stores have rows. `state` says how far the stream
     has come; set it to continue from there.
@@ -54,11 +54,11 @@ class CouplingStream:
 
     Batches are made in the background, in pinned memory where CUDA is available. With `stored`, x and z come in the
     dtypes and values of the files, less than half the bytes to copy to an accelerator; `to_float` converts them on
-    their device. (Stores of a mixture whose z differ in dtype give float32 all the same.) `options` are those of the
+    their device. `stored` has no effect if the stores of a mixture differ in the dtype of z. `options` are those of the
     fsspec file system of `url`.
 
-    Raises StoreError if a store is missing, damaged or of the wrong kind, also from `next`; ValueError for sizes or
-    weights that do not fit.
+    Raises StoreError if a store is missing, damaged or of the wrong kind, also from `next`; ValueError for sizes, ranks
+    or weights that do not fit.
     """
 
     def __init__(
@@ -73,14 +73,19 @@ class CouplingStream:
         options: dict[str, Any] | None = None,
         stored: bool = False,
     ) -> None:
-        if batch_size < 1 or batch_size % world_size != 0 or not 0 <= rank < world_size:
+        if world_size < 1:
+            raise ValueError(f"got world size {world_size}; expected at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"got rank {rank}; expected 0 to {world_size - 1}")
+        if batch_size < 1 or batch_size % world_size != 0:
             raise ValueError(
-                f"got global batch {batch_size} for rank {rank} of {world_size}; "
-                "expected a positive multiple of the world size"
+                f"got global batch {batch_size}; expected a positive multiple of the world size {world_size}"
             )
         if window_blocks is not None and window_blocks < 1:
             raise ValueError(f"got window_blocks {window_blocks}; expected at least 1")
         sources = [Source(url, options=options or {})] if isinstance(url, str) else list(url)
+        if not sources:
+            raise ValueError("got an empty list of sources; expected at least one store")
         self.batch_size, self.view, self.rank, self.world_size = batch_size, view, rank, world_size
         kind: Kind | None = "couplings" if view == "pairs" else None
         cache = Cache()
@@ -91,8 +96,8 @@ class CouplingStream:
         if view == "pairs" and len({store.spec.dtype("z") for store in self.stores}) > 1:
             stored = False  # one tensor has one dtype
         self._readers = [
-            RowReader(store, derive_source_seed(seed, number), view == "pairs", window_blocks)
-            for number, store in enumerate(self.stores)
+            RowReader(store, derive_source_seed(seed, source), view == "pairs", window_blocks)
+            for source, store in enumerate(self.stores)
         ]
         self._share_cache(cache)
         self._epoch_samples = sum(store.spec.rows for store in self.stores)
@@ -125,7 +130,7 @@ class CouplingStream:
                 "raise storage.cache_gb, or set a smaller window_blocks"
             )
         for reader in remote_readers:
-            reader.set_cache_share(cache.max_bytes / needed_bytes)
+            reader.set_cache_windows(cache.max_bytes / needed_bytes)
 
     def _start_producer(self) -> None:
         self._producer = BatchProducer(self._batch_maker)
@@ -139,9 +144,16 @@ class CouplingStream:
 
     @state.setter
     def state(self, state: StreamState) -> None:
-        """Continue from a state. Raises ValueError if no stream of this data has it, or if the stream is closed."""
+        """Continue from a state.
+
+        Raises ValueError if the epoch is negative, if the position is not one of the samples 0 … N - 1 of an epoch, or
+        if the stream is closed.
+        """
         if state.epoch < 0 or not 0 <= state.position < self._epoch_samples:
-            raise ValueError(f"got {state}; expected a position below {self._epoch_samples}")
+            raise ValueError(
+                f"got {state}; expected epoch >= 0 and a position in 0 … {self._epoch_samples - 1}, "
+                "as the stream has so many samples per epoch"
+            )
         if not self._finalizer.alive:
             raise ValueError("the stream is closed")
         self._producer.stop()  # discards the batches that it has made

@@ -21,16 +21,16 @@ from nfm.storage_specs.format.names import (
     Z_SCALE_FILE,
 )
 from nfm.storage_specs.format.schema import Dataset, LayoutName
-from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.store import Fault, Store
 from nfm.storage_specs.storage.documents import canonical_json
-from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
 from nfm.storage_specs.storage.npy import npy_bytes
 from nfm.storage_specs.writing.units import list_committed_units
 from nfm.storage_specs.writing.writer import StoreWriter
 
 Progress = Callable[[int], None]  # is called with the number of bytes or rows that were just completed
-MAX_DOCUMENT_BYTES = 1 << 30
+MAX_DOCUMENT_BYTES = 1 << 30  # of a file beside those of columns; a larger one is damaged or hostile
 _EXPORT_FILE = "export.json"  # in a folder of tuples: which store they are from
 _COPY_FILE = "copy.json"  # in an unfinished copy: which store it is of
 
@@ -45,7 +45,7 @@ def convert_store(
     the source is damaged, or `out` holds another store.
     """
     if layout == store.spec.layout:
-        raise StoreError(f"{store.url}: got a store in the {layout} layout already; nfm store copy copies it as it is")
+        raise StoreError(f"{store.url}: the store already has layout {layout}; to duplicate it, use `nfm store copy`")
     spec = store.spec.model_copy(update={"layout": layout})
     writer = StoreWriter(out, spec, options)
     writer.initialize(store.z_scale if spec.coupling else None)
@@ -130,13 +130,14 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
 
     Files that exist there with the right size are kept at first; at the end all files are read back, and those with
     wrong bytes are written again. Only then commit records and dataset.json are written, as they tell others that the
-    files can be trusted. If it was interrupted, the same call continues. `progress` gets bytes, both of files that were
-    written and of files that were read back. Raises StoreError if the source is damaged, if `out` holds another store,
-    or if the storage returns other bytes than were written.
+    files can be trusted. If it was interrupted, the same call continues. `progress` gets the bytes of each file of a
+    column twice: when it is in `out`, written by this call or before, and when it was read back. Raises
+    StoreError if the source is damaged, if `out` holds another store, or if the storage returns other bytes than were
+    written.
     """
     faults = store.find_document_faults()
     if faults:
-        raise StoreError(f"{faults[0]} (nothing was copied)")
+        raise StoreError(f"{faults[0].message} (nothing was copied)")
     target = Root(out, options)
     _claim_copy(store, target, options)
 
@@ -146,7 +147,10 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
         if sha256(data) != record.sha256:
             raise StoreError(f"{store.url}/{record.path}: its sha256 is not the one in the manifest; repair it first")
         target.write(record.path, data)
-        progress(record.bytes)
+
+    def copy_missing_file(key: FileKey) -> None:
+        copy_file(key)
+        progress(store.files[key].bytes)
 
     def copy_document(path: str) -> None:
         data = store.root.read(path, MAX_DOCUMENT_BYTES)
@@ -156,15 +160,18 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
 
     existing = target.list_file_sizes()
     missing = [key for key, record in store.files.items() if existing.get(record.path) != record.bytes]
+    progress(store.dataset.totals.bytes - sum(store.files[key].bytes for key in missing))
     with ThreadPoolExecutor(IO_THREADS, "nfm-copy") as pool:
-        list(pool.map(copy_file, missing))
+        list(pool.map(copy_missing_file, missing))
         damaged = _list_bad_copies(store, target, list(store.files), progress, pool)
         list(pool.map(copy_file, damaged))
-        still_damaged = _list_bad_copies(store, target, damaged, progress, pool)
+        still_damaged = _list_bad_copies(store, target, damaged, lambda _bytes: None, pool)
         if still_damaged:
             raise _untrusted_storage_error(f"{out}/{store.files[still_damaged[0]].path}")
         commit_files = _list_commit_files(store)
         if commit_files:
+            # With spec.json and the commit records, the copy can be repaired. The file of the source is not copied,
+            # since it may name draws that are being added.
             target.write(SPEC_FILE, store.spec.to_json())
         metadata_files = store.layout.metadata_files(store.spec)
         list(pool.map(copy_document, [*metadata_files, MANIFEST_FILE, *_list_documents(store), *commit_files]))
@@ -193,8 +200,8 @@ def _list_bad_copies(
 
 
 def _list_commit_files(store: Store) -> list[str]:
-    """The files of Σ z² and the commit records of the units of a store. There are none if the store is a copy of a copy
-    without them."""
+    """The files of Σ z² and the commit records of the units of a store; none if the store itself was copied without
+    them."""
     if not store.root.exists(SPEC_FILE):
         return []
     units = []
@@ -243,25 +250,33 @@ def repair_store(store: Store, progress: Progress) -> tuple[list[str], list[int]
 
     Deletes the commit records of the units with damaged or missing files, and dataset.json. `progress` gets the bytes
     that were read. Returns the faults, one sentence each, and the damaged blocks; both are empty for a sound store.
-    Raises StoreError if the store cannot be repaired, as it has no commit records or its z_scale.npy is damaged.
+    Raises StoreError if the store cannot be repaired, as it has no commit records or its z_scale.npy is damaged, and
+    StorageError if storage cannot be read.
     """
     try:
         faults = list(store.find_faults(progress))
-    except StoreError as error:  # of the manifest, which follows from the commit records
-        faults = [(None, str(error))]
+    except StorageError:
+        raise
+    except StoreError as error:  # a damaged manifest is rebuilt from the commit records
+        faults = [Fault(MANIFEST_FILE, str(error))]
     if not faults:
         return [], []
-    messages = [message for _, message in faults]
-    damaged_files = [key for key, _ in faults if key is not None]
-    obstacle = None
     if not store.root.exists(SPEC_FILE):
-        obstacle = "has no commit records to repair it by"
-    elif any(Z_SCALE_FILE in message for message in messages):
-        obstacle = f"needs {Z_SCALE_FILE}, which no record gives back"
-    if obstacle is not None:
-        raise StoreError(f"{messages[0]}. {store.url} {obstacle}; copy it again from its source")
+        raise StoreError(
+            f"{faults[0].message}. {store.url} has no commit records, without which it cannot be repaired; "
+            "copy it again from its source"
+        )
+    for fault in faults:
+        if fault.file == Z_SCALE_FILE:
+            raise StoreError(
+                f"{fault.message}. No commit record holds its values, so {store.url} cannot be repaired; "
+                "copy it again from its source"
+            )
+    damaged_files = [fault.file for fault in faults if isinstance(fault.file, FileKey)]
     for unit in list_committed_units(store.root):
         if any(unit.contains(key) for key in damaged_files):
             store.root.delete(unit.commit_file)
-    store.root.delete(DATASET_FILE)  # last: without it and with all records, the store would be taken for a sound one
-    return messages, sorted({key.block for key in damaged_files})
+    # Deleted last: after an interruption that deleted only dataset.json, the next run would see all units committed and
+    # finalize the damaged store.
+    store.root.delete(DATASET_FILE)
+    return [fault.message for fault in faults], sorted({key.block for key in damaged_files})

@@ -111,7 +111,10 @@ class NonFiniteError(FloatingPointError):
     """z of some images is not finite, or too large for its dtype. `images` holds their indices in the data set."""
 
     def __init__(self, images: list[int], draw: int, dtype: str) -> None:
-        super().__init__(f"z of image {images[0]}, draw {draw}, is not finite as {dtype}; nothing of it was written")
+        super().__init__(
+            f"z of image {images[0]}, draw {draw}, is not finite as {dtype}, or |z| is at least 2¹⁰⁰; "
+            "this draw was not written"
+        )
         self.images = images
 
 

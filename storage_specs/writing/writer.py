@@ -233,7 +233,7 @@ class StoreWriter:
         if not ((sigma_f > codecs.MIN_SCALE) & (sigma_f < codecs.MAX_SCALE)).all():
             raise FloatingPointError(
                 f"σ_f is not between {codecs.MIN_SCALE} and {codecs.MAX_SCALE} in some dimension: "
-                "the teacher's z is constant or wild there"
+                "the teacher's z is (almost) zero, or far too large there"
             )
         return sigma_f
 
