@@ -37,7 +37,7 @@ class ZSpace:
     different_x_same_noise: float
 
 
-def z_space(x1_e1: Tensor, x1_e2: Tensor, x2_e1: Tensor, x2_e2: Tensor) -> ZSpace:
+def z_space_distances(x1_e1: Tensor, x1_e2: Tensor, x2_e1: Tensor, x2_e2: Tensor) -> ZSpace:
     """The distances of Table 1, from representations (B, C, H, W) of images x1 and x2 under noises ε1 and ε2."""
     return ZSpace(
         different_x_different_noise=rms_distance(x1_e1, x2_e2).mean().item(),
@@ -58,7 +58,9 @@ class PixelFeatures(nn.Module):
 
 
 def frechet_metric(features: nn.Module | int) -> "FrechetInceptionDistance":
-    """torchmetrics' Fréchet distance in float64, over the outputs of a module, or over Inception features of a width.
+    """torchmetrics' Fréchet distance in float64, over the outputs of a module, or over Inception features.
+
+    An int is the Inception feature width: 64, 192, 768 or 2048.
 
     `update(images, real=…)` takes float images in [-1, 1] for a module, and uint8 images for Inception. Raises
     ModuleNotFoundError for Inception where torch-fidelity is not installed.

@@ -13,11 +13,21 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from nfm.models.solvers import parse_sampler
+from nfm.models.solvers import ScheduleName, SolverName, parse_sampler
 
+# The students of the demo, by their names in the report; students of other names have their own names as labels, and
+# colours of matplotlib's choice.
 COLORS = {"nfm": "#c2410c", "independent": "#1d4ed8", "teacher": "#15803d", "training": "#a3a3a3"}
 NAMES = {"nfm": "NFM (teacher's pairs)", "independent": "FM (random pairs)"}
 SHORT_NAMES = {"nfm": "NFM", "independent": "FM"}
+# By solver and schedule.
+LINE_STYLES: dict[tuple[SolverName, ScheduleName], str] = {
+    ("heun", "t2"): "o-",
+    ("euler", "t2"): "s--",
+    ("heun", "t"): "^-.",
+    ("euler", "t"): "v:",
+}
+STRIP_WIDTH = 9.4  # inches of a row of samples in `summary_png`
 
 
 def student_names(metrics: dict[str, Any]) -> list[str]:
@@ -37,7 +47,8 @@ def row_name(name: str) -> str:
     if not student:
         return {"real": "training images", "teacher": "TarFlow teacher"}[name]
     parsed = parse_sampler(sampler)
-    return f"{SHORT_NAMES.get(student, student)}, {parsed.solver.capitalize()} {parsed.nfe}"
+    label = f"{SHORT_NAMES.get(student, student)}, {parsed.solver.capitalize()} {parsed.nfe}"
+    return label if parsed.schedule == "t2" else f"{label} (schedule {parsed.schedule})"
 
 
 def image_strip(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -48,7 +59,7 @@ def image_strip(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def strip_png(images: NDArray[np.uint8]) -> bytes:
-    """`image_strip` as a PNG, one pixel a pixel."""
+    """`image_strip` as a PNG, unscaled."""
     strip = image_strip(images)
     buffer = io.BytesIO()
     Image.fromarray(strip.squeeze(2) if strip.shape[2] == 1 else strip).save(buffer, "PNG")
@@ -65,21 +76,29 @@ def plot_loss(axes: Axes, metrics: dict[str, Any]) -> None:
 
 
 def plot_distance(axes: Axes, metrics: dict[str, Any]) -> None:
-    """Fréchet distance of each student and solver against NFE, with the teacher's as a line."""
+    """Fréchet distance against NFE: a line for each student, solver and schedule, and one for the teacher."""
     largest = metrics["teacher"]["fd"]
+    samplers = [parse_sampler(text) for text in metrics["config"]["evaluate"]["samplers"]]
     for name in student_names(metrics):
         student = metrics["students"][name]
-        for solver, style in (("heun", "o-"), ("euler", "s--")):
-            samplers = [key for key in student if key.startswith(solver)]
-            points = sorted((parse_sampler(key).nfe, student[key]["fd"]) for key in samplers)
-            if points:
-                largest = max(largest, *(distance for _, distance in points))
-                label = f"{NAMES.get(name, name)}, {solver}"
-                axes.plot(*zip(*points, strict=True), style, color=COLORS.get(name), label=label)
+        for (solver, schedule), style in LINE_STYLES.items():
+            distances = {
+                sampler.nfe: student[sampler.name]["fd"]
+                for sampler in samplers
+                if (sampler.solver, sampler.schedule) == (solver, schedule)
+            }
+            if not distances:
+                continue
+            largest = max(largest, *distances.values())
+            label = f"{NAMES.get(name, name)}, {solver}"
+            if schedule != "t2":
+                label += f" (schedule {schedule})"
+            nfes = sorted(distances)
+            axes.plot(nfes, [distances[nfe] for nfe in nfes], style, color=COLORS.get(name), label=label)
     axes.axhline(metrics["teacher"]["fd"], color=COLORS["teacher"], lw=1, label="TarFlow teacher")
     axes.set(xscale="log", xlabel="function evaluations (NFE)", ylabel=distance_name(metrics))
     axes.set_ylim(0, 1.08 * largest)
-    ticks = sorted({parse_sampler(text).nfe for text in metrics["config"]["evaluate"]["samplers"]})
+    ticks = sorted({sampler.nfe for sampler in samplers})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8)
@@ -105,8 +124,8 @@ def plot_png(plot: Any, metrics: dict[str, Any]) -> bytes:
 def summary_png(metrics: dict[str, Any], grids: dict[str, NDArray[np.uint8]]) -> bytes:
     """Rows of samples above, loss and Fréchet distance below."""
     images = next(iter(grids.values()))
-    strip_inches = 9.4 * images.shape[2] / (len(images) * (images.shape[3] + 1))  # high; a strip is 9.4 inches wide
-    heights = [0.4 + len(grids) * (strip_inches + 0.05), 4.2]
+    strip_height = STRIP_WIDTH * images.shape[2] / (len(images) * (images.shape[3] + 1))  # inches
+    heights = [0.4 + len(grids) * (strip_height + 0.05), 4.2]
     figure = plt.figure(figsize=(11, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=heights)
     samples, plots = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])

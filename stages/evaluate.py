@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from nfm.models.fields import Guided
-from nfm.models.metrics import PixelFeatures, curvature, frechet_metric, z_space
+from nfm.models.metrics import PixelFeatures, curvature, frechet_metric, z_space_distances
 from nfm.models.sit import SiT
 from nfm.models.solvers import SAMPLER_GRAMMAR, Sampler, parse_sampler
 from nfm.models.tarflow import TarFlow, bits_per_dim
@@ -32,7 +32,8 @@ from nfm.storage_specs.storage.files import Root
 
 ROUNDTRIP_IMAGES = 2048  # largest number of held-out images that the teacher encodes and decodes again
 INCEPTION_WIDTH = 2048  # of the features that FID is taken over
-TEACHER_STEPS = 7  # steps of an evaluation without students: three Fréchet references, z-space, three of the teacher
+# Steps of an evaluation without students: three of the real images, one in z-space, three of the teacher.
+STEPS_WITHOUT_STUDENTS = 7
 
 
 class EvaluateConfig(Section):
@@ -64,7 +65,7 @@ class EvaluateConfig(Section):
 
     @field_validator("samplers", "grid_samplers")
     @classmethod
-    def _check_names(cls, names: list[str]) -> list[str]:
+    def _check_samplers(cls, names: list[str]) -> list[str]:
         for name in names:
             parse_sampler(name)
         return names
@@ -154,12 +155,12 @@ def evaluate(
     with Progress("read the students"):
         loaded = {name: load_student(url, pairs, config.guidance) for name, url in students.items()}
     fd = FrechetDistance(config, train.spec.dim, device)
-    steps = TEACHER_STEPS + len(students) * (len(config.samplers) + 1)
+    steps = STEPS_WITHOUT_STUDENTS + len(students) * (len(config.samplers) + 1)  # + 1: the image grid
     with Progress("evaluate", steps, "step") as progress:
         evaluation = Evaluation(config, train, val, pairs, network.to(device), fd, progress)
         metrics: dict[str, Any] = {
-            "fd": evaluation.frechet_reference(),
-            "zspace": evaluation.z_space(),
+            "fd": evaluation.measure_real_images(),
+            "zspace": evaluation.measure_z_space(),
             "teacher": {"bpd": bits_per_dim(teacher_document["training"]["val"])} | evaluation.teacher_metrics(),
             "students": {},
             "encode": evaluation.encode_totals(),
@@ -182,7 +183,9 @@ def load_student(url: str, pairs: Store, guidance: float) -> tuple[SiT, dict[str
     trained_on = document["run"].get("couplings")
     ids = [store["id"] for store in trained_on] if isinstance(trained_on, list) else [trained_on]
     if pairs.dataset.id not in ids:
-        raise StageError(f"{url}: got a student of other couplings than {pairs.url}; give the ones it saw")
+        raise StageError(
+            f"{url}: got a student of other couplings than {pairs.url}; pass the couplings it was trained on"
+        )
     if guidance != 1 and not has_dropped_labels(document):
         raise StageError(
             f"{url}: got evaluate.guidance {guidance:g} for a student that never saw a dropped label (label_drop = 0); "
@@ -194,7 +197,7 @@ def load_student(url: str, pairs: Store, guidance: float) -> tuple[SiT, dict[str
 def save_evaluation(root: Root, metrics: dict[str, Any], grids: dict[str, np.ndarray[Any, Any]]) -> None:
     """Write `grids.npz`, then `metrics.json`, whose presence means that the evaluation is complete."""
     buffer = io.BytesIO()
-    # NumPy's types take every keyword for allow_pickle, which is the name of no grid.
+    # NumPy's stubs match **grids to the parameter allow_pickle; no grid has that name.
     np.savez_compressed(buffer, **grids)  # type: ignore[arg-type]
     root.write("grids.npz", buffer.getvalue())
     root.write("metrics.json", canonical_json(metrics))
@@ -209,7 +212,8 @@ def final_loss(curves: dict[str, list[float]]) -> float:
 
 class Evaluation:
     """The measurements of one evaluation, and what they share: teacher and students start from the same noise with the
-    same labels. Each measurement is a step of `progress`.
+    same labels. Each measurement is a step of `progress`, except the Fréchet distances of generated images, which are
+    shown but not counted as steps.
 
     `grids` collects the rows of the report's image grid.
     """
@@ -257,12 +261,12 @@ class Evaluation:
         for column, label in enumerate(self.grid_y.tolist()):
             rows_of_class = np.flatnonzero(labels == label)
             if len(rows_of_class) == 0:
-                rows.append(0)
+                rows.append(0)  # any image: the first row is not paired with the others, and its column needs one
             else:
                 rows.append(int(rows_of_class[column % len(rows_of_class)]))
         return self.train.images(np.array(rows, dtype=np.int64))
 
-    def frechet_reference(self) -> dict[str, Any]:
+    def measure_real_images(self) -> dict[str, Any]:
         """Takes the training images as the reference, and measures real images against it: the held-out ones, which
         give the noise floor, and as many training images, drawn with replacement, as there are generated ones."""
         with self._step("statistics of the training images", self.train.spec.rows, "img") as step:
@@ -366,23 +370,24 @@ class Evaluation:
         with self._step(f"{name}: image grid", sum(sampler.nfe for sampler in samplers), "evaluation") as step:
             noise = self.grid_noise.to(self.device)
             y = self.grid_y.to(self.device)
-            for text, sampler in zip(self.config.grid_samplers, samplers, strict=True):
-                self.grids[f"{name} {text}"] = to_uint8(sampler(count_calls(field, step), noise, y).x)
+            for sampler in samplers:
+                self.grids[f"{name} {sampler.name}"] = to_uint8(sampler(count_calls(field, step), noise, y).x)
         return results
 
     def _sampler_metrics(self, name: str, field: Guided, sampler: Sampler) -> dict[str, float]:
         """Fréchet distances, curvature and speed of one student with one sampler; `name` says which."""
         kappas = []
         images = []
+        seconds = 0.0  # of the sampler alone, without the curvature
         batches = self._batches(self.noise, self.y)
         with self._step(name, len(batches) * sampler.nfe, "evaluation") as step:
             counted_field = count_calls(field, step)
-            started_at = self._synchronized_time()
             for noise, y in batches:
+                started_at = self._synchronized_time()
                 trajectory = sampler(counted_field, noise, y)
+                seconds += self._synchronized_time() - started_at
                 images.append(trajectory.x)
                 kappas.append(curvature(trajectory))
-            seconds = self._synchronized_time() - started_at
             x = torch.cat(images)
             if not torch.isfinite(x).all():
                 raise FloatingPointError(f"student {name} made samples that are not finite")
@@ -392,7 +397,7 @@ class Evaluation:
         }
 
     @torch.no_grad()
-    def z_space(self) -> dict[str, dict[str, float]]:
+    def measure_z_space(self) -> dict[str, dict[str, float]]:
         """Table 1 of the NFM paper: mean distances of noisy images ("dx") and of their z ("dz"), over at most `samples`
         pairs of different images."""
         count = min(self.train.spec.rows, self.config.samples)
@@ -412,7 +417,7 @@ class Evaluation:
                     step.advance(len(noisy_batch))
                 noisy_images.append(noisy)
                 representations.append(torch.cat(z))
-        return {"dx": asdict(z_space(*noisy_images)), "dz": asdict(z_space(*representations))}
+        return {"dx": asdict(z_space_distances(*noisy_images)), "dz": asdict(z_space_distances(*representations))}
 
     def encode_totals(self) -> dict[str, float]:
         """What the coupling store holds, and the seconds that its encoding took."""

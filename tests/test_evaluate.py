@@ -1,6 +1,7 @@
 """Evaluation: the progress of its steps, the names of students, and what does not belong together."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from nfm.pipeline.cli import nfm
 from nfm.stages.checkpoint import Checkpoint, load, save
 from nfm.stages.errors import StageError
-from nfm.stages.evaluate import TEACHER_STEPS, EvaluateConfig, evaluate
+from nfm.stages.evaluate import STEPS_WITHOUT_STUDENTS, EvaluateConfig, evaluate
 from nfm.stages.splits import open_splits
 from nfm.stages.train_student import train_student
 from nfm.storage_specs.reading.store import Store
@@ -18,7 +19,12 @@ from tests.tools.progress_log import record_progress
 from tests.tools.small_run import SMALL, Run
 
 CONFIG = EvaluateConfig(
-    samples=40, samplers=["euler3", "heun3"], features="pixels", batch_size=16, grid_columns=4, grid_samplers=["euler3"]
+    samples=40,
+    samplers=["euler3", "heun3"],
+    features="pixels",
+    batch_size=16,
+    grid_columns=4,
+    grid_samplers=["euler3:t2"],
 )
 
 
@@ -32,7 +38,10 @@ def student(run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_each_step_is_shown_and_counted_to_its_end(run: Run, student: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = record_progress(monkeypatch)
-    evaluate(CONFIG, run.samples, run.couplings["webdataset"], run.teacher, {"a": student, "b": student})
+    students = {"a": student, "b": student}
+    metrics, grids = evaluate(CONFIG, run.samples, run.couplings["webdataset"], run.teacher, students)
+    assert set(grids) == {"real", "teacher", "a euler3", "b euler3"}, "named as the samplers of the metrics are"
+    assert {"euler3", "heun3"} <= metrics["students"]["a"].keys()
     counted = {name: (done, total) for name, done, total in ended if total is not None}
     assert all(done == total for done, total in counted.values()), counted
     train_rows, val_rows = (Store(f"{run.samples}/{split}").spec.rows for split in ("train", "val"))
@@ -46,7 +55,7 @@ def test_each_step_is_shown_and_counted_to_its_end(run: Run, student: str, monke
         "teacher: samples": 3 * tokens,
         "teacher: image grid": tokens,
         "teacher: Fréchet distance": 40 + 40,
-        "evaluate": TEACHER_STEPS + 2 * 3,
+        "evaluate": STEPS_WITHOUT_STUDENTS + 2 * 3,
     }
     for name in ("a", "b"):
         expected |= {f"{name} euler3": 3 * 3, f"{name} heun3": 3 * 3, f"{name}: image grid": 3}
@@ -54,12 +63,20 @@ def test_each_step_is_shown_and_counted_to_its_end(run: Run, student: str, monke
     assert {name: total for name, (_, total) in counted.items()} == expected
 
 
-def test_a_student_has_a_name_with_a_hyphen(run: Run, student: str, tmp_path: Path) -> None:
+def test_a_student_has_a_name_with_a_hyphen(
+    run: Run, student: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = [*SMALL, "evaluate.samples=40", "evaluate.samplers=['euler3']", "evaluate.grid_samplers=['euler3']"]
     arguments = [part for setting in settings for part in ("--set", setting)]
     arguments += ["--samples", run.samples, "--couplings", run.couplings["webdataset"], "--teacher", run.teacher]
     arguments += ["--student", f"my-run.2={student}", "--out", str(tmp_path)]
     nfm.main(["evaluate", *arguments], standalone_mode=False)
+    *_, features, floor, resampling, report = capsys.readouterr().out.splitlines()
+    val_rows = Store(f"{run.samples}/val").spec.rows
+    assert re.fullmatch(r"FD: over pixels, of 40 samples to \d+ training images", features)
+    assert re.fullmatch(rf"noise floor: FD [\d.]+ of {val_rows} held-out images \([\d.]+ of as many of .*\)", floor)
+    assert re.fullmatch(r"resampling: FD [\d.]+ of 40 training images drawn with replacement", resampling)
+    assert report == f"report: {tmp_path}/report.html"
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["students"]["my-run.2"]["euler3"]["fd"] > 0
     assert "my-run.2" in (tmp_path / "report.html").read_text()

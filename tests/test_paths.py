@@ -7,7 +7,7 @@ from torch import nn
 from nfm.models.couplings import COUPLINGS
 from nfm.models.ema import EMA
 from nfm.models.labels import NULL_LABEL, class_rows, drop_labels
-from nfm.models.metrics import PixelFeatures, frechet_metric, rms_distance, z_space
+from nfm.models.metrics import PixelFeatures, frechet_metric, rms_distance, z_space_distances
 from nfm.models.paths import flow_matching_loss, linear_path, logit_normal
 
 
@@ -61,7 +61,7 @@ def test_labels_are_dropped_with_probability_p() -> None:
 def test_rms_distance_of_independent_normals_is_one() -> None:
     a, b = torch.randn(2000, 1, 16, 16, generator=generator()), torch.randn(2000, 1, 16, 16, generator=generator(1))
     assert rms_distance(a, b).mean().item() == pytest.approx(1.0, abs=0.01)
-    structure = z_space(a, a, b, b)  # representations that ignore the noise
+    structure = z_space_distances(a, a, b, b)  # representations that ignore the noise
     assert structure.same_x_different_noise == 0
     assert structure.different_x_same_noise == pytest.approx(structure.different_x_different_noise)
 

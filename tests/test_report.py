@@ -4,10 +4,12 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from PIL import Image
 
-from nfm.pipeline.report_plots import row_name
+from nfm.pipeline.report_plots import plot_distance, row_name
 from tests.tools.docs_pictures import MARKERS, insert, numbers
 
 README = Path(__file__).parent.parent / "README.md"
@@ -18,6 +20,30 @@ def test_rows_of_samples_are_named_by_model_and_sampler() -> None:
     assert row_name("nfm heun31") == "NFM, Heun 31"
     assert row_name("independent euler3") == "FM, Euler 3"
     assert row_name("my run-2 euler3") == "my run-2, Euler 3"
+    assert row_name("nfm heun31:t") == "NFM, Heun 31 (schedule t)"
+
+
+def test_samplers_of_two_schedules_are_two_lines() -> None:
+    distances = {"heun7": 0.5, "heun31": 0.2, "heun31:t": 0.3, "euler5": 0.9}
+    metrics = {
+        "teacher": {"fd": 0.1},
+        "fd": {"features": "pixels"},
+        "students": {"nfm": {name: {"fd": distance} for name, distance in distances.items()}},
+        "config": {"evaluate": {"samplers": ["heun31", "heun7", "heun31:t", "euler5:t2"]}},
+    }
+    figure, axes = plt.subplots()
+    plot_distance(axes, metrics)
+    lines = {
+        str(line.get_label()): (np.ravel(line.get_xdata()).tolist(), np.ravel(line.get_ydata()).tolist())
+        for line in axes.get_lines()
+    }
+    plt.close(figure)
+    assert lines.pop("TarFlow teacher")[1] == [0.1, 0.1]
+    assert lines == {
+        "NFM (teacher's pairs), heun": ([7, 31], [0.5, 0.2]),
+        "NFM (teacher's pairs), heun (schedule t)": ([31], [0.3]),
+        "NFM (teacher's pairs), euler": ([5], [0.9]),
+    }
 
 
 def test_the_report_has_a_picture_of_its_own(home: Path) -> None:
