@@ -8,7 +8,7 @@ def main() -> None:
     try:
         from nfm.pipeline.cli import main as run
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     run()
 

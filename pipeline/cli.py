@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nfm import __version__
-from nfm.pipeline.errors import ConfigError
+from nfm.pipeline.errors import ConfigError, InterruptedRunError, continues_when_repeated
 from nfm.pipeline.presets import preset_names
 from nfm.pipeline.store_cli import store
 from nfm.stages.errors import ResumableError, StageError
@@ -44,7 +44,7 @@ class Shortcut(click.Option):
 
 
 def required_option(*declarations: str, **settings: Any) -> Callable[..., Any]:
-    """An option that the command needs, and that --dry-run does not ask for."""
+    """An option that is required, except with --dry-run."""
     settings["help"] += "  [required]"
     return click.option(*declarations, callback=_require, **settings)
 
@@ -132,6 +132,7 @@ def config_command(config: Config) -> None:
 
 
 @nfm.command()
+@continues_when_repeated
 @stage_options
 @click.option(
     "--data",
@@ -155,6 +156,7 @@ def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) 
 
 
 @nfm.command()
+@continues_when_repeated
 @stage_options
 @required_option("--samples", help="Folder of the sample stores train and val: the --out of prepare.")
 @required_option("--out", help="Folder of the checkpoint; model.safetensors is the finished teacher.")
@@ -170,6 +172,7 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
 
 
 @nfm.command()
+@continues_when_repeated
 @stage_options
 @required_option("--samples", help="The sample store to encode: train in the --out of prepare.")
 @required_option("--teacher", help="model.safetensors of a teacher.")
@@ -210,7 +213,8 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
     cls=Shortcut,
     key="encode.max_bad",
     type=click.IntRange(min=0),
-    help="Go on until more than this many pairs have a z that is not finite, to name them all.",
+    help="Non-finite pairs to tolerate before stopping at once; with any, the job still fails at the end and lists "
+    "them.",
 )
 @click.option(
     "--device",
@@ -240,7 +244,7 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
 def encode(config: Config, samples: str, teacher: str, out: str, as_json: bool, estimate: bool) -> None:
     """Sample store + teacher → coupling store, on all GPUs of a Ray cluster (RAY_ADDRESS) or of this machine.
 
-    Exit code 75: told to end (SIGTERM), or the cluster is lost; the same command continues.
+    Exit code 75: it received SIGTERM, or the cluster is lost; run the same command again to continue.
     """
     from nfm.pipeline.encode_estimate import estimate_job
     from nfm.pipeline.encode_job import encode_couplings
@@ -255,6 +259,7 @@ def encode(config: Config, samples: str, teacher: str, out: str, as_json: bool, 
 
 
 @nfm.command()
+@continues_when_repeated
 @stage_options
 @required_option("--couplings", "urls", multiple=True, help="A coupling store; several are a mixture.")
 @click.option(
@@ -350,6 +355,7 @@ def evaluate(config: Config, samples: str, couplings: str, teacher: str, student
 
 
 @nfm.command()
+@continues_when_repeated
 @stage_options
 @click.option("--data", type=click.Path(path_type=Path), help="Image folder instead of the embedded digits.")
 @click.option("--out", default="runs/demo", show_default=True, help="Folder of the whole run.")
@@ -369,8 +375,8 @@ nfm.add_command(store)
 def main() -> None:
     """Runs `nfm` and exits with a code that says how it ended.
 
-    0: done. 1: the run failed. 2: the user can mend it, and the message says how. 75: it was told to end, or lost its
-    machines or its storage. 130: it was interrupted. After 75 and 130, the same command continues.
+    0: done. 1: the run failed. 2: the user can fix it, and the message says how. 75: it received SIGTERM, or lost its
+    machines or its storage; the same command continues. 130: Ctrl-C; the message says if the same command continues.
     """
     try:
         nfm.main(standalone_mode=False)
@@ -378,17 +384,20 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; the same command continues", err=True)
+        click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
-    except OutageError as error:
+    except OutageError as error:  # before USER_ERRORS: it is a StoreError too, but there is nothing to fix
         click.echo(f"error: {error}", err=True)
         sys.exit(EXIT_RESUMABLE)
     except USER_ERRORS as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER)
+    except InterruptedRunError as error:
+        click.echo(f"\n{error}; run the same command again to continue", err=True)  # \n: the terminal shows ^C
+        sys.exit(EXIT_INTERRUPTED)
     except ResumableError as error:
-        click.echo(f"{error}; the same command continues", err=True)
-        if error.at_once:
+        click.echo(f"{error}; run the same command again to continue", err=True)
+        if error.skips_cleanup:
             sys.stdout.flush()
             os._exit(EXIT_RESUMABLE)
         sys.exit(EXIT_RESUMABLE)

@@ -9,8 +9,8 @@ from nfm.pipeline.config import StorageConfig
 from nfm.pipeline.encode_job import read_output_spec, worker_pool
 from nfm.pipeline.encode_report import EncodeProgress, format_flop, teacher_config
 from nfm.pipeline.pool import ray_session
-from nfm.stages.encode import EncodeConfig
-from nfm.stages.train_student import StudentConfig, student_shape
+from nfm.stages.encode import EncodeConfig, Speed
+from nfm.stages.train_student import StudentConfig, sit_config
 from nfm.storage_specs.format.layouts import LAYOUTS
 from nfm.storage_specs.format.manifest import expected_keys
 from nfm.storage_specs.format.schema import Spec
@@ -31,7 +31,7 @@ class Comparison:
     images: int  # of the data set, N
     draws: int  # per image, K
     student_images: int  # that one student sees in training
-    store_draws: int  # N·K teacher forwards
+    store_pairs: int  # N·K, each one teacher forward
     store_flop: int
     store_hours: float
     loop_flop: int  # of one student
@@ -49,25 +49,30 @@ class Comparison:
 
 
 def compare_costs(
-    images: int, draws: int, student_images: int, teacher_flop: int, student_flop: int, draws_per_second: float
+    images: int,
+    draws: int,
+    student_images: int,
+    forward_flop: int,
+    student_flop_per_image: int,
+    pairs_per_second: float,
 ) -> Comparison:
     """Compare encoding once with a teacher in the loop.
 
-    `teacher_flop` is that of one forward pass, `student_flop` that of one image of training (forward and backward), and
-    `draws_per_second` the teacher forwards of one worker.
+    `forward_flop` is that of one forward pass of the teacher, `student_flop_per_image` that of one training image of a
+    student (forward and backward), and `pairs_per_second` the teacher forwards of one worker.
     """
-    store_draws = images * draws
+    store_pairs = images * draws
     return Comparison(
         images=images,
         draws=draws,
         student_images=student_images,
-        store_draws=store_draws,
-        store_flop=store_draws * teacher_flop,
-        store_hours=store_draws / draws_per_second / 3600,
-        loop_flop=student_images * teacher_flop,
-        loop_hours=student_images / draws_per_second / 3600,
-        student_flop=student_images * student_flop,
-        break_even_students=store_draws / student_images,
+        store_pairs=store_pairs,
+        store_flop=store_pairs * forward_flop,
+        store_hours=store_pairs / pairs_per_second / 3600,
+        loop_flop=student_images * forward_flop,
+        loop_hours=student_images / pairs_per_second / 3600,
+        student_flop=student_images * student_flop_per_image,
+        break_even_students=store_pairs / student_images,
         max_draws=student_images // images,
     )
 
@@ -76,16 +81,16 @@ def compare_costs(
 class Estimate:
     """What is left to encode, how fast one worker is, what the finished store will hold, and what it saves."""
 
-    pending_draws: int
+    pending_pairs: int
     pending_units: int
     blocks: int
-    teacher_flop: int  # of one draw
+    teacher_flop: int  # of one pair
     device: str
     precision: str
-    draws_per_second: float  # of one worker
+    pairs_per_second: float  # of one worker
     files: int
     bytes_by_column: dict[str, int]
-    records: int  # commit records and sums of pending units
+    records: int  # commit records and Σz² files of pending units
     student_size: str
     comparison: Comparison
 
@@ -95,7 +100,7 @@ class Estimate:
 
     @property
     def worker_hours(self) -> float:
-        return self.pending_draws / self.draws_per_second / 3600
+        return self.pending_pairs / self.pairs_per_second / 3600
 
     def as_document(self) -> dict[str, Any]:
         """For machines."""
@@ -104,9 +109,9 @@ class Estimate:
     def describe(self) -> str:
         """For people."""
         lines = [
-            f"{self.pending_draws} draws to encode in {self.pending_units} units ({self.blocks} blocks), "
-            f"{format_flop(self.pending_draws * self.teacher_flop)}; one worker on {self.device} does "
-            f"{self.draws_per_second:.4g} draws/s, {format_flop(self.draws_per_second * self.teacher_flop)}/s in "
+            f"{self.pending_pairs} pairs to encode in {self.pending_units} units ({self.blocks} blocks), "
+            f"{format_flop(self.pending_pairs * self.teacher_flop)}; one worker on {self.device} does "
+            f"{self.pairs_per_second:.4g} pairs/s, {format_flop(self.pairs_per_second * self.teacher_flop)}/s in "
             f"{self.precision}",
             f"{'workers':>10}{'hours':>12}{'worker hours':>16}",
         ]
@@ -118,7 +123,7 @@ class Estimate:
         store_gb = sum(self.bytes_by_column.values()) / 1e9
         lines.append(
             f"the store will have {self.files} files of {store_gb:.4g} GB ({columns}), and {self.records} commit "
-            "records and sums beside them"
+            "records and Σz² files"
         )
         return "\n".join([*lines, "", *self._describe_comparison(store_gb)])
 
@@ -130,7 +135,7 @@ class Estimate:
             f"What precomputing saves, at {teacher} a teacher forward, for {self.student_size} students of "
             f"{costs.student_images:,} images:",
             f"{'':>34}{'teacher forwards':>18}{'teacher FLOP':>14}{'worker hours':>14}{'GB':>8}",
-            f"{f'encoded once, K = {costs.draws}':>34}{costs.store_draws:>18,}{format_flop(costs.store_flop):>14}"
+            f"{f'encoded once, K = {costs.draws}':>34}{costs.store_pairs:>18,}{format_flop(costs.store_flop):>14}"
             f"{format_hours(costs.store_hours):>14}{store_gb:>8.3g}",
             f"{'teacher in the loop, each student':>34}{costs.student_images:>18,}{format_flop(costs.loop_flop):>14}"
             f"{format_hours(costs.loop_hours):>14}{0:>8}",
@@ -138,7 +143,7 @@ class Estimate:
             f"{format_flop(costs.student_flop + costs.loop_flop)}, "
             f"{1 + costs.loop_flop / costs.student_flop:.3g} times as much",
             f"break-even: the store pays for itself after K·N = {costs.draws} × {costs.images:,} = "
-            f"{costs.store_draws:,} training images of all students together, which is {costs.break_even_students:.3g} "
+            f"{costs.store_pairs:,} training images of all students together, which is {costs.break_even_students:.3g} "
             "students",
         ]
         if costs.max_draws:
@@ -155,9 +160,9 @@ class Estimate:
         for students in STUDENT_COUNTS:
             flop, hours = costs.saved_flop(students), costs.saved_hours(students)
             who = "1 student" if students == 1 else f"{students} students"
-            effect = "less" if flop >= 0 else "more"
-            savings.append(f"{who}: {format_flop(abs(flop))} and {format_hours(abs(hours))} worker hours {effect}")
-        lines.append("with the store, the teacher takes for " + "; ".join(savings))
+            work = f"{format_flop(abs(flop))}, {format_hours(abs(hours))} worker hours"
+            savings.append(f"{who}: {work}" if flop >= 0 else f"{who}: none, it costs {work} more")
+        lines.append("teacher work saved by the store: " + "; ".join(savings))
         return lines
 
 
@@ -178,23 +183,23 @@ def estimate_job(
     """Time the teacher on one worker for TRIAL_SECONDS, and work out what the job will cost. Writes nothing."""
     with EncodeProgress(as_json) as progress:
         spec, _ = read_output_spec(config, samples, teacher, out, progress)
-        student_flop = training_flops(student_shape(student, spec))
+        student_flop_per_image = training_flops(sit_config(student, spec))
         pending_units = StoreWriter(out, spec).list_missing_units()
-        draws_per_second, device = _time_teacher(config, samples, teacher, out, spec, storage, progress)
-    teacher_flop = forward_flops(teacher_config(spec))
+        speed = _time_teacher(config, samples, teacher, out, spec, storage, progress)
+    forward_flop = forward_flops(teacher_config(spec))
     keys = expected_keys(spec)
     bytes_by_column: dict[str, int] = {}
     for key in keys:
         size = LAYOUTS[spec.layout].file_size(spec, key.column, spec.rows_of(key.block))
         bytes_by_column[key.column] = bytes_by_column.get(key.column, 0) + size
     return Estimate(
-        pending_draws=sum(spec.rows_of(unit.block) * len(unit.draws) for unit in pending_units),
+        pending_pairs=sum(spec.rows_of(unit.block) * len(unit.draws) for unit in pending_units),
         pending_units=len(pending_units),
         blocks=spec.blocks,
-        teacher_flop=teacher_flop,
-        device=device,
+        teacher_flop=forward_flop,
+        device=speed.device,
         precision=config.precision,
-        draws_per_second=draws_per_second,
+        pairs_per_second=speed.pairs_per_second,
         files=len(keys),
         bytes_by_column=bytes_by_column,
         records=2 * len(pending_units),
@@ -203,9 +208,9 @@ def estimate_job(
             images=spec.rows,
             draws=spec.draws,
             student_images=student.train.images,
-            teacher_flop=teacher_flop,
-            student_flop=student_flop,
-            draws_per_second=draws_per_second,
+            forward_flop=forward_flop,
+            student_flop_per_image=student_flop_per_image,
+            pairs_per_second=speed.pairs_per_second,
         ),
     )
 
@@ -218,8 +223,8 @@ def _time_teacher(
     spec: Spec,
     storage: StorageConfig | None,
     progress: EncodeProgress,
-) -> tuple[float, str]:
-    """Teacher forwards per second of one worker, and the name of its device."""
+) -> Speed:
+    """The speed of the teacher on one worker."""
     one_worker = config.model_copy(update={"workers": 1})
     timing_status = f"timing the teacher for {TRIAL_SECONDS:.0f} s on one worker"
     with ray_session(progress.set_status), worker_pool(one_worker, samples, teacher, out, spec, storage) as pool:
@@ -230,5 +235,6 @@ def _time_teacher(
                 progress.set_status(timing_status)
             return True
 
-        ((_, speed),) = pool.run("speed", [TRIAL_SECONDS], tick)
-    return speed.draws_per_second, speed.device
+        results = list(pool.run("measure_speed", [TRIAL_SECONDS], tick))
+    speed: Speed = results[0][1]
+    return speed

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nfm.pipeline.config import StorageConfig
 from nfm.pipeline.encode_report import EncodeProgress, Summary
 from nfm.pipeline.pool import Pool, ray_session
@@ -26,14 +29,14 @@ from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing.units import Unit, list_committed_units, list_missing_units
 from nfm.storage_specs.writing.writer import StoreWriter
 
-GRACE_SECONDS = 20.0  # for the units in flight at a notice of preemption, of the 30 s that a cluster gives at least
-MAX_CHECKS = 3  # of the whole store, before its storage is held to lose what is written
+GRACE_SECONDS = 20.0  # after SIGTERM, for the units in flight; clusters kill a process 30 s after SIGTERM or later
+MAX_CHECKS = 3  # of the whole store; if files are damaged at each, the storage seems to lose written data
 MAX_LISTED_PAIRS = 20  # pairs that an error message names
-WORKER_CONCURRENCY = 4  # calls that a worker serves at once: two units, and questions how far they are
+WORKER_CONCURRENCY = 4  # calls that a worker serves at once: two units, and requests for their progress
 
 
 class PreemptedError(ResumableError):
-    """This process was told to end (SIGTERM)."""
+    """This process received SIGTERM."""
 
 
 class Worker:
@@ -53,15 +56,15 @@ class Worker:
     def encode(self, unit: Unit) -> EncodedUnit:
         return self.encoder.encode(unit)
 
-    def draws_done(self) -> dict[Unit, int]:
-        """Teacher forwards so far of the units that are being encoded."""
-        return dict(self.encoder.draws_done)
+    def count_pairs_done(self) -> dict[Unit, int]:
+        """The pairs encoded so far, for each unit that is being encoded."""
+        return dict(self.encoder.pairs_done)
 
     def find_faults(self, unit: Unit) -> list[str]:
-        return self.encoder.faults(unit)
+        return self.encoder.find_faults(unit)
 
-    def speed(self, seconds: float) -> Speed:
-        return self.encoder.speed(seconds)
+    def measure_speed(self, seconds: float) -> Speed:
+        return self.encoder.measure_speed(seconds)
 
 
 def encode_couplings(
@@ -77,7 +80,7 @@ def encode_couplings(
     Raises StoreError if `out` holds another store or another driver works on it, FloatingPointError if z is not finite,
     PreemptedError after SIGTERM, and ClusterLostError.
     """
-    with preemption_notice() as notice, EncodeProgress(as_json) as progress:
+    with handle_sigterm() as notice, EncodeProgress(as_json) as progress:
         spec, z_scale = read_output_spec(config, samples, teacher, out, progress)
         writer = StoreWriter(out, spec)
         if writer.is_complete():
@@ -95,8 +98,9 @@ def encode_couplings(
 
 def read_output_spec(
     config: EncodeConfig, samples: str, teacher: str, out: str, progress: EncodeProgress
-) -> tuple[Spec, Any]:
-    """`output_spec`, which reads the teacher and may run it to find the scale of int8 z, with progress."""
+) -> tuple[Spec, NDArray[np.float32] | None]:
+    """Shows progress while `output_spec` reads the teacher, and runs it to find the scale of int8 z. Returns the spec,
+    and the scale, float32 (C, H, W), or None."""
     if config.z_dtype == "int8":
         progress.set_status("reading the samples and the teacher, and measuring the scale of int8 z", announce=False)
     else:
@@ -143,22 +147,24 @@ def absolute_url(url: str) -> str:
 
 
 class PreemptionNotice:
-    """Whether SIGTERM came, and when. While `is_deferred`, the job ends by itself; otherwise SIGTERM raises."""
+    """When SIGTERM was received. While `finishes_units_first`, the job looks here and ends by itself once the units in
+    flight are finished; otherwise SIGTERM raises PreemptedError at once."""
 
-    requested_at: float | None = None  # on the clock of time.monotonic
-    is_deferred = False
+    received_at: float | None = None  # on the clock of time.monotonic
+    finishes_units_first = False
 
 
 @contextmanager
-def preemption_notice() -> Iterator[PreemptionNotice]:
-    """Inside the block, SIGTERM raises PreemptedError, or is recorded for the job to finish the units in flight."""
+def handle_sigterm() -> Iterator[PreemptionNotice]:
+    """Inside the block, SIGTERM is recorded in the PreemptionNotice, and raises PreemptedError unless the job finishes
+    the units in flight first."""
     notice = PreemptionNotice()
 
     def handle(_signal: int, _frame: Any) -> None:
-        if notice.requested_at is None:
-            notice.requested_at = time.monotonic()
-        if not notice.is_deferred:
-            raise PreemptedError("told to end (SIGTERM)")
+        if notice.received_at is None:
+            notice.received_at = time.monotonic()
+        if not notice.finishes_units_first:
+            raise PreemptedError("received SIGTERM")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield notice
@@ -196,9 +202,9 @@ class EncodeJob:
         pending_names = {unit.name for unit in self.pending_units}
         self.earlier_driver_units = set(lease.previous_in_flight) & pending_names  # by name
         self.units_in_lease: list[str] = []
-        progress.add_units(len(self.pending_units), self._count_draws(self.pending_units))
+        progress.add_units(len(self.pending_units), self._count_pairs(self.pending_units))
 
-    def _count_draws(self, units: list[Unit]) -> int:
+    def _count_pairs(self, units: list[Unit]) -> int:
         return sum(self.writer.spec.rows_of(unit.block) * len(unit.draws) for unit in units)
 
     def run(self) -> Summary:
@@ -210,8 +216,8 @@ class EncodeJob:
                 break
         else:
             raise StoreError(
-                f"{self.writer.root.url}: files were damaged after their commit {MAX_CHECKS} times over; the storage "
-                "is not to be trusted"
+                f"{self.writer.root.url}: files were damaged after their commit {MAX_CHECKS} times in a row; the "
+                "storage seems to lose written data"
             )
         self.progress.set_status("writing the manifest and dataset.json", announce=False)
         self.summary.dataset = self.writer.finalize()
@@ -229,33 +235,33 @@ class EncodeJob:
         self.progress.update(self.pool.num_ready, self.pool.num_retries, self.pool.progress_in_flight)
         if self.pool.num_ready and not self.summary.start_seconds:
             self.summary.start_seconds = time.monotonic() - self.started_at
-        if self.notice.requested_at is None:
+        if self.notice.received_at is None:
             return True
-        if time.monotonic() - self.notice.requested_at > GRACE_SECONDS:
-            raise PreemptedError(f"told to end (SIGTERM); gave up {len(started_units)} units in flight")
+        if time.monotonic() - self.notice.received_at > GRACE_SECONDS:
+            raise PreemptedError(f"received SIGTERM; gave up {len(started_units)} units in flight")
         return False
 
     def _run_pool(
         self, method: str, units: list[Unit], progress_method: str | None = None
     ) -> Iterator[tuple[Unit, Any]]:
-        """The pool's results for the units. Raises PreemptedError at the end if the process was told to end."""
-        self.notice.is_deferred = True
+        """The pool's results for the units. Raises PreemptedError at the end if the process received SIGTERM."""
+        self.notice.finishes_units_first = True
         yield from self.pool.run(method, units, self._tick, progress_method)
-        self.notice.is_deferred = False
-        if self.notice.requested_at is not None:
-            raise PreemptedError("told to end (SIGTERM); the units in flight are finished")
+        self.notice.finishes_units_first = False
+        if self.notice.received_at is not None:
+            raise PreemptedError("received SIGTERM; the units in flight are finished")
 
     def _encode_pending_units(self) -> None:
         """Encode the pending units. Raises FloatingPointError if some z is not finite: at once after more than
         `max_bad` pairs, otherwise after all other units."""
         self.progress.phase = "encode"
-        for unit, encoded in self._run_pool("encode", self.pending_units, "draws_done"):
+        for unit, encoded in self._run_pool("encode", self.pending_units, "count_pairs_done"):
             if encoded.bad:
                 self.nonfinite_pairs += encoded.bad
                 if len(self.nonfinite_pairs) > self.config.max_bad:
                     raise FloatingPointError(
                         nonfinite_message(
-                            self.nonfinite_pairs, "the job stops here (--max-bad lets it go on with other units)"
+                            self.nonfinite_pairs, "The job stops here; with --max-bad it goes on with other units"
                         )
                     )
                 continue
@@ -270,38 +276,40 @@ class EncodeJob:
                 earlier_driver=unit.name in self.earlier_driver_units,
             )
             self.earlier_driver_units.discard(unit.name)
-            self.progress.finish_unit(self._count_draws([unit]), encoded=encoded.draws > 0)
-        self.progress.update(self.pool.num_ready, self.pool.num_retries, draws_in_flight=0)
+            self.progress.finish_unit(self._count_pairs([unit]), was_encoded=encoded.pairs > 0)
+        self.progress.update(self.pool.num_ready, self.pool.num_retries, pairs_in_flight=0)
         self.progress.show()
         if self.nonfinite_pairs:
             raise FloatingPointError(
-                nonfinite_message(self.nonfinite_pairs, "all others are encoded, and the units of these are missing")
+                nonfinite_message(self.nonfinite_pairs, "All other units are encoded; the store is incomplete")
             )
 
     def _check_units(self) -> None:
-        """Read back every unit that no complete store vouches for. Damaged units become the pending ones."""
+        """Read back every unit that is not part of an already completed store. Damaged units become pending again."""
         units = self.writer.list_unpublished_units()
         self.progress.start_check(len(units))
         is_damaged = False
         for unit, faults in self._run_pool("find_faults", units):
             self.progress.units_checked += 1
             if faults:
-                self.progress.warn(f"{faults[0]}; it is encoded again")
+                self.progress.warn(f"{faults[0]}; its unit is encoded again")
                 self.writer.delete_commit(unit)
                 is_damaged = True
         self.progress.show()
         self.pending_units = self.writer.list_missing_units() if is_damaged else []
         self.summary.units_damaged += len(self.pending_units)
-        self.progress.add_units(len(self.pending_units), self._count_draws(self.pending_units))
+        self.progress.add_units(len(self.pending_units), self._count_pairs(self.pending_units))
 
 
 def nonfinite_message(pairs: list[tuple[int, int]], consequence: str) -> str:
-    """An error message that names (image, draw) pairs whose z is not finite, at most MAX_LISTED_PAIRS of them."""
+    """An error message that names (image, draw) pairs whose z is not finite, at most MAX_LISTED_PAIRS of them.
+
+    `consequence` is a sentence without its full stop: what becomes of the other units.
+    """
     listed = ", ".join(f"image {image} draw {draw}" for image, draw in sorted(pairs)[:MAX_LISTED_PAIRS])
     if len(pairs) > MAX_LISTED_PAIRS:
         listed += f" and {len(pairs) - MAX_LISTED_PAIRS} more"
     return (
-        f"z of {len(pairs)} pairs is not finite in the dtype of the store: {listed}; their units were not written, "
-        f"{consequence}. Expected a teacher that is finite on its data: another z_dtype, precision fp32, or other "
-        "samples"
+        f"z of {len(pairs)} pairs is not finite in the dtype of the store: {listed}; their units were not written. "
+        f"{consequence}. Try another z_dtype, precision fp32 or other samples."
     )

@@ -23,7 +23,7 @@ from nfm.storage_specs.format.schema import Dataset, Spec
 
 REDRAW_SECONDS = 0.5  # of the live line
 RATE_WINDOW_SECONDS = 60.0  # over which the rate "now" is taken
-HISTORY_SECONDS = 0.5  # between two entries of the history that it is taken from
+HISTORY_INTERVAL_SECONDS = 0.5  # between two entries of the history that it is taken from
 FLOP_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 Phase = Literal["encode", "check"]
 
@@ -31,8 +31,8 @@ Phase = Literal["encode", "check"]
 class EncodeProgress:
     """Shows the progress of an encode job from its start to its end. Use it inside a `with` block.
 
-    A draw is one pass of the teacher over one image with one noise draw. Draws of units that an earlier run committed
-    are no part of any count; draws inside a unit are counted before the unit is committed.
+    A pair is one image with one noise draw: one forward pass of the teacher. Pairs of units that an earlier run
+    committed are not counted; those of a unit are counted while it is being encoded, before it is committed.
     """
 
     def __init__(self, as_json: bool) -> None:
@@ -40,11 +40,11 @@ class EncodeProgress:
         self.is_live = is_live_terminal() and not as_json
         self.bar: tqdm[NoReturn] | None = None
         self.phase: Phase = "encode"
-        self.units = 0
+        self.units_done = 0
         self.units_total = 0
-        self.draws = 0  # of finished units
-        self.draws_in_flight = 0
-        self.draws_total = 0
+        self.pairs_done = 0  # of finished units
+        self.pairs_in_flight = 0
+        self.pairs_total = 0
         self.units_checked = 0
         self.units_to_check = 0
         self.num_workers = 0
@@ -52,7 +52,7 @@ class EncodeProgress:
         self.status: str | None = None  # what the job is at, where that is neither encoding nor reading back
         self.status_started_at = 0.0
         self.first_worker_at: float | None = None
-        self.history: deque[tuple[float, int]] = deque()  # (time, draws) of the last RATE_WINDOW_SECONDS
+        self.history: deque[tuple[float, int]] = deque()  # (time, pairs done) of the last RATE_WINDOW_SECONDS
         self._last_shown_at = time.monotonic()
         self._first_rate_shown = False
         self._lock = threading.RLock()
@@ -74,8 +74,8 @@ class EncodeProgress:
     def set_status(self, status: str, announce: bool = True) -> None:
         """Say what the job is at, such as "starting Ray on this machine".
 
-        It is shown at once, and again every FIRST_LINE_SECONDS until it changes; without `announce`, only if it takes
-        that long.
+        It is shown at once, and again every FIRST_LINE_SECONDS until it changes; without `announce`, it is not shown at
+        once. Where a live line exists already, that line follows every REDRAW_SECONDS, with `announce` or without.
         """
         with self._lock:
             self.status = status
@@ -83,44 +83,50 @@ class EncodeProgress:
             if announce:
                 self.show()
 
-    def add_units(self, units: int, draws: int) -> None:
-        """Add units of together so many draws to the work: at the start, and where files turn out to be damaged."""
-        self.units_total += units
-        self.draws_total += draws
+    def add_units(self, units: int, pairs: int) -> None:
+        """Add to the work a number of units, which have `pairs` pairs in all.
 
-    def finish_unit(self, draws: int, encoded: bool) -> None:
-        """Count a unit of so many draws as done; `encoded` is False if it had been committed already, as after a lost
-        answer. Its draws are then taken out of the work, so that they do not raise the rate."""
-        self.units += 1
-        if encoded:
-            self.draws += draws
+        It is called at the start, and for units that turn out to be damaged.
+        """
+        self.units_total += units
+        self.pairs_total += pairs
+
+    def finish_unit(self, pairs: int, was_encoded: bool) -> None:
+        """Count one unit with `pairs` pairs as done.
+
+        `was_encoded` is False if the unit had been committed before and only the worker's answer was lost. Its pairs
+        are then taken out of the work, so that they do not raise the rate.
+        """
+        self.units_done += 1
+        if was_encoded:
+            self.pairs_done += pairs
         else:
-            self.draws_total -= draws
+            self.pairs_total -= pairs
 
     def start_check(self, units: int) -> None:
-        """From now on units are read back, so many of them."""
+        """Begin the phase in which `units` units are read back."""
         self.phase = "check"
         self.units_checked = 0
         self.units_to_check = units
         self.show()
 
-    def update(self, num_workers: int, num_retries: int, draws_in_flight: int) -> None:
+    def update(self, num_workers: int, num_retries: int, pairs_in_flight: int) -> None:
         """Take in the state of the workers. The first worker and the first rate are shown at once."""
         now = time.monotonic()
         with self._lock:
             self.num_workers = num_workers
             self.num_retries = num_retries
-            self.draws_in_flight = draws_in_flight
+            self.pairs_in_flight = pairs_in_flight
             if num_workers and self.first_worker_at is None:
                 self.first_worker_at = now
                 self.status = None
                 self.history.append((now, 0))
                 self.show()
-            if self.history and now - self.history[-1][0] >= HISTORY_SECONDS:
-                self.history.append((now, self.draws + draws_in_flight))
+            if self.history and now - self.history[-1][0] >= HISTORY_INTERVAL_SECONDS:
+                self.history.append((now, self.pairs_done + pairs_in_flight))
                 while len(self.history) > 2 and now - self.history[1][0] > RATE_WINDOW_SECONDS:
                     self.history.popleft()
-            if not self._first_rate_shown and self.draws + draws_in_flight:
+            if not self._first_rate_shown and self.pairs_done + pairs_in_flight:
                 self._first_rate_shown = True
                 self.show()
 
@@ -147,8 +153,8 @@ class EncodeProgress:
         while not self._closed.wait(REDRAW_SECONDS):
             with self._lock:
                 if self.status is not None:
-                    is_shown = self.bar is not None and self.time_in_status() >= REDRAW_SECONDS
-                    interval = REDRAW_SECONDS if is_shown else FIRST_LINE_SECONDS
+                    has_live_line = self.bar is not None and self.time_in_status() >= REDRAW_SECONDS
+                    interval = REDRAW_SECONDS if has_live_line else FIRST_LINE_SECONDS
                 else:
                     interval = REDRAW_SECONDS if self.is_live else LINE_SECONDS
                 if time.monotonic() - self._last_shown_at >= interval:
@@ -174,34 +180,35 @@ class EncodeProgress:
         workers = "1 worker" if state["workers"] == 1 else f"{state['workers']} workers"
         if self.phase == "check":
             return f"encode: {state['units_checked']}/{state['units_to_check']} units read back, {workers}"
-        parts = [f"encode: {state['units']}/{state['units_total']} units"]
+        parts = [f"encode: {state['units_done']}/{state['units_total']} units"]
         if state["seconds_left"] is not None:
-            parts.append(f"{state['draws_per_second_now']:.4g} draws/s now")
-            parts.append(f"{state['draws_per_second_mean']:.4g} mean")
+            parts.append(f"{state['pairs_per_second_now']:.4g} pairs/s now")
+            parts.append(f"{state['pairs_per_second_mean']:.4g} mean")
             parts.append(f"{format_duration(state['seconds_left'])} left")
         parts.append(workers)
         parts.append(f"{state['retries']} retries")
         return ", ".join(parts)
 
     def state(self) -> dict[str, Any]:
-        """The counts and rates of the job. Rates start with the first worker; seconds_left is None before a draw is
-        finished."""
+        """The counts and rates of the job. Rates start with the first worker; seconds_left is None before a pair is
+        encoded."""
         now = time.monotonic()
-        draws = min(self.draws + self.draws_in_flight, self.draws_total)
-        rate_now = rate_mean = 0.0
+        pairs_done = min(self.pairs_done + self.pairs_in_flight, self.pairs_total)
+        rate_now = 0.0
+        rate_mean = 0.0
         if self.history and self.first_worker_at is not None:
-            window_start, draws_before = self.history[0]
-            rate_now = max(draws - draws_before, 0) / max(now - window_start, 1e-9)
-            rate_mean = draws / max(now - self.first_worker_at, 1e-9)
+            window_start, pairs_before = self.history[0]
+            rate_now = max(pairs_done - pairs_before, 0) / max(now - window_start, 1e-9)
+            rate_mean = pairs_done / max(now - self.first_worker_at, 1e-9)
         return {
             "phase": self.phase,
-            "units": self.units,
+            "units_done": self.units_done,
             "units_total": self.units_total,
-            "draws": draws,
-            "draws_total": self.draws_total,
-            "draws_per_second_now": round(rate_now, 3),
-            "draws_per_second_mean": round(rate_mean, 3),
-            "seconds_left": round((self.draws_total - draws) / rate_mean, 1) if rate_mean else None,
+            "pairs_done": pairs_done,
+            "pairs_total": self.pairs_total,
+            "pairs_per_second_now": round(rate_now, 3),
+            "pairs_per_second_mean": round(rate_mean, 3),
+            "seconds_left": round((self.pairs_total - pairs_done) / rate_mean, 1) if rate_mean else None,
             "units_checked": self.units_checked,
             "units_to_check": self.units_to_check,
             "workers": self.num_workers,
@@ -227,8 +234,8 @@ class Summary:
 
     dataset: Dataset | None = None
     units_before: int = 0  # committed by earlier runs
-    units: int = 0  # encoded by this run
-    draws: int = 0  # teacher forwards, one per image and draw
+    units_encoded: int = 0  # by this run
+    pairs_encoded: int = 0  # of an image and a draw, each one teacher forward
     start_seconds: float = 0.0  # from the first request for workers until one was ready
     seconds: float = 0.0  # of all this run, from the same moment
     worker_seconds: float = 0.0  # in which the workers' teachers computed
@@ -239,10 +246,10 @@ class Summary:
 
     def add_unit(self, encoded: EncodedUnit, worker_died: bool, earlier_driver: bool) -> None:
         """Count a unit. One that had been committed already, of which only the answer was lost, adds nothing."""
-        if not encoded.draws:
+        if not encoded.pairs:
             return
-        self.units += 1
-        self.draws += encoded.draws
+        self.units_encoded += 1
+        self.pairs_encoded += encoded.pairs
         self.worker_seconds += encoded.seconds
         if worker_died:
             self.units_of_dead_workers += 1
@@ -270,26 +277,27 @@ def describe(summary: Summary, out: str, student_images: int) -> str:
     spec = dataset.spec
     lines = [
         f"{out}: {spec.rows} images × {spec.draws} draws in {dataset.totals.files} files, "
-        f"{dataset.totals.bytes / 1e6:.1f} MB; {summary.units} units encoded, {summary.units_before} before this run"
+        f"{dataset.totals.bytes / 1e6:.1f} MB; {summary.units_encoded} units encoded, {summary.units_before} before "
+        "this run"
     ]
-    if not summary.units:
+    if not summary.units_encoded:
         return lines[0]
     flops = forward_flops(teacher_config(spec))
-    rate = summary.draws / summary.seconds
-    rate_per_worker = summary.draws / max(summary.worker_seconds, 1e-9)
+    rate = summary.pairs_encoded / summary.seconds
+    rate_per_worker = summary.pairs_encoded / max(summary.worker_seconds, 1e-9)
     lines.append(
-        f"{summary.draws} draws in {format_duration(summary.seconds)}, {rate:.4g} draws/s; the teacher spent "
-        f"{format_flop(summary.draws * flops)} in {format_duration(summary.worker_seconds)} of workers, "
-        f"{rate_per_worker:.4g} draws/s each"
+        f"{summary.pairs_encoded} pairs in {format_duration(summary.seconds)}, {rate:.4g} pairs/s; the teacher spent "
+        f"{format_flop(summary.pairs_encoded * flops)} in {format_duration(summary.worker_seconds)} of workers, "
+        f"{rate_per_worker:.4g} pairs/s each"
     )
+    dead_workers = "1 dead worker" if summary.worker_deaths == 1 else f"{summary.worker_deaths} dead workers"
     lines.append(
-        f"units encoded again: {summary.units_repeated} ({summary.units_of_dead_workers} of {summary.worker_deaths} "
-        f"workers that died, {summary.units_of_earlier_driver} of an earlier driver, {summary.units_damaged} damaged "
-        "after their commit)"
+        f"units encoded again: {summary.units_repeated} ({summary.units_of_dead_workers} from {dead_workers}, "
+        f"{summary.units_of_earlier_driver} from an earlier driver, {summary.units_damaged} damaged after their commit)"
     )
     lines.append(
         f"each student of {student_images} images that trains on this store saves {format_flop(student_images * flops)}"
-        f" of the teacher, {format_duration(student_images / rate_per_worker)} of such a worker"
+        f" of teacher work, {format_duration(student_images / rate_per_worker)} of one worker's time"
     )
     return "\n".join(lines)
 
@@ -301,8 +309,8 @@ def as_document(summary: Summary, student_images: int) -> dict[str, Any]:
     document: dict[str, Any] = {"event": "summary", "id": summary.dataset.id}
     document.update((name, value) for name, value in vars(summary).items() if name != "dataset")
     document["units_repeated"] = summary.units_repeated
-    document["draws_per_second"] = summary.draws / summary.seconds if summary.seconds else None
-    document["teacher_flop"] = summary.draws * flops
+    document["pairs_per_second"] = summary.pairs_encoded / summary.seconds if summary.seconds else None
+    document["teacher_flop"] = summary.pairs_encoded * flops
     document["student_images"] = student_images
     document["student_saves_flop"] = student_images * flops
     return document

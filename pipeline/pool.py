@@ -20,20 +20,22 @@ from typing import Any, TypeVar
 from nfm.stages.errors import ResumableError, StageError
 from nfm.storage_specs.storage.errors import StoreError
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
-os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster started here: encoding is what the machine is for
-os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of one task, because another one ended the job
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics to Ray's makers
+os.environ.setdefault("RAY_worker_niceness", "0")  # run workers of a cluster started here at normal priority
+# When one task ends the job, Ray would print the errors of the others, which nobody fetches any more.
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 T = TypeVar("T")
 
 MAX_TASKS_PER_ACTOR = 2  # an actor reads one task and writes another while it computes
-MAX_RETRIES = 5  # of one task whose actors died, before the task is held to be what kills them
+MAX_RETRIES = 5  # of one task whose actors died; if they die once more, the task itself seems to kill them
+MAX_FAILED_STARTS = 5  # in a row; one more is allowed for each other actor of the pool
 TICK_SECONDS = 0.5
-GROW_SECONDS = 2.0  # between looks at the resources of the cluster
-PROGRESS_SECONDS = 2.0  # between questions to each actor how far its tasks are
-CLUSTER_TIMEOUT_SECONDS = 20.0  # of a cluster that does not answer, before it is given up
+GROW_SECONDS = 2.0  # between two checks whether the cluster has room for more actors
+PROGRESS_SECONDS = 2.0  # between two progress requests to an actor
+CLUSTER_TIMEOUT_SECONDS = 20.0  # without an answer, after which the cluster counts as lost
 LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray accepts; only a few numbers per unit pass through it
 FINAL_ERRORS = (StageError, StoreError, FloatingPointError)  # another actor would raise the same
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a full or read-only disk: another actor would fail too
@@ -42,7 +44,7 @@ DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a full or read-only d
 class ClusterLostError(ResumableError):
     """The Ray cluster went away; the same command continues on another."""
 
-    at_once = True
+    skips_cleanup = True
 
 
 @contextmanager
@@ -162,13 +164,15 @@ class Pool:
     def run(
         self, method: str, tasks: Iterable[T], tick: Callable[[], bool], progress_method: str | None = None
     ) -> Iterator[tuple[T, Any]]:
-        """Yield each task with the result of `method(task)`, in the order in which they finish.
+        """Call the method named `method` of the actors with each task, and yield each task with its result, in the
+        order in which they finish.
 
-        `tick` is called at least once every TICK_SECONDS; once it returns False, no more tasks are started, and the
-        iteration ends when those in flight have finished. `progress_method` of the actors, if given, returns a number
-        for each task that it is at (a dict); it is called every PROGRESS_SECONDS and must return at once.
+        `tick` is called at least once every TICK_SECONDS. When it returns False, no more tasks are started, and the
+        iteration ends after those in flight have finished. `progress_method`, if given, names a method of the actors
+        that returns a number for each task that the actor is working on, as a dict. Each actor is asked every
+        PROGRESS_SECONDS, and the method must return without waiting.
 
-        Raises what a task raised if another actor would raise the same, StageError if actors keep dying, and
+        Raises a task's own error if another actor would raise the same, StageError if actors keep dying, and
         ClusterLostError.
         """
         pending = deque(tasks)
@@ -200,7 +204,7 @@ class Pool:
                 if actor.ready:
                     actor.progress.pop(task, None)
                     yield task, result
-                    self.deaths_by_task.pop(task, None)
+                    self.deaths_by_task.pop(task, None)  # after the yield: the caller may look it up
                 else:
                     actor.ready = True
                     self._failed_starts = 0
@@ -221,10 +225,10 @@ class Pool:
                     actor.progress[task] = 0
 
     def _update_progress(self, method: str) -> None:
-        """Take in the answers that have come, and ask every PROGRESS_SECONDS. Never waits.
+        """Read the progress answers that have arrived, and send new requests every PROGRESS_SECONDS. Never waits.
 
-        An actor that is busy with a question is not asked again, and one that died is left to the call of its task,
-        which fails too.
+        An actor whose last request is not answered gets no new one. The death of an actor is not handled here: the
+        calls of its tasks fail too, and `run` handles those.
         """
         requests = [actor.progress_request for actor in self.actors if actor.progress_request is not None]
         if requests:
@@ -250,20 +254,20 @@ class Pool:
         if time.monotonic() - self._last_growth < GROW_SECONDS:
             return
         self._last_growth = time.monotonic()
-        if not self._cluster_answers():
+        if not self._check_cluster():
             return
         resources: dict[str, float] = {"num_cpus": self.cpus_per_actor}
         if self.device == "cuda":
             resources["num_gpus"] = 1
-        num_idle = sum(not actor.ready or not actor.in_flight for actor in self.actors)
+        num_free = sum(not actor.ready or not actor.in_flight for actor in self.actors)  # starting, or without a task
         try:
             capacity = self.max_actors or self._cluster_capacity()
-            for _ in range(min(capacity - len(self.actors), num_pending - num_idle)):
+            for _ in range(min(capacity - len(self.actors), num_pending - num_free)):
                 actor = PooledActor(self.make_actor(resources, self.device))
                 actor.in_flight[actor.handle.ready.remote()] = None
                 self.actors.append(actor)
         except RayError:
-            if self._cluster_answers():
+            if self._check_cluster():
                 raise
 
     def _cluster_capacity(self) -> int:
@@ -279,10 +283,12 @@ class Pool:
                 node_capacity = min(node_capacity, int(node.get("GPU", 0)))
             capacity += node_capacity
         if capacity == 0 and not self.actors:
-            needs = f"{self.cpus_per_actor} CPUs" + (" and a GPU" if self.device == "cuda" else "")
+            needs = "1 CPU" if self.cpus_per_actor == 1 else f"{self.cpus_per_actor} CPUs"
+            if self.device == "cuda":
+                needs += " and a GPU"
             raise StageError(
-                f"got a Ray cluster of {len(nodes)} nodes, none of which has {needs} for a worker; expected one, or "
-                "--workers N where more nodes will join"
+                f"no node of the Ray cluster has {needs}, which one worker needs; lower --cpus-per-worker, or set "
+                "--workers N if such nodes will join"
             )
         return capacity
 
@@ -299,14 +305,14 @@ class Pool:
         tasks = list(actor.in_flight.values()) if actor.ready else []
         self.actors.remove(actor)
         self.num_actor_deaths += 1
-        if self._cluster_answers():
+        if self._check_cluster():
             if not isinstance(error, ActorDiedError):
                 with suppress(RayError):
                     ray.kill(actor.handle)  # it failed, or is out of reach: another one does its work
             self._last_growth = float("-inf")  # replace it now
         if not actor.ready:
             self._failed_starts += 1
-            if self._failed_starts > MAX_RETRIES + len(self.actors):
+            if self._failed_starts > MAX_FAILED_STARTS + len(self.actors):
                 raise StageError(
                     f"workers die as they start, the last of {self._failed_starts} with {self._last_death_reason}; "
                     "does every node have nfm installed and the samples and the teacher in reach?"
@@ -317,14 +323,14 @@ class Pool:
             if self.deaths_by_task[task] > MAX_RETRIES:
                 raise StageError(
                     f"workers died {self.deaths_by_task[task]} times on {task}, at last with "
-                    f"{self._last_death_reason}; where memory ran out, give each worker more"
+                    f"{self._last_death_reason}; if memory ran out, give each worker more"
                 )
         return tasks
 
-    def _cluster_answers(self) -> bool:
-        """Whether the cluster's head accepts connections.
+    def _check_cluster(self) -> bool:
+        """Try to connect to the cluster's head. Returns whether it accepted the connection.
 
-        Raises ClusterLostError once it has not done so for CLUSTER_TIMEOUT_SECONDS.
+        Raises ClusterLostError if it has accepted none for CLUSTER_TIMEOUT_SECONDS.
         """
         host, port = self._cluster_address
         try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from nfm.pipeline.errors import continues_when_repeated
 from nfm.stages.progress import Progress, print_line
 from nfm.storage_specs.storage.errors import StoreError
 
@@ -70,21 +71,21 @@ def info(store: Store, plot: str | None) -> None:
 @store_command
 @click.option(
     "--reencode",
-    "num_records",
+    "num_pairs",
     default=0,
     metavar="N",
     type=click.IntRange(0),
-    help="Run the teacher again on N records.",
+    help="Run the teacher again on N random pairs of an image and a draw.",
 )
 @click.option("--teacher", metavar="MODEL", help="model.safetensors of the teacher that made the store.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Which N records are encoded again; 0 if not given.")
-def verify(store: Store, num_records: int, teacher: str | None, seed: int | None) -> None:
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Which N pairs are encoded again; 0 if not given.")
+def verify(store: Store, num_pairs: int, teacher: str | None, seed: int | None) -> None:
     """Read every file and check size, sha256, structure, labels, counts and finite values."""
-    options_agree = bool(num_records) == (teacher is not None)
-    if not options_agree or (num_records and store.spec.coupling is None):
+    options_agree = bool(num_pairs) == (teacher is not None)
+    if not options_agree or (num_pairs and store.spec.coupling is None):
         raise StoreError(f"{store.url}: --reencode N and --teacher MODEL go together, for a coupling store")
-    if seed is not None and not num_records:
-        raise StoreError("got --seed without --reencode N, whose records it chooses; expected both or none")
+    if seed is not None and not num_pairs:
+        raise StoreError("got --seed without --reencode N, whose pairs it chooses; expected both or none")
     num_faults = 0
     with Progress("verify", store.dataset.totals.bytes, "B") as progress:
         for fault in store.find_faults(progress.advance):
@@ -92,23 +93,21 @@ def verify(store: Store, num_records: int, teacher: str | None, seed: int | None
             print_line(fault.message)
     if num_faults:
         raise StoreError(
-            f"{store.url}: {num_faults} faults in {len(store.files)} files; nfm store repair queues them to be written "
-            "again"
+            f"{store.url}: {num_faults} faults in {len(store.files)} files; nfm store repair marks their blocks to be "
+            "written again"
         )
-    if teacher is not None and num_records:
-        from nfm.stages.encode import reencode
+    if teacher is not None and num_pairs:
+        from nfm.stages.encode import verify_by_reencoding
 
-        largest_difference = reencode(store, teacher, num_records, seed or 0)
-        click.echo(
-            f"{store.url}: z of {num_records} records encoded again differs by at most {largest_difference:.1e} σ_f"
-        )
+        largest_difference = verify_by_reencoding(store, teacher, num_pairs, seed or 0)
+        click.echo(f"{store.url}: z of {num_pairs} pairs encoded again differs by at most {largest_difference:.1e} σ_f")
     click.echo(f"{store.url}: {len(store.files)} files are sound")
 
 
 @store.command()
 @store_command
 def repair(store: Store) -> None:
-    """Queue exactly the blocks with bad or missing files to be written again by the command that wrote the store."""
+    """Mark exactly the blocks with bad or missing files, for the command that wrote the store to write them again."""
     from nfm.storage_specs.writing.transfer import repair_store
 
     with Progress("verify", store.dataset.totals.bytes, "B") as progress:
@@ -119,30 +118,45 @@ def repair(store: Store) -> None:
         click.echo(f"{store.url}: nothing to repair")
         return
     click.echo(
-        f"{store.url}: {len(blocks)} of {store.spec.blocks} blocks are queued {blocks[:MAX_LISTED_BLOCKS]}; run the "
-        "command that wrote the store (nfm encode, prepare, or store convert) again, with the same arguments, to "
-        "complete it"
+        f"{store.url}: {describe_blocks(blocks, store.spec.blocks)} must be written again; run the command that wrote "
+        "the store (nfm encode, prepare, or store convert) again, with the same arguments, to complete it"
     )
 
 
+def describe_blocks(blocks: list[int], num_blocks: int) -> str:
+    """`2 of 6 blocks (1, 4)`, naming at most MAX_LISTED_BLOCKS of them; `0 of 6 blocks` if only documents are bad."""
+    if not blocks:
+        return f"0 of {num_blocks} blocks"
+    listed = ", ".join(str(block) for block in blocks[:MAX_LISTED_BLOCKS])
+    if len(blocks) > MAX_LISTED_BLOCKS:
+        listed += f" and {len(blocks) - MAX_LISTED_BLOCKS} more"
+    return f"{len(blocks)} of {num_blocks} blocks ({listed})"
+
+
 @store.command()
+@continues_when_repeated
 @store_command
 @click.argument("out")
 @click.option("--layout", required=True, type=click.Choice(["webdataset", "zarr", "tuples"]))
 def convert(store: Store, out: str, layout: str) -> None:
-    """Write the same store to OUT in another layout, without loss; or export it as classic tuples."""
+    """Write the same store to OUT in another layout, without loss.
+
+    --layout tuples writes WebDataset tar files whose samples hold x, z, noise and label together, for readers that take
+    one file at a time; nfm does not read them back.
+    """
     from nfm.storage_specs.writing.transfer import convert_store, export_tuples
 
     with Progress(f"convert to {layout}", store.spec.rows, "image") as progress:
         if layout == "tuples":
-            result = f"{export_tuples(store, out, progress.advance, None)} files of tuples"
+            result = f"{export_tuples(store, out, progress.advance, options=None)} files of tuples"
         else:
-            dataset = convert_store(store, out, cast("LayoutName", layout), progress.advance, None)
+            dataset = convert_store(store, out, cast("LayoutName", layout), progress.advance, options=None)
             result = f"store {dataset.id[:12]}, {layout} layout"
     click.echo(f"{out}: {result}")
 
 
 @store.command()
+@continues_when_repeated
 @store_command
 @click.argument("out")
 def copy(store: Store, out: str) -> None:
@@ -150,5 +164,5 @@ def copy(store: Store, out: str) -> None:
     from nfm.storage_specs.writing.transfer import copy_store
 
     with Progress("copy and check", 2 * store.dataset.totals.bytes, "B") as progress:
-        num_written = copy_store(store, out, progress.advance, None)
+        num_written = copy_store(store, out, progress.advance, options=None)
     click.echo(f"{out}: {num_written} of {len(store.files)} files written, all {len(store.files)} checked")

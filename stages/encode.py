@@ -50,7 +50,7 @@ CALIBRATION_BATCH = 32
 # Tokens that pass through the teacher at once: enough to fill a GPU, few enough for the cache of a CPU. It is not a
 # setting, since z must not depend on how a job was split.
 BATCH_TOKENS = {"cuda": 16_384, "cpu": 1024}
-WRITES_PENDING = 2  # draws that wait to be written; with more, the teacher waits
+MAX_PENDING_WRITES = 2  # draws that wait to be written; with more, the teacher waits
 
 
 class EncodeConfig(Section):
@@ -82,8 +82,8 @@ class EncodeConfig(Section):
     max_bad: int = Field(
         default=0,
         ge=0,
-        description="The job goes on to other units until more than this many pairs have a z that is not finite, and "
-        "names them all. A unit with such a pair is not written.",
+        description="Pairs whose z is not finite that the job tolerates before it stops at once. With any, it still "
+        "fails at the end and lists them; a unit with such a pair is not written.",
     )
     device: Literal["cuda", "cpu"] | None = Field(
         default=None,
@@ -104,16 +104,16 @@ class EncodedUnit:
     """The report of a worker about one unit."""
 
     images: int
-    draws: int  # forward passes of the teacher, one for each image and draw; 0 if the unit was committed before
+    pairs: int  # images × draws, each one forward pass of the teacher; 0 if the unit was committed before
     seconds: float
     bad: tuple[tuple[int, int], ...] = ()  # (image, draw) pairs whose z is not finite; with any, nothing is committed
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of one worker: forward passes of the teacher per second (one image and draw each), on which device."""
+    """The speed of one worker on a device. A pair is one image with one draw: one forward pass of the teacher."""
 
-    draws_per_second: float
+    pairs_per_second: float
     device: str
 
 
@@ -154,9 +154,9 @@ def output_spec(
         assert spec.coupling is not None
         scale = calibrate(samples, network, spec.coupling.eta, spec.coupling.noise)
         digest = sha256(npy_bytes(scale))
-    described = spec.model_dump(mode="json")
-    described["coupling"] |= {"z_dtype": "int8", "z_scale_sha256": digest}
-    return Spec.model_validate(described, strict=False), scale
+    spec_document = spec.model_dump(mode="json")
+    spec_document["coupling"] |= {"z_dtype": "int8", "z_scale_sha256": digest}
+    return Spec.model_validate(spec_document, strict=False), scale
 
 
 @torch.no_grad()
@@ -231,7 +231,7 @@ class UnitEncoder:
         self.coupling = coupling
         if self.samples.dataset.id != coupling.source:
             raise StageError(
-                f"{samples}: got other samples on this node than on the driver's; give all nodes one store"
+                f"{samples}: got other samples on this node than on the driver; give all nodes the same store"
             )
         if device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("no GPU is usable in this worker")
@@ -242,17 +242,19 @@ class UnitEncoder:
         torch.backends.cudnn.allow_tf32 = coupling.precision == "tf32"
         network, _ = load_teacher(teacher)
         if weights_sha256(network.state_dict()) != coupling.teacher.sha256:
-            raise StageError(f"{teacher}: got another teacher on this node than on the driver's; give all of them one")
-        self.rows = min(batch_rows(network.config, self.device.type), self.writer.spec.block_rows)
+            raise StageError(
+                f"{teacher}: got another teacher on this node than on the driver; give all nodes the same file"
+            )
+        self.batch_rows = min(batch_rows(network.config, self.device.type), self.writer.spec.block_rows)
         self.teacher = network.to(self.device)
         self.threads = threads
         if device == "cuda":
             self._compile()
         self.teacher_lock = Lock()  # held by the unit that the teacher encodes
-        self.draws_done: dict[Unit, int] = {}  # teacher forwards so far of the units that are being encoded
+        self.pairs_done: dict[Unit, int] = {}  # so far, of the units that are being encoded
         self.prefetch_pool = ThreadPoolExecutor(2, "nfm-prefetch")  # prepares the input of the next draw
         self.noise_pool = ThreadPoolExecutor(threads, "nfm-noise")  # draws parts of the noise of one draw
-        self.write_pool = ThreadPoolExecutor(WRITES_PENDING, "nfm-write")
+        self.write_pool = ThreadPoolExecutor(MAX_PENDING_WRITES, "nfm-write")
 
     def _compile(self) -> None:
         """Compile the teacher for a GPU, and run it once, so that no unit waits for it.
@@ -264,8 +266,8 @@ class UnitEncoder:
             assert isinstance(block, FlowBlock)
             for layer in block.attn_blocks:
                 layer.compile(options={"deterministic": True})
-        x = torch.zeros(self.rows, *self.writer.spec.shape)
-        self.forward(x, torch.zeros(self.rows, dtype=torch.int64, device=self.device)).cpu()
+        x = torch.zeros(self.batch_rows, *self.writer.spec.shape)
+        self.forward(x, torch.zeros(self.batch_rows, dtype=torch.int64, device=self.device)).cpu()
 
     def encode(self, unit: Unit) -> EncodedUnit:
         """Encode, write and commit one unit: z = f(x + η·ε′, c), with ε′ rounded to its stored dtype before the teacher
@@ -273,33 +275,33 @@ class UnitEncoder:
         images = self.writer.spec.rows_of(unit.block)
         if self.writer.root.exists(unit.commit_file):
             return EncodedUnit(images, 0, 0.0)
-        base = {name: self.samples.column(name, unit.block) for name in ("x", "label")}
-        x = to_float(base["x"])
-        y = torch.from_numpy(base["label"]).to(self.device)
+        image_columns = {name: self.samples.column(name, unit.block) for name in ("x", "label")}
+        x = to_float(image_columns["x"])
+        y = torch.from_numpy(image_columns["label"]).to(self.device)
         unit_writer = self.writer.unit_writer(unit)
-        base_write = self.write_pool.submit(unit_writer.write_base, base)
+        image_write = self.write_pool.submit(unit_writer.write_base, image_columns)
         next_input = self.prefetch_pool.submit(self.add_noise, unit.block, unit.first, x)
         draw_writes: list[Future[list[tuple[int, int]]]] = []
         with self.teacher_lock:
-            self.draws_done[unit] = 0
+            self.pairs_done[unit] = 0
             started_at = time.monotonic()
             for draw in unit.draws:
                 noise, noisy = next_input.result()
                 if draw + 1 < unit.stop:
                     next_input = self.prefetch_pool.submit(self.add_noise, unit.block, draw + 1, x)
                 z = self.forward(noisy, y, unit)
-                if len(draw_writes) >= WRITES_PENDING:
-                    draw_writes[-WRITES_PENDING].result()
+                if len(draw_writes) >= MAX_PENDING_WRITES:
+                    draw_writes[-MAX_PENDING_WRITES].result()  # waits: z of every pending write takes memory
                 stored_noise = noise if self.coupling.noise.stored else None
                 draw_writes.append(self.write_pool.submit(write_draw, unit_writer, draw, z, stored_noise))
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.monotonic() - started_at
-        base_write.result()
+        image_write.result()
         bad = tuple(pair for draw_write in draw_writes for pair in draw_write.result())
         if not bad:
             unit_writer.commit(seconds, device_name(self.device))
-        del self.draws_done[unit]
+        del self.pairs_done[unit]
         return EncodedUnit(images, images * len(unit.draws), seconds, bad)
 
     def add_noise(self, block: int, draw: int, x: Tensor) -> tuple[NDArray[Any], Tensor]:
@@ -325,30 +327,30 @@ class UnitEncoder:
         """z, float32 on the device, of noisy images and labels y (rows,); noisy and z are (rows, C, H, W).
 
         All batches have one shape, the last one padded, so that all rows of a block pass through the same kernels. The
-        rows of each batch are counted in `draws_done` of `unit`.
+        rows of each batch are counted in `pairs_done` of `unit`.
         """
         is_bf16 = self.coupling.precision == "bf16"
         z = []
         with torch.autocast(self.device.type, torch.bfloat16) if is_bf16 else nullcontext():
-            for noisy_batch, y_batch in zip(noisy.split(self.rows), y.split(self.rows), strict=True):
+            for noisy_batch, y_batch in zip(noisy.split(self.batch_rows), y.split(self.batch_rows), strict=True):
                 rows = len(noisy_batch)
-                padding = self.rows - rows
+                padding = self.batch_rows - rows
                 noisy_batch = noisy_batch.to(self.device, non_blocking=True)
-                padded = F.pad(noisy_batch, (0, 0, 0, 0, 0, 0, 0, padding))  # (self.rows, C, H, W)
+                padded = F.pad(noisy_batch, (0, 0, 0, 0, 0, 0, 0, padding))  # (batch_rows, C, H, W)
                 z.append(self.teacher(padded, F.pad(y_batch, (0, padding))).z[:rows])
                 if unit is not None:
-                    self.draws_done[unit] += rows  # a GPU may not have finished the last of them
+                    self.pairs_done[unit] += rows  # a GPU may not have finished the last of them
         return torch.cat(z).float()
 
-    def faults(self, unit: Unit) -> list[str]:
+    def find_faults(self, unit: Unit) -> list[str]:
         """What is wrong with the files of a committed unit, in words; it reads all of them."""
         return self.writer.find_faults(unit)
 
-    def speed(self, seconds: float) -> Speed:
+    def measure_speed(self, seconds: float) -> Speed:
         """The median speed of the teacher on images of the first block, measured for about so many seconds, after two
         passes to warm up."""
-        x = to_float(self.samples.column("x", 0)[: self.rows])
-        y = torch.from_numpy(self.samples.column("label", 0)[: self.rows]).to(self.device)
+        x = to_float(self.samples.column("x", 0)[: self.batch_rows])
+        y = torch.from_numpy(self.samples.column("label", 0)[: self.batch_rows]).to(self.device)
         times: list[float] = []
         for _ in range(2):
             self.forward(x, y).cpu()
@@ -369,9 +371,9 @@ def write_draw(unit_writer: UnitWriter, draw: int, z: Tensor, noise: NDArray[Any
 
 
 @torch.no_grad()
-def reencode(store: Store, teacher: str, count: int, seed: int) -> float:
+def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> float:
     """Run the teacher again on `count` random pairs of an image and a draw. Returns the largest difference between
-    their stored and their new z, both as the codec rounds them, in units of σ_f.
+    their stored and their new z, both as the codec rounds them, in units of σ_f. Writes nothing.
 
     Raises StageError for another teacher than the store's, StoreError if a difference is too large.
     """

@@ -4,7 +4,9 @@
 class ResumableError(Exception):
     """A run was ended from outside, as by a signal or a lost machine. The same command continues it."""
 
-    at_once = False  # whether the process exits without the cleanup of libraries, which would wait for a lost machine
+    skips_cleanup = (
+        False  # True: the process exits without the cleanup of libraries, which would wait for a lost machine
+    )
 
 
 class StageError(ValueError):

@@ -46,12 +46,12 @@ class StudentConfig(Section):
 
     @field_validator("size")
     @classmethod
-    def _parses(cls, size: str) -> str:
+    def _check_size(cls, size: str) -> str:
         parse_size(size)
         return size
 
 
-def student_shape(config: StudentConfig, spec: Spec) -> SiTConfig:
+def sit_config(config: StudentConfig, spec: Spec) -> SiTConfig:
     """The shapes of a student for the images of a store. Raises StageError if it cannot take them."""
     channels, size, _ = spec.shape
     try:
@@ -75,17 +75,18 @@ def train_student(config: StudentConfig, couplings: str | Sequence[Source], out:
     couplings_identity: Any = store.dataset.id
     if len(stores) > 1:
         couplings_identity = [
-            {"id": store.dataset.id, "weight": source.weight} for store, source in zip(stores, sources, strict=True)
+            {"id": mixed.dataset.id, "weight": source.weight} for mixed, source in zip(stores, sources, strict=True)
         ]
     torch.manual_seed(config.train.seed)
-    network = SiT(student_shape(config, store.spec))
+    network = SiT(sit_config(config, store.spec))
     couple = COUPLINGS[config.coupling]
 
     def loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         """‖g(x_t, c, t) - v‖² / n (NFM paper equation 1), with labels dropped."""
         t = logit_normal(len(batch.x), generator, config.t_mean, config.t_std).to(batch.x.device)
         y = drop_labels(batch.label, config.label_drop, generator)
-        epsilon = couple(batch.x, batch.z, generator)  # last, as its draws must not change those of t and y
+        # batch.z is z / σ_f: the stream has divided it. This is last, as its draws must not change those of t and y.
+        epsilon = couple(batch.x, batch.z, generator)
         return flow_matching_loss(model, linear_path(batch.x, epsilon, t), y)
 
     with join_world() as world:

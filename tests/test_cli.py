@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from nfm.pipeline.cli import main, nfm
+from nfm.pipeline.store_cli import describe_blocks
 from nfm.stages.checkpoint import Checkpoint, load, save, weights_sha256
 from nfm.storage_specs.reading.store import Store
 from tests.tools.small_run import SMALL, Run
@@ -201,13 +202,25 @@ while True:
 """
 
 
-@pytest.mark.parametrize("package", ["click", "torch"])
-def test_ctrl_c_while_it_is_still_importing(tmp_path: Path, package: str) -> None:
-    """In the import of a package that the command line needs, and of one that only the stages need."""
+CONTINUES = "interrupted; run the same command again to continue"
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "message"),
+    [
+        ("click", ["prepare", "--out", "out"], "interrupted"),
+        ("torch", ["prepare", "--out", "out"], CONTINUES),
+        ("torch", ["sample", "model.safetensors", "--out", "out.png"], "interrupted"),
+    ],
+)
+def test_ctrl_c_while_it_is_still_importing(tmp_path: Path, package: str, arguments: list[str], message: str) -> None:
+    """In the import of a package that the command line needs, and of one that only the stages need. Of the commands,
+    prepare continues when it is run again, and sample does not."""
     (tmp_path / f"{package}.py").write_text(ENDLESS_MODULE)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
-        [sys.executable, "-m", "nfm", "prepare", "--out", f"{tmp_path}/out"],
+        [sys.executable, "-m", "nfm", *arguments],
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": path},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -217,7 +230,7 @@ def test_ctrl_c_while_it_is_still_importing(tmp_path: Path, package: str) -> Non
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
-    assert err.splitlines()[-1] == "interrupted; the same command continues"
+    assert err.splitlines()[-1] == message
     assert "Traceback" not in err
 
 
@@ -271,13 +284,29 @@ def test_the_folder_of_both_sample_stores_is_answered_with_one_of_them(call: Nfm
     assert not (tmp_path / "out").exists()
 
 
-def test_records_that_are_encoded_again_are_counted(call: Nfm, run: Run) -> None:
+def test_pairs_that_are_encoded_again_are_counted(call: Nfm, run: Run) -> None:
     arguments = ["store", "verify", run.couplings["webdataset"], "--reencode", "5", "--teacher", run.teacher]
     code, out, err = call(*arguments)
     assert code == 0
     assert "encode again: 0/5 pair, starting" in err
     assert "encode again: 5/5 pair, done in" in err
-    assert "z of 5 records encoded again" in out
+    assert "z of 5 pairs encoded again" in out
+
+
+def test_a_long_list_of_blocks_to_repair_says_how_many_more_there_are() -> None:
+    assert describe_blocks([1, 4], 6) == "2 of 6 blocks (1, 4)"
+    assert describe_blocks(list(range(100, 123)), 900).endswith(", 118, 119 and 3 more)")
+    assert describe_blocks([], 6) == "0 of 6 blocks"
+
+
+def test_repair_names_the_blocks_to_write_again(call: Nfm, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.couplings["zarr"], tmp_path / "store")
+    for block in (1, 4):
+        damaged = tmp_path / "store" / "x" / "c" / str(block) / "0" / "0" / "0"
+        damaged.write_bytes(b"")
+    code, out, _ = call("store", "repair", f"{tmp_path}/store")
+    assert code == 0
+    assert "2 of 6 blocks (1, 4) must be written again; run the command that wrote the store" in out
 
 
 def test_unknown_options_exit_with_2(call: Nfm) -> None:
@@ -322,7 +351,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_continues(call: Nfm, run: Run,
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
-    assert err.splitlines()[-1] == "interrupted; the same command continues"
+    assert err.splitlines()[-1] == CONTINUES
     assert "Traceback" not in err
     seen = load(str(state)).document["images"]
     assert seen in (640, 1280)

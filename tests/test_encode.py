@@ -40,7 +40,7 @@ def test_z_agrees_between_batch_shapes_within_the_stated_tolerance(run: Run, tmp
     y = torch.arange(32) % 10
     whole = one.forward(x, y)
     for rows in (1, 5, 7, 31):
-        one.rows = rows
+        one.batch_rows = rows
         difference = (one.forward(x, y) - whole).abs().max() / whole.square().mean().sqrt()
         assert difference <= FP32_TOLERANCE, rows
 
@@ -48,10 +48,10 @@ def test_z_agrees_between_batch_shapes_within_the_stated_tolerance(run: Run, tmp
 def test_a_row_has_the_same_bits_whatever_shares_its_batch(run: Run, tmp_path: Path) -> None:
     """The batch has one shape, so a short block passes through the kernels of a whole one."""
     one = encoder(run, str(tmp_path))
-    x = torch.randn(one.rows, *one.writer.spec.shape, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(one.rows) % 10
+    x = torch.randn(one.batch_rows, *one.writer.spec.shape, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(one.batch_rows) % 10
     whole = one.forward(x, y)
-    for rows in (1, 3, one.rows - 1):
+    for rows in (1, 3, one.batch_rows - 1):
         assert torch.equal(one.forward(x[:rows], y[:rows]), whole[:rows])
 
 
@@ -84,9 +84,9 @@ def test_the_teacher_sees_the_stored_noise(run: Run, tmp_path: Path) -> None:
 
 def test_a_committed_unit_is_not_encoded_again(run: Run, tmp_path: Path) -> None:
     one, unit = encoder(run, str(tmp_path)), Unit(2, 0, 3)
-    assert one.encode(unit).draws == 3 * 32
+    assert one.encode(unit).pairs == 3 * 32
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert one.encode(unit).draws == 0
+    assert one.encode(unit).pairs == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -141,14 +141,14 @@ def test_another_origin_is_refused_with_both_values(run: Run, tmp_path: Path, wh
 
 def test_another_teacher_file_on_a_node_is_refused(run: Run, tmp_path: Path) -> None:
     _, spec = begin(run, f"{tmp_path}/out")
-    with pytest.raises(StageError, match="another teacher on this node than on the driver's"):
+    with pytest.raises(StageError, match="another teacher on this node than on the driver"):
         UnitEncoder(f"{run.samples}/train", infinite_teacher(run, tmp_path, 0), f"{tmp_path}/out", spec)
 
 
 def test_other_samples_on_a_node_are_refused(run: Run, tmp_path: Path) -> None:
     """Of the same shape: nothing else would tell."""
     _, spec = begin(run, f"{tmp_path}/out")
-    with pytest.raises(StageError, match="other samples on this node than on the driver's"):
+    with pytest.raises(StageError, match="other samples on this node than on the driver"):
         UnitEncoder(f"{run.samples}/val", run.teacher, f"{tmp_path}/out", spec)
 
 
@@ -167,5 +167,5 @@ def test_bf16_is_another_z_in_the_same_dtype(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_speed_is_of_the_teacher(run: Run, tmp_path: Path) -> None:
-    speed = encoder(run, str(tmp_path)).speed(seconds=0.05)
-    assert speed.device == "CPU" and speed.draws_per_second > 0
+    speed = encoder(run, str(tmp_path)).measure_speed(seconds=0.05)
+    assert speed.device == "CPU" and speed.pairs_per_second > 0

@@ -1,6 +1,7 @@
 """What encoding costs and saves: arithmetic against numbers worked out by hand, and the estimate of a real job."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nfm.pipeline.cli import main
 from nfm.pipeline.config import load_config
 from nfm.pipeline.encode_estimate import compare_costs, estimate_job
 from nfm.pipeline.encode_report import format_flop
+from nfm.stages.encode import load_teacher
 from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.store import Store
 from tests.tools.small_run import Run
@@ -23,9 +25,9 @@ IMAGENET_IMAGES = 1_281_167
 
 def test_the_comparison_against_numbers_worked_out_by_hand() -> None:
     """1,000 images with 4 draws, students of 10,000 images, 6 FLOP a teacher forward, 2 FLOP a training image, and a
-    worker that does one draw in 3.6 s."""
-    costs = compare_costs(1000, 4, 10_000, teacher_flop=6, student_flop=2, draws_per_second=1 / 3.6)
-    assert (costs.store_draws, costs.store_flop) == (4000, 24_000)
+    worker that does one pair in 3.6 s."""
+    costs = compare_costs(1000, 4, 10_000, forward_flop=6, student_flop_per_image=2, pairs_per_second=1 / 3.6)
+    assert (costs.store_pairs, costs.store_flop) == (4000, 24_000)
     assert costs.store_hours == pytest.approx(4)
     assert costs.loop_flop == 60_000
     assert costs.loop_hours == pytest.approx(10)
@@ -37,7 +39,7 @@ def test_the_comparison_against_numbers_worked_out_by_hand() -> None:
 
 
 def test_a_student_that_sees_few_images_is_cheaper_with_a_teacher_in_the_loop() -> None:
-    costs = compare_costs(1000, 4, 500, teacher_flop=6, student_flop=2, draws_per_second=1.0)
+    costs = compare_costs(1000, 4, 500, forward_flop=6, student_flop_per_image=2, pairs_per_second=1.0)
     assert costs.break_even_students == 8
     assert costs.max_draws == 0
     assert costs.saved_flop(7) < 0 < costs.saved_flop(9)
@@ -54,7 +56,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_imagenet64_preset() -> None:
         config.student.train.images,
         forward_flops(teacher),
         training_flops(student),
-        draws_per_second=1.0,
+        pairs_per_second=1.0,
     )
     text = README.read_text(encoding="utf-8")
     for flop in (costs.store_flop, costs.loop_flop, costs.student_flop, forward_flops(teacher)):
@@ -80,16 +82,23 @@ def test_the_estimate_has_the_bytes_and_files_of_the_store(
         text = estimate_job(config, student, samples, run.teacher, out).describe()
         totals = Store(run.couplings[layout]).dataset.totals
         assert f"{totals.files} files of {totals.bytes / 1e9:.4g} GB" in text
-        assert "537 draws to encode in 6 units (6 blocks)" in text
+        assert "537 pairs to encode in 6 units (6 blocks)" in text
         assert [line.split()[0] for line in text.splitlines()[1:5]] == ["workers", "1", "8", "64"]
         assert "K·N = 3 × 179 = 537 training images of all students together, which is 0.839 students" in text
         assert "for one student alone it pays up to K = 3 (640 / 179 images)" in text
+        saved = text.splitlines()[-1]
+        work = r"\S+ \wFLOP, \S+ worker hours"
+        students = f"1 student: {work}; 4 students: {work}; 16 students: {work}"
+        assert re.fullmatch(f"teacher work saved by the store: {students}", saved)
+        assert f"{format_flop((640 - 537) * forward_flops(load_teacher(run.teacher)[0].config))}, " in saved
     assert not (tmp_path / "out").exists(), "an estimate writes nothing"
     statuses = capsys.readouterr().err
     assert "encode: waiting for the first worker" in statuses
     assert "encode: timing the teacher for 0 s on one worker" in statuses
-    finished = estimate_job(run.config.encode, student, samples, run.teacher, run.couplings["webdataset"])
-    assert (finished.pending_draws, finished.pending_units, finished.hours(8)) == (0, 0, 0)
+    few_images = student.model_copy(update={"train": student.train.model_copy(update={"images": 100})})
+    finished = estimate_job(run.config.encode, few_images, samples, run.teacher, run.couplings["webdataset"])
+    assert "1 student: none, it costs " in finished.describe().splitlines()[-1]
+    assert (finished.pending_pairs, finished.pending_units, finished.hours(8)) == (0, 0, 0)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -103,5 +112,5 @@ def test_the_estimate_for_machines(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["event"] for line in lines[:-1]} == {"status"}
     assert lines[-1]["event"] == "estimate"
-    assert (lines[-1]["pending_draws"], lines[-1]["pending_units"]) == (537, 6)
-    assert lines[-1]["comparison"]["store_draws"] == 537
+    assert (lines[-1]["pending_pairs"], lines[-1]["pending_units"]) == (537, 6)
+    assert lines[-1]["comparison"]["store_pairs"] == 537

@@ -67,7 +67,7 @@ def test_more_draws_extend_a_store_to_the_bytes_of_one_made_with_them(run: Run, 
     student = Store(str(grown))
     assert len(student.files) == 42
     summary = encode(run, str(grown), draws=5)
-    assert summary.draws == 2 * 179 and summary.units_before == 6
+    assert summary.pairs_encoded == 2 * 179 and summary.units_before == 6
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was there is not touched"
     assert student.z(0, 2).shape == (32, 1, 8, 8), "a reader that had it open reads on"
     encode(run, str(whole), draws=5)
@@ -116,7 +116,7 @@ def test_a_second_driver_is_refused_and_harms_nothing(
         with pytest.raises(StoreError, match="is encoding into it; wait until it ends, or stop it"):
             encode(run, str(tmp_path))
         assert os.listdir(tmp_path) == ["commits"] and not (tmp_path / "commits/spec.json").exists()
-    assert encode(run, str(tmp_path)).units == 6
+    assert encode(run, str(tmp_path)).units_encoded == 6
 
 
 @pytest.mark.long
@@ -125,10 +125,14 @@ def test_bad_pairs_are_named_and_counted(run: Run, tmp_path: Path) -> None:
     labels = Store(f"{run.samples}/train").labels()
     bad = 3 * int((labels == 3).sum())
     config = run.config.encode.model_copy(update={"workers": 1})
-    with pytest.raises(FloatingPointError, match=r"is not finite .*: image \d+ draw 0.*the job stops here"):
+    with pytest.raises(
+        FloatingPointError, match=r"is not finite .*: image \d+ draw 0.*not written\. The job stops here; with"
+    ):
         job.encode_couplings(config, f"{run.samples}/train", teacher, out)
     tolerant = config.model_copy(update={"max_bad": bad})
-    with pytest.raises(FloatingPointError, match=f"z of {bad} pairs is not finite.*all others are encoded"):
+    with pytest.raises(
+        FloatingPointError, match=f"z of {bad} pairs is not finite.*All other units are encoded; the store is"
+    ):
         job.encode_couplings(tolerant, f"{run.samples}/train", teacher, out)
     assert not (tmp_path / "out" / "dataset.json").exists()
 
@@ -143,20 +147,20 @@ def test_progress_and_summary_for_machines(run: Run, tmp_path: Path, capsys: pyt
     progress = [line for line in lines if line["event"] == "progress"]
     assert "waiting for the first worker" in statuses
     assert len(statuses) + len(progress) == len(lines) - 1
-    assert (progress[0]["phase"], progress[0]["units"], progress[0]["workers"]) == ("encode", 0, 1)
+    assert (progress[0]["phase"], progress[0]["units_done"], progress[0]["workers"]) == ("encode", 0, 1)
     last, summary = progress[-1], lines[-1]
     assert last["phase"] == "check"
-    assert (last["units"], last["units_total"], last["draws"], last["draws_total"]) == (6, 6, 537, 537)
+    assert (last["units_done"], last["units_total"], last["pairs_done"], last["pairs_total"]) == (6, 6, 537, 537)
     assert (last["units_checked"], last["units_to_check"]) == (6, 6)
     assert (last["workers"], last["retries"], last["seconds_left"]) == (1, 0, 0)
     assert summary["event"] == "summary" and summary["id"] == Store(str(tmp_path)).dataset.id
-    assert (summary["units"], summary["draws"], summary["units_repeated"]) == (6, 537, 0)
+    assert (summary["units_encoded"], summary["pairs_encoded"], summary["units_repeated"]) == (6, 537, 0)
     flops = forward_flops(load_teacher(run.teacher)[0].config)
     assert summary["teacher_flop"] == 537 * flops
     assert summary["student_saves_flop"] == summary["student_images"] * flops
 
 
-def test_resumed_draws_are_not_counted(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairs_of_an_earlier_run_are_not_counted(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encode(run, str(tmp_path))
     for name in ("dataset.json", "commits/000003.k000-003.json"):
         (tmp_path / name).unlink()
@@ -165,14 +169,14 @@ def test_resumed_draws_are_not_counted(run: Run, tmp_path: Path, capsys: pytest.
     job.encode_couplings(config, f"{run.samples}/train", run.teacher, str(tmp_path), as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     progress = [line for line in lines if line["event"] == "progress"]
-    assert {(line["units_total"], line["draws_total"]) for line in progress} == {(1, 3 * 32)}
-    assert progress[-1]["draws"] == 3 * 32
+    assert {(line["units_total"], line["pairs_total"]) for line in progress} == {(1, 3 * 32)}
+    assert progress[-1]["pairs_done"] == 3 * 32
 
 
-def test_draws_of_a_unit_are_reported_while_it_is_encoded(
+def test_pairs_of_a_unit_are_reported_while_it_is_encoded(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answers of a worker that is at the first unit: its draws are counted batch by batch, before its commit."""
+    """Answers of a worker that is at the first unit: its pairs are counted batch by batch, before its commit."""
     reports: list[dict[Unit, int]] = []
     spec, _ = output_spec(run.config.encode, Store(f"{run.samples}/train"), run.teacher, str(tmp_path))
     StoreWriter(str(tmp_path), spec).initialize()
@@ -188,15 +192,15 @@ def test_draws_of_a_unit_are_reported_while_it_is_encoded(
     forward = worker.encoder.teacher.forward
 
     def observed_forward(*arguments: Tensor) -> Any:
-        reports.append(worker.draws_done())
+        reports.append(worker.count_pairs_done())
         return forward(*arguments)
 
     monkeypatch.setattr(worker.encoder.teacher, "forward", observed_forward)
-    worker.encoder.rows = 16  # of the 32 rows of the block
+    worker.encoder.batch_rows = 16  # of the 32 rows of the block
     unit = Unit(0, 0, 3)
-    assert worker.encode(unit).draws == 3 * 32
+    assert worker.encode(unit).pairs == 3 * 32
     assert reports == [{unit: 16 * batch} for batch in range(6)]
-    assert worker.draws_done() == {}
+    assert worker.count_pairs_done() == {}
 
 
 def test_a_teacher_of_other_images_is_refused(run: Run, tmp_path: Path, images: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the encode job shows: rates from the first draw on, and no long silence."""
+"""What the encode job shows: rates from the first pair on, and no long silence."""
 
 import fcntl
 import os
@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from nfm.pipeline import encode_report
-from nfm.pipeline.encode_report import EncodeProgress
+from nfm.pipeline.encode_report import EncodeProgress, Summary, describe
+from nfm.storage_specs.reading.store import Store
+from tests.tools.small_run import Run
 from tests.tools.waiting import wait_for
 
 
@@ -32,67 +34,67 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_a_rate_before_the_first_unit_is_done(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    """4 units of 100 draws; the first worker comes after 7 s, and 3 s later it has done 30 draws of its first unit."""
+    """4 units of 100 pairs; the first worker comes after 7 s, and 3 s later it has done 30 pairs of its first unit."""
     progress = EncodeProgress(as_json=False)
     progress.set_status("waiting for the first worker")
-    progress.add_units(4, draws=400)
-    progress.update(0, 0, draws_in_flight=0)
+    progress.add_units(4, pairs=400)
+    progress.update(0, 0, pairs_in_flight=0)
     clock.seconds += 7
-    progress.update(1, 0, draws_in_flight=0)
+    progress.update(1, 0, pairs_in_flight=0)
     clock.seconds += 3
-    progress.update(1, 0, draws_in_flight=30)
+    progress.update(1, 0, pairs_in_flight=30)
     assert capsys.readouterr().err.splitlines() == [
         "encode: waiting for the first worker",
         "encode: 0/4 units, 1 worker, 0 retries",
-        "encode: 0/4 units, 10 draws/s now, 10 mean, 37 s left, 1 worker, 0 retries",
+        "encode: 0/4 units, 10 pairs/s now, 10 mean, 37 s left, 1 worker, 0 retries",
     ]
 
 
 def test_the_rate_now_is_that_of_the_last_minute(clock: Clock) -> None:
-    """10 draws/s for 100 s and then 2 draws/s for 100 s, in units of 100 draws."""
+    """10 pairs/s for 100 s and then 2 pairs/s for 100 s, in units of 100 pairs."""
     progress = EncodeProgress(as_json=False)
-    progress.add_units(100, draws=10_000)
-    progress.update(1, 0, draws_in_flight=0)
-    draws = 0
+    progress.add_units(100, pairs=10_000)
+    progress.update(1, 0, pairs_in_flight=0)
+    pairs = 0
     for second in range(1, 201):
         clock.seconds += 1
-        draws += 10 if second <= 100 else 2
-        if draws // 100 > progress.units:
-            progress.finish_unit(100, encoded=True)
-        progress.update(1, 0, draws_in_flight=draws % 100)
+        pairs += 10 if second <= 100 else 2
+        if pairs // 100 > progress.units_done:
+            progress.finish_unit(100, was_encoded=True)
+        progress.update(1, 0, pairs_in_flight=pairs % 100)
     state = progress.state()
-    assert (state["units"], state["draws"]) == (12, 1200)
-    assert state["draws_per_second_now"] == 2
-    assert state["draws_per_second_mean"] == 6
+    assert (state["units_done"], state["pairs_done"]) == (12, 1200)
+    assert state["pairs_per_second_now"] == 2
+    assert state["pairs_per_second_mean"] == 6
     assert state["seconds_left"] == pytest.approx(8800 / 6, abs=0.1)
 
 
 def test_a_unit_that_was_committed_already_raises_no_rate(clock: Clock) -> None:
     progress = EncodeProgress(as_json=False)
-    progress.add_units(2, draws=200)
-    progress.update(1, 0, draws_in_flight=0)
+    progress.add_units(2, pairs=200)
+    progress.update(1, 0, pairs_in_flight=0)
     clock.seconds += 10
-    progress.finish_unit(100, encoded=False)
-    progress.update(1, 1, draws_in_flight=50)
+    progress.finish_unit(100, was_encoded=False)
+    progress.update(1, 1, pairs_in_flight=50)
     state = progress.state()
-    assert (state["units"], state["draws"], state["draws_total"]) == (1, 50, 100)
-    assert (state["draws_per_second_mean"], state["seconds_left"]) == (5, 10)
+    assert (state["units_done"], state["pairs_done"], state["pairs_total"]) == (1, 50, 100)
+    assert (state["pairs_per_second_mean"], state["seconds_left"]) == (5, 10)
 
 
-def test_draws_of_a_unit_that_is_lost_lower_no_rate_below_zero(clock: Clock) -> None:
+def test_pairs_of_a_unit_that_is_lost_lower_no_rate_below_zero(clock: Clock) -> None:
     progress = EncodeProgress(as_json=False)
-    progress.add_units(2, draws=200)
-    for draws_in_flight in (0, 90, 0):
+    progress.add_units(2, pairs=200)
+    for pairs_in_flight in (0, 90, 0):
         clock.seconds += 70
-        progress.update(1, 0, draws_in_flight)
-    assert progress.state()["draws_per_second_now"] == 0
+        progress.update(1, 0, pairs_in_flight)
+    assert progress.state()["pairs_per_second_now"] == 0
     assert progress.state()["seconds_left"] is None
 
 
 def test_reading_back_counts_units(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     progress = EncodeProgress(as_json=False)
-    progress.add_units(2, draws=2)
-    progress.update(2, 0, draws_in_flight=0)
+    progress.add_units(2, pairs=2)
+    progress.update(2, 0, pairs_in_flight=0)
     progress.start_check(2)
     progress.units_checked += 1
     progress.show()
@@ -130,6 +132,27 @@ def test_a_terminal_without_a_size_gets_lines(
         assert progress.is_live == is_live
     os.close(main_end)
     assert (output == "encode: starting Ray on this machine\r\n") == (not is_live)
+
+
+def test_the_summary_says_which_units_were_encoded_again(run: Run) -> None:
+    dataset = Store(run.couplings["zarr"]).dataset
+    summary = Summary(
+        dataset,
+        units_encoded=6,
+        pairs_encoded=537,
+        seconds=10.0,
+        worker_seconds=5.0,
+        worker_deaths=2,
+        units_of_dead_workers=3,
+        units_of_earlier_driver=1,
+        units_damaged=3,
+    )
+    lines = describe(summary, "out", student_images=640).splitlines()
+    assert lines[1].startswith("537 pairs in 10 s, 53.7 pairs/s; ")
+    assert lines[2] == (
+        "units encoded again: 7 (3 from 2 dead workers, 1 from an earlier driver, 3 damaged after their commit)"
+    )
+    assert lines[3].endswith("FLOP of teacher work, 6 s of one worker's time")
 
 
 def test_what_takes_no_time_is_not_announced(capsys: pytest.CaptureFixture[str]) -> None:

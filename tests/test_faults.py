@@ -55,5 +55,5 @@ def test_the_job_can_be_submitted_to_a_ray_head(environment: dict[str, str], run
     assert done is not None
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(next(line for line in done.stdout.splitlines() if '"event": "summary"' in line))
-    assert (summary["units"], summary["draws"]) == (6, 537)
+    assert (summary["units_encoded"], summary["pairs_encoded"]) == (6, 537)
     assert content(str(tmp_path / "out")) == content(run.couplings["webdataset"])

@@ -9,7 +9,7 @@ import pytest
 import webdataset as wds
 
 from nfm.pipeline.encode_job import encode_couplings
-from nfm.stages.encode import reencode
+from nfm.stages.encode import verify_by_reencoding
 from nfm.storage_specs.format.layouts import Columns
 from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.store import Store
@@ -222,7 +222,7 @@ def test_repair_without_a_sound_scale_says_what_to_do(tmp_path: Path) -> None:
 
 def test_encoding_again_finds_z_that_is_not_the_teachers(run: Run, tmp_path: Path) -> None:
     store = Store(run.couplings["zarr"])
-    assert reencode(store, run.teacher, 40, seed=0) < 5e-3
+    assert verify_by_reencoding(store, run.teacher, 40, seed=0) < 5e-3
     writer = StoreWriter(str(tmp_path), store.spec)
     writer.initialize()
     for block in range(store.spec.blocks):
@@ -234,4 +234,4 @@ def test_encoding_again_finds_z_that_is_not_the_teachers(run: Run, tmp_path: Pat
     mixed_up = Store(str(tmp_path))
     assert list(mixed_up.find_faults()) == [], "only the teacher can tell"
     with pytest.raises(StoreError, match="is not what its spec says"):
-        reencode(mixed_up, run.teacher, store.spec.rows * store.spec.draws, seed=0)
+        verify_by_reencoding(mixed_up, run.teacher, store.spec.rows * store.spec.draws, seed=0)

@@ -120,7 +120,7 @@ def bare(root: Path) -> float:
 def job(samples: str, teacher: str, out: str, options: dict[str, Any]) -> tuple[float, float]:
     """Seconds of the whole job from its first ready worker to the finished store; and until that worker was ready."""
     summary = encode_couplings(CONFIG, samples, teacher, out, StorageConfig(options={"s3": options}))
-    assert summary.draws == IMAGES * DRAWS
+    assert summary.pairs_encoded == IMAGES * DRAWS
     return summary.seconds - summary.start_seconds, summary.start_seconds
 
 
@@ -146,7 +146,7 @@ def end_to_end(root: Path, rounds: int) -> dict[str, Any]:
             print({name: round(values[-1], 2) for name, values in times.items()}, flush=True)
     size = Store(str(local)).dataset.totals.bytes
     name, config = SMALL
-    return times | {"draws": IMAGES * DRAWS, "flops": forward_flops(config), "bytes": size, "teacher": name}
+    return times | {"pairs": IMAGES * DRAWS, "flops": forward_flops(config), "bytes": size, "teacher": name}
 
 
 def resume(root: Path, repeats: int) -> list[dict[str, Any]]:
@@ -240,20 +240,20 @@ def end_to_end_section(results: dict[str, Any]) -> list[str]:
         median = statistics.median(results[name])
         ratios = [bare / seconds for bare, seconds in zip(results["bare"], results[name], strict=True)]
         rows.append(
-            f"| {title} | {results['draws'] / median:.2f} | {median:.1f} | {statistics.median(ratios):.3f} | "
+            f"| {title} | {results['pairs'] / median:.2f} | {median:.1f} | {statistics.median(ratios):.3f} | "
             f"{min(ratios):.3f} to {max(ratios):.3f} |"
         )
     return [
         "## The job beside its teacher",
         "",
-        f"{results['draws']:,} draws of {results['teacher']} ({results['flops'] / 1e9:.1f} GFLOP each), float32, on "
+        f"{results['pairs']:,} pairs of {results['teacher']} ({results['flops'] / 1e9:.1f} GFLOP each), float32, on "
         f"{WORKERS} workers of one thread; {results['bytes'] / 1e6:.0f} MB are written, and read back. The job's time "
         "is from its first ready worker to dataset.json; before that it took "
         f"{statistics.median(results['start']):.1f} s to start its workers. The bare forward has as many processes and "
         "threads, its noisy images in RAM, and nothing else to do. "
         f"Medians of {len(results['bare'])} rounds, in which the three take turns.",
         "",
-        "| | draws/s | s | of the bare forward | range |",
+        "| | pairs/s | s | of the bare forward | range |",
         "| --- | ---: | ---: | ---: | ---: |",
         *rows,
         "",

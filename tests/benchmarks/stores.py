@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from nfm.storage_specs.format.layouts import LAYOUTS
-from nfm.storage_specs.format.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec
+from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.documents import sealed_json
 from nfm.storage_specs.storage.files import sha256
 from nfm.storage_specs.writing.units import Unit, read_commit
 from nfm.storage_specs.writing.writer import StoreWriter
+from tests.tools.random_couplings import random_coupling_spec
 
 BLOCK_ROWS = 1024
 
@@ -46,29 +47,9 @@ def write_arrays(case: Case, folder: Path) -> None:
 
 
 def spec_of(layout: LayoutName, rows: int, shape: tuple[int, int, int], draws: int) -> Spec:
-    noise = NoiseSpec(law="philox-as241-v1", seed=0, dtype="float16", stored=False)
-    teacher = TeacherSpec(architecture={"name": "none"}, sha256="0" * 64, training={})
-    coupling = CouplingSpec(
-        draws=draws,
-        eta=0.1,
-        precision="fp32",
-        z_dtype="float16",
-        z_scale_sha256=None,
-        noise=noise,
-        teacher=teacher,
-        source="0" * 64,
-    )
-    return Spec(
-        kind="couplings",
-        layout=layout,
-        rows=rows,
-        block_rows=BLOCK_ROWS,
-        shape=shape,
-        num_classes=10,
-        class_names=[str(i) for i in range(10)],
-        preprocessing={},
-        coupling=coupling,
-    )
+    """The spec of a coupling store with ten classes, in blocks of BLOCK_ROWS rows."""
+    class_names = [str(label) for label in range(10)]
+    return random_coupling_spec(layout, shape, rows, draws, block_rows=BLOCK_ROWS, class_names=class_names)
 
 
 def write_store(url: str, arrays: Path, layout: LayoutName) -> None:

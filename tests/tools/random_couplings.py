@@ -1,5 +1,7 @@
 """Coupling stores of random numbers, of any shape, layout and dtype."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from nfm.storage_specs.format.codecs import ZDtype
@@ -18,16 +20,18 @@ def random_coupling_spec(
     draws: int,
     z_dtype: ZDtype = "float16",
     z_scale_sha256: str | None = None,
+    block_rows: int = BLOCK_ROWS,
+    class_names: Sequence[str] = ("a", "b", "c"),
 ) -> Spec:
-    """The spec of a coupling store with three classes, in blocks of BLOCK_ROWS rows; noise is not stored."""
+    """The spec of a coupling store whose noise is not stored."""
     return Spec(
         kind="couplings",
         layout=layout,
         rows=rows,
-        block_rows=BLOCK_ROWS,
+        block_rows=block_rows,
         shape=shape,
-        num_classes=3,
-        class_names=["a", "b", "c"],
+        num_classes=len(class_names),
+        class_names=list(class_names),
         preprocessing={},
         coupling=CouplingSpec(
             draws=draws,
