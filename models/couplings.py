@@ -15,7 +15,7 @@ Coupling = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 
 def nfm(x: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
-    """ε = z_ε′ = f(x + η·ε′, c) / σ_f, the teacher's (NFM paper section 3.2)."""
+    """ε = z_ε′ = f(x + η·ε′, c) / σ_f, the teacher's (NFM paper section 3.2). `z` is already divided by σ_f."""
     return z
 
 

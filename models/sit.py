@@ -110,14 +110,14 @@ class PatchEmbedding(nn.Module):
 class TimeEmbedding(nn.Module):
     """Sines and cosines of the time, and a small MLP."""
 
-    FREQUENCIES = 256  # sines and cosines together
+    FEATURES = 256  # 128 cosines and 128 sines
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(self.FEATURES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        half = self.FREQUENCIES // 2
+        half = self.FEATURES // 2
         omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # (128,)
         angles = t.float()[:, None] * omega  # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, 256)
@@ -261,7 +261,7 @@ def forward_flops(config: SiTConfig) -> int:
     mlp = 2 * config.mlp_ratio * width**2
     per_token = config.depth * (attention + mlp) + patch_dim * width + width * out_dim
     modulation = config.depth * 6 * width**2 + 2 * width**2  # adaLN of the blocks and of the final layer
-    per_image = modulation + TimeEmbedding.FREQUENCIES * width + width**2  # and the MLP of the time embedding
+    per_image = modulation + TimeEmbedding.FEATURES * width + width**2  # and the MLP of the time embedding
     return 2 * (tokens * per_token + per_image)
 
 

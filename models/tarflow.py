@@ -1,12 +1,12 @@
 """TarFlow, the normalizing-flow teacher (Zhai et al., 2025, arXiv:2412.06329; NFM paper section 2.2).
 
-`f` is a stack of autoregressive blocks over image patches, each alternately reading the sequence forwards and
-backwards. Token i of a block is moved by an affine map whose parameters a causal transformer computed from tokens < i:
+`f` is a stack of autoregressive blocks over image patches; every second block reads the sequence backwards. Token i of
+a block is moved by an affine map whose parameters a causal transformer computed from tokens < i:
 
     u_i = (x_i - b_i) * exp(-a_i),        log|det| = -sum_i a_i
 
 so encoding (x to z) is one parallel pass and decoding (z to x) is sequential. Parameter names are those of the
-published `ml-tarflow` state dicts, which load here directly.
+published `ml-tarflow` state dicts, which load here after `drop_attention_masks`.
 """
 
 import math
@@ -292,8 +292,8 @@ class Guide:
     """Classifier-free guidance of the affine parameters while decoding (TarFlow section 3.4): p + w·(p - p_∅).
 
     `weight` is w; 0 is no guidance. `what` says whether log-scales a, shifts b or both are guided. With `annealed`, w
-    grows linearly along the sequence. `attn_temp` is the attention temperature of the unconditional pass; other than 1,
-    it guides a model without classes too.
+    grows linearly along the sequence. `attn_temp` is the attention temperature of the unconditional pass, which runs
+    only if w > 0; other than 1, it guides a model without classes too.
     """
 
     weight: float = 0.0
@@ -417,11 +417,11 @@ def forward_flops(config: TarFlowConfig) -> int:
     linear_layers = (4 + 2 * config.expansion) * width**2  # qkv, proj and the MLP
     attention = 2 * tokens * width  # QKᵀ and AV
     projections = (3 if config.nvp else 2) * config.token_dim * width  # proj_in and proj_out
-    token = sum(config.depths) * (linear_layers + attention) + len(config.depths) * projections
-    return 2 * tokens * token
+    per_token = sum(config.depths) * (linear_layers + attention) + len(config.depths) * projections
+    return 2 * tokens * per_token
 
 
-def published_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def drop_attention_masks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published `ml-tarflow` state dict without its causal masks, which `TarFlow.load_state_dict` does not take:
     attention is causal here without them."""
     return {name: tensor for name, tensor in state.items() if not name.endswith(".attn_mask")}

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nfm.stages.checkpoint import load_model as load
+    from nfm.stages.checkpoint import load_any_network as load
     from nfm.storage_specs.reading.store import Store
     from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState
 
@@ -23,7 +23,7 @@ _LOCATIONS = {
     "Source": ("nfm.storage_specs.reading.stream", "Source"),
     "Store": ("nfm.storage_specs.reading.store", "Store"),
     "StreamState": ("nfm.storage_specs.reading.stream", "StreamState"),
-    "load": ("nfm.stages.checkpoint", "load_model"),
+    "load": ("nfm.stages.checkpoint", "load_any_network"),
 }
 
 

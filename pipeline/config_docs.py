@@ -35,9 +35,9 @@ nfm train-teacher --preset mine.toml --set teacher.train.lr=1e-4 --samples … -
 ```
 
 `nfm config` prints all keys with their values in the preset, and the text of this page as comments. `--dry-run`
-after any stage prints the same, with options such as `--draws` applied, and runs nothing; it asks for no paths. Both
-print `storage.options` too, which may hold keys of object stores. The section `storage` is recorded in no checkpoint,
-store or report.
+after any stage prints the same, with options such as `--draws` applied, and runs nothing; options that
+are otherwise required, such as `--samples` and `--out`, may be left out. Both print `storage.options` too, which may
+hold keys of object stores. The section `storage` is recorded in no checkpoint, store or report.
 
 A required key must be in the preset. A key whose default is "unset" has no value unless one is given.
 Numbers are finite.

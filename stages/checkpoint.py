@@ -128,11 +128,15 @@ def build(checkpoint: Checkpoint, name: str, url: str) -> nn.Module:
     Raises StageError if it is of another class, or if architecture and weights do not fit each other. The network is
     made on the meta device and takes the tensors of the checkpoint, so a hostile architecture allocates no memory.
     """
-    described = checkpoint.document.get("architecture")
-    values: dict[str, Any] = dict(described) if isinstance(described, dict) else {}
+    architecture_document = checkpoint.document.get("architecture")
+    values: dict[str, Any] = dict(architecture_document) if isinstance(architecture_document, dict) else {}
     actual_name = values.pop("name", None)
+    if actual_name is None:
+        raise StageError(
+            f"{url}: got a checkpoint without an architecture, expected the model.safetensors of a finished {name}"
+        )
     if actual_name != name:
-        raise StageError(f"{url}: got a checkpoint of {actual_name or 'no network'}, expected one of {name}")
+        raise StageError(f"{url}: got a checkpoint of {actual_name}, expected one of {name}")
     network_class, config_class = NETWORKS[name]
     state = {key: tensor.float() for key, tensor in checkpoint.group("model").items()}
     try:
@@ -141,6 +145,8 @@ def build(checkpoint: Checkpoint, name: str, url: str) -> nn.Module:
                 values[key] = tuple(value)  # as JSON has no tuples
         config = config_class(**values)
         layers = sum(config.depths) if name == "TarFlow" else config.depth
+        # Each layer has tensors of its own. Without this check, a hostile number of layers would take hours and all
+        # memory, as modules cost both even on the meta device.
         if layers > len(state):
             raise ValueError(f"{layers} layers, but only {len(state)} tensors")
         with torch.device("meta"):
@@ -159,29 +165,44 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], url: str, assi
     try:
         network.load_state_dict(dict(state), assign=assign)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise StageError(f"{url}: its weights do not fit the architecture: {first}") from error
+        lines = str(error).splitlines()  # a heading, then a line for each tensor that does not fit
+        first_mismatch = lines[min(1, len(lines) - 1)].strip()
+        raise StageError(f"{url}: its weights do not fit the architecture: {first_mismatch}") from error
 
 
-def load_model(url: str) -> SiT | TarFlow:
+def load_any_network(url: str) -> SiT | TarFlow:
     """The network of a finished model (`model.safetensors`), a student's or a teacher's, in evaluation mode on the CPU.
 
     Raises StoreError if there is no file, StageError if it is not a finished model of this project.
     """
     checkpoint = load(url)
-    network = build(checkpoint, network_name(checkpoint), url)
+    network = build(checkpoint, network_name(checkpoint, url), url)
     assert isinstance(network, SiT | TarFlow)
     return network
 
 
-def network_name(checkpoint: Checkpoint) -> str:
-    """The name of the class of a checkpoint's network: "TarFlow" for a teacher, "SiT" for a student."""
-    return "TarFlow" if "teacher" in checkpoint.document["run"] else "SiT"
+def network_name(checkpoint: Checkpoint, url: str) -> str:
+    """The name of the class of a checkpoint's network: "TarFlow" for a teacher, "SiT" for a student.
+
+    Raises StageError if the checkpoint has no such network, as the state of a run that is not finished.
+    """
+    architecture_document = checkpoint.document.get("architecture")
+    name = architecture_document.get("name") if isinstance(architecture_document, dict) else None
+    if name is None:
+        raise StageError(
+            f"{url}: got a checkpoint without an architecture, expected the model.safetensors of a finished student or "
+            "teacher"
+        )
+    if not isinstance(name, str) or name not in NETWORKS:
+        raise StageError(f"{url}: got a checkpoint of {name!r}, expected one of {' or '.join(NETWORKS)}")
+    return name
 
 
 def has_dropped_labels(document: dict[str, Any]) -> bool:
     """Whether the network of this checkpoint's document was trained with dropped labels, which guidance needs."""
     training = document["run"].get("teacher") or document["run"].get("student") or {}
+    # nfm's trainings always record it. Where it is missing, as in a document made for imported weights, nothing says
+    # that the network cannot be guided, so it counts as dropped.
     return bool(training.get("label_drop", 1) > 0)
 
 

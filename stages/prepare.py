@@ -102,8 +102,8 @@ class SquareNotice:
         self.is_printed = False
         self.lock = Lock()  # images are decoded by several threads
 
-    def check(self, path: Path, width: int, height: int) -> None:
-        """Print the notice if this image is the first that is not square."""
+    def print_once(self, path: Path, width: int, height: int) -> None:
+        """Print the notice, if this is the first image that is not square."""
         if width == height:
             return
         with self.lock:
@@ -185,7 +185,7 @@ def decode_image(path: Path, config: DataConfig, notice: SquareNotice) -> NDArra
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk failed, not the decoder
         raise BadImageError(f"{path}: {error}") from error
-    notice.check(path, *image.size)
+    notice.print_once(path, *image.size)
     pixels = np.asarray(image.resize((config.image_size, config.image_size), Image.Resampling.BOX))
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
@@ -198,7 +198,7 @@ def read_splits(config: DataConfig, data: Path | None) -> dict[str, Images]:
     if config.source == "digits":
         return hold_out(config, digits(config))
     if data is None:
-        raise StageError("data.source is 'folder', but no folder was given; say where with --data (make: DATA=)")
+        raise StageError("data.source is 'folder', but no folder was given; say where with --data (with make: DATA=…)")
     notice = SquareNotice(config.image_size)
     train = list_folder(config, data / "train", notice)
     if not (data / "val").is_dir():
@@ -279,7 +279,7 @@ def write_store(config: DataConfig, url: str, split: str, images: Images, quaran
         for unit in missing_units:
             rows = spec.indices(unit.block)
             x = np.stack(list(pool.map(images.load, rows.tolist())))
-            writer.write_block(unit.block, {"x": x, "label": images.labels[rows]}, None, None)
+            writer.write_block(unit.block, {"x": x, "label": images.labels[rows]}, z=None, noise=None)
             progress.advance(len(rows))
         with progress.step("write the manifest and dataset.json"):
             writer.finalize()
@@ -292,11 +292,11 @@ def find_bad_images(url: str, images: Images, skip_bad_images: bool) -> dict[str
     Raises StageError naming them if there are any, unless `skip_bad_images`.
     """
     root = Root(url)
-    listing = sha256(canonical_json(images.identity))
+    identity_sha256 = sha256(canonical_json(images.identity))
     if root.exists(QUARANTINE_FILE):
         quarantine = json.loads(root.read(QUARANTINE_FILE, MAX_QUARANTINE_BYTES))
         bad: dict[str, str] = quarantine["images"]
-        if quarantine["listing"] == listing and (skip_bad_images or not bad):
+        if quarantine["listing"] == identity_sha256 and (skip_bad_images or not bad):
             return bad
     bad = {}
     total = len(images.names)
@@ -312,8 +312,10 @@ def find_bad_images(url: str, images: Images, skip_bad_images: bool) -> dict[str
         named = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:MAX_NAMED])
         if len(bad) > MAX_NAMED:
             named += f"; and {len(bad) - MAX_NAMED} more"
-        raise StageError(f"{len(bad)} of {total} images do not decode: {named}. Mend them, or pass --skip-bad-images")
-    root.write(QUARANTINE_FILE, canonical_json({"listing": listing, "images": bad}))
+        raise StageError(
+            f"{len(bad)} of {total} images do not decode: {named}. Fix or remove them, or pass --skip-bad-images"
+        )
+    root.write(QUARANTINE_FILE, canonical_json({"listing": identity_sha256, "images": bad}))
     if bad:
         print_line(f"{len(bad)} of {total} images left out, listed in {url}/{QUARANTINE_FILE}")
     return bad

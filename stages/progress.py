@@ -85,7 +85,7 @@ class Progress:
         self.bar: tqdm[NoReturn] | None = None
         self.is_live = False
         self.started_at = time.monotonic()
-        self._drawing: threading.Lock = threading.Lock() if parent is None else parent._drawing
+        self._draw_lock: threading.Lock = threading.Lock() if parent is None else parent._draw_lock
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -96,7 +96,7 @@ class Progress:
 
     def advance(self, units: int, note: str | None = None) -> None:
         """Count `units` more as done; a `note` replaces the one shown. Any thread may call it."""
-        with self._drawing:
+        with self._draw_lock:
             self.done += units
             if note is not None:
                 self.note = note
@@ -109,7 +109,7 @@ class Progress:
         """Say what the work is at just now, as in "compiles the network"."""
         self.note = note
         if self.bar is not None:
-            with self._drawing:
+            with self._draw_lock:
                 self.bar.set_postfix_str(note)
 
     def __enter__(self) -> "Progress":
@@ -139,7 +139,7 @@ class Progress:
         if self._thread is not None:
             self._thread.join()
         if self.bar is not None:
-            with self._drawing:
+            with self._draw_lock:
                 self.bar.close()
         elif self.enabled and self.parent is None and self.total is not None and kind is None:
             self._print_line()
@@ -174,7 +174,7 @@ class Progress:
         return progress
 
     def _redraw(self) -> None:
-        with self._drawing:
+        with self._draw_lock:
             progress: Progress | None = self
             while progress is not None:
                 if progress.bar is not None:

@@ -99,6 +99,7 @@ def generate(network: SiT | TarFlow, request: SampleRequest, eta: float) -> tupl
             noise = torch.randn(shape, generator=generator).to(device)
             y = y.to(device)
             if isinstance(network, TarFlow):
+                # A request counts guidance as `Guided` does, where 1 is none; for a Guide, 0 is none.
                 noisy = network.sample(noise, y, Guide(weight=request.guidance - 1), progress.advance)
                 images.append(network.denoise(noisy, y, eta))
             else:
@@ -118,7 +119,7 @@ def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
         raise StageError(f"got output {out!r}; expected a name ending in .png or .npz")
     with Progress(f"read {checkpoint}"):
         loaded = load(checkpoint)
-        network = build(loaded, network_name(loaded), checkpoint)
+        network = build(loaded, network_name(loaded, checkpoint), checkpoint)
     assert isinstance(network, SiT | TarFlow)
     check_request(request, network, loaded)
     network.to("cuda" if torch.cuda.is_available() else "cpu")

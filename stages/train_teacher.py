@@ -47,7 +47,7 @@ class TeacherConfig(Section):
 
     @field_validator("notation")
     @classmethod
-    def _parses(cls, notation: str) -> str:
+    def _check_notation(cls, notation: str) -> str:
         parse_notation(notation)
         return notation
 
@@ -113,7 +113,7 @@ def held_out_nll(model: nn.Module, store: Store, eta: float, device: torch.devic
     images = min(store.spec.rows, VAL_IMAGES)
     total = 0.0
     with progress.step("validate", VAL_DRAWS * images, "img") as step:
-        batch = next(CouplingStream(store.url, images, 0, "samples"))
+        batch = next(CouplingStream(store.url, batch_size=images, seed=0, view="samples"))
         for _ in range(VAL_DRAWS):
             for x, y in zip(batch.x.split(VAL_BATCH), batch.label.split(VAL_BATCH), strict=True):
                 noisy = x + eta * torch.randn(x.shape, generator=generator)

@@ -63,8 +63,8 @@ class TrainConfig(Section):
     window_blocks: int | None = Field(
         default=None,
         ge=1,
-        description="Blocks of the store whose rows are shuffled together. Fewer blocks keep small the part of "
-        "a remote store that is needed at a time. Without it: all blocks.",
+        description="Blocks of the store whose rows are shuffled together. With fewer blocks, less of a remote store "
+        "is needed at once. Without it: all blocks.",
     )
     seed: int = Field(
         default=0,
@@ -139,13 +139,13 @@ def open_stream(url: str | Sequence[Source], view: View, config: TrainConfig, wo
     try:
         return CouplingStream(
             url,
-            config.batch_size,
-            config.seed,
-            view,
-            world.rank,
-            world.size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            view=view,
+            rank=world.rank,
+            world_size=world.size,
             window_blocks=config.window_blocks,
-            stored=world.device.type == "cuda",
+            stored=world.device.type == "cuda",  # a GPU converts to float32 itself, so fewer bytes are copied to it
         )
     except ValueError as error:
         raise StageError(str(error)) from error
@@ -183,9 +183,9 @@ class DataWaits:
 
     def next_batch(self, stream: CouplingStream) -> Batch:
         """The next batch of the stream; the time that it takes is added."""
-        asked_at = time.monotonic()
+        wait_started_at = time.monotonic()
         batch = next(stream)
-        seconds = time.monotonic() - asked_at
+        seconds = time.monotonic() - wait_started_at
         if self.first_batch is None:
             self.first_batch = seconds
         else:
@@ -324,7 +324,7 @@ class Trainer:
             bad_images = batch.index[~torch.isfinite(losses)].tolist()
             raise FloatingPointError(
                 f"{self.name}: loss is {loss.item()} at {self.images} images; "
-                f"images {bad_images[:8]} of the store are not finite in it"
+                f"the loss of images {bad_images[:8]} of the store is not finite"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -393,7 +393,7 @@ class Trainer:
         """Write the finished model in place of the state; returns its document."""
         weights = self.ema.network.state_dict()
         val = None
-        chosen_at = self.images
+        chosen_at = self.images  # training images after which the network had the weights that are kept
         if self.best:
             weights = self.best
             val = self.best_val

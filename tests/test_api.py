@@ -18,7 +18,7 @@ import nfm
 from nfm.models.sit import SiT
 from nfm.models.tarflow import TarFlow
 from nfm.pipeline.config import Config
-from nfm.stages.checkpoint import Checkpoint, save
+from nfm.stages.checkpoint import Checkpoint, load, save
 from nfm.stages.errors import StageError
 from nfm.stages.evaluate import FrechetDistance
 from nfm.stages.train_student import train_student
@@ -72,7 +72,7 @@ def test_help_shows_every_name() -> None:
     text = pydoc.plain(pydoc.render_doc(nfm))
     for name in ("CouplingStream", "Source", "Store", "StreamState"):
         assert f"class {name}(" in text
-    assert "load_model(url: str)" in text
+    assert "load_any_network(url: str)" in text
     assert nfm.__version__ in text
 
 
@@ -112,14 +112,25 @@ def test_load_gives_the_network_of_a_teacher_or_a_student(run: Run, student: Pat
 def test_load_says_what_is_wrong(run: Run, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"missing\.safetensors"):
         nfm.load(f"{tmp_path}/missing.safetensors")
-    with pytest.raises((StoreError, OSError), match=re.escape(str(Path(run.teacher).parent))):
+    with pytest.raises(StageError, match=re.escape(f"got a folder, expected a file; the model in it is {run.teacher}")):
         nfm.load(str(Path(run.teacher).parent))
     (tmp_path / "picture.png").write_bytes(b"\x89PNG and more")
     with pytest.raises(StageError, match=r"picture\.png: got no checkpoint of nfm .* expected a safetensors file that"):
         nfm.load(f"{tmp_path}/picture.png")
     save(f"{tmp_path}/state.safetensors", Checkpoint({}, {"run": {"teacher": {}}}))
-    with pytest.raises(StageError, match=r"state\.safetensors: got a checkpoint of no network, expected one"):
+    with pytest.raises(StageError, match=r"state\.safetensors: got a checkpoint without an architecture, expected"):
         nfm.load(f"{tmp_path}/state.safetensors")
+
+
+def test_load_takes_the_architecture_from_the_checkpoint(run: Run, tmp_path: Path) -> None:
+    """And not from the sections of its run."""
+    checkpoint = load(run.teacher)
+    save(f"{tmp_path}/teacher.safetensors", Checkpoint(checkpoint.tensors, checkpoint.document | {"run": {}}))
+    assert isinstance(nfm.load(f"{tmp_path}/teacher.safetensors"), TarFlow)
+    document = checkpoint.document | {"architecture": {"name": "UNet"}}
+    save(f"{tmp_path}/other.safetensors", Checkpoint(checkpoint.tensors, document))
+    with pytest.raises(StageError, match="got a checkpoint of 'UNet', expected one of TarFlow or SiT"):
+        nfm.load(f"{tmp_path}/other.safetensors")
 
 
 def test_streams_and_stores_say_what_is_wrong(run: Run, tmp_path: Path) -> None:
@@ -129,7 +140,7 @@ def test_streams_and_stores_say_what_is_wrong(run: Run, tmp_path: Path) -> None:
         nfm.CouplingStream(run.samples, 32, 0)
     with pytest.raises(StoreError, match="got a store of samples, expected one of couplings"):
         nfm.CouplingStream(f"{run.samples}/train", 32, 0)
-    with pytest.raises(ValueError, match="got global batch 33 for rank 0 of 2; expected a positive multiple"):
+    with pytest.raises(ValueError, match="got global batch 33; expected a positive multiple of the world size 2"):
         nfm.CouplingStream(run.couplings["zarr"], 33, 0, world_size=2)
 
 

@@ -85,7 +85,9 @@ def bad_images(images: Path) -> None:
 
 def test_images_that_do_not_decode_are_named_and_nothing_is_written(images: Path, tmp_path: Path) -> None:
     bad_images(images)
-    with pytest.raises(StageError, match=r"of 1\d images do not decode.*--skip-bad-images") as caught:
+    with pytest.raises(
+        StageError, match=r"of 1\d images do not decode.*Fix or remove them, or pass --skip-bad-images"
+    ) as caught:
         prepare(FOLDER.model_copy(update={"holdout": 0.1}), f"{tmp_path}/out", images)
     assert "cat/text.jpg" in str(caught.value)
     assert "dog/cut.jpg" in str(caught.value)

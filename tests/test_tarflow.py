@@ -13,10 +13,10 @@ from nfm.models.tarflow import (
     TarFlow,
     TarFlowConfig,
     bits_per_dim,
+    drop_attention_masks,
     forward_flops,
     nll,
     parse_notation,
-    published_state_dict,
 )
 
 REFERENCE = np.load(Path(__file__).parent / "data" / "tarflow_reference.npz")
@@ -47,7 +47,7 @@ def published(model: str) -> TarFlow:
             nvp=model.startswith("nvp"),
         )
     )
-    flow.load_state_dict(published_state_dict(state))
+    flow.load_state_dict(drop_attention_masks(state))
     return flow.requires_grad_(False)
 
 
