@@ -206,6 +206,28 @@ def has_dropped_labels(document: dict[str, Any]) -> bool:
     return bool(training.get("label_drop", 1) > 0)
 
 
+@dataclass(frozen=True)
+class TeacherTraining:
+    """What the checkpoint of a finished teacher says of its training."""
+
+    config: dict[str, Any]  # the section `teacher` of its run
+    eta: float
+    images: int
+    val_nll: float  # per dimension, in nats, of the chosen weights on held-out images
+
+
+def read_teacher_training(document: dict[str, Any], url: str) -> TeacherTraining:
+    """Raises StageError if the document of a checkpoint does not say how a teacher was trained."""
+    try:
+        config, training = dict(document["run"]["teacher"]), document["training"]
+        return TeacherTraining(config, float(config["eta"]), int(training["images"]), float(training["val"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StageError(
+            f"{url}: got a teacher that does not say how it was trained ({type(error).__name__}: {error}); "
+            "expected the model.safetensors that train-teacher wrote"
+        ) from error
+
+
 def load_network(url: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a finished model in evaluation mode on the CPU, and the document of its checkpoint.
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nfm.models.tarflow import FlowBlock, TarFlow, TarFlowConfig
-from nfm.stages.checkpoint import load_network, weights_sha256
+from nfm.stages.checkpoint import load_network, read_teacher_training, weights_sha256
 from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress
 from nfm.stages.section import Section
@@ -184,10 +184,10 @@ def coupling_spec(config: EncodeConfig, samples: Store, teacher: TarFlow, docume
             f"expected {source.shape} with {source.num_classes} classes as in {samples.url}; "
             "use the teacher that was trained on these samples"
         )
-    training = document["run"]["teacher"]
+    training = read_teacher_training(document, url)
     coupling = CouplingSpec(
         draws=config.draws,
-        eta=training["eta"],
+        eta=training.eta,
         precision=config.precision,
         z_dtype="float16" if config.z_dtype == "int8" else config.z_dtype,
         z_scale_sha256=None,
@@ -196,9 +196,9 @@ def coupling_spec(config: EncodeConfig, samples: Store, teacher: TarFlow, docume
             architecture=document["architecture"],
             sha256=weights_sha256(teacher.state_dict()),
             training={
-                "config": training,
-                "images": document["training"]["images"],
-                "val_nll": document["training"]["val"],
+                "config": training.config,
+                "images": training.images,
+                "val_nll": training.val_nll,
             },
         ),
         source=samples.dataset.id,

@@ -19,7 +19,7 @@ from nfm.models.metrics import PixelFeatures, curvature, frechet_metric, z_space
 from nfm.models.sit import SiT
 from nfm.models.solvers import SAMPLER_GRAMMAR, Sampler, parse_sampler
 from nfm.models.tarflow import TarFlow, bits_per_dim
-from nfm.stages.checkpoint import has_dropped_labels, load_network, weights_sha256
+from nfm.stages.checkpoint import has_dropped_labels, load_network, read_teacher_training, weights_sha256
 from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress, count_calls
 from nfm.stages.section import Section
@@ -152,6 +152,7 @@ def evaluate(
         )
     if teacher_sha256 != pairs.spec.coupling.teacher.sha256:
         raise StageError(f"{teacher}: got another teacher than the one that encoded {couplings}; give that one")
+    bpd = bits_per_dim(read_teacher_training(teacher_document, teacher).val_nll)
     with Progress("read the students"):
         loaded = {name: load_student(url, pairs, config.guidance) for name, url in students.items()}
     fd = FrechetDistance(config, train.spec.dim, device)
@@ -161,7 +162,7 @@ def evaluate(
         metrics: dict[str, Any] = {
             "fd": evaluation.measure_real_images(),
             "zspace": evaluation.measure_z_space(),
-            "teacher": {"bpd": bits_per_dim(teacher_document["training"]["val"])} | evaluation.teacher_metrics(),
+            "teacher": {"bpd": bpd} | evaluation.teacher_metrics(),
             "students": {},
             "encode": evaluation.encode_totals(),
             "curves": {"teacher": teacher_document["curves"]},

@@ -16,7 +16,15 @@ from nfm.models.labels import NULL_LABEL
 from nfm.models.sit import SiT
 from nfm.models.solvers import Sampler, parse_sampler
 from nfm.models.tarflow import Guide, TarFlow
-from nfm.stages.checkpoint import Checkpoint, build, has_dropped_labels, load, network_name, split_url
+from nfm.stages.checkpoint import (
+    Checkpoint,
+    build,
+    has_dropped_labels,
+    load,
+    network_name,
+    read_teacher_training,
+    split_url,
+)
 from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress, count_calls
 from nfm.storage_specs.format.pixels import to_uint8
@@ -125,7 +133,7 @@ def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     eta = 0.0
     if isinstance(network, TarFlow):
-        eta = float(loaded.document["run"]["teacher"]["eta"])
+        eta = read_teacher_training(loaded.document, checkpoint).eta
     images, labels = generate(network, request, eta)
     pixels = to_uint8(images)
     buffer = io.BytesIO()

@@ -51,6 +51,14 @@ def load_decode_steps(run: Run) -> int:
     return 2 * (16 - 1)
 
 
+@pytest.mark.parametrize(("part", "message"), [("run", "KeyError: 'teacher'"), ("training", "KeyError: 'images'")])
+def test_a_teacher_must_say_how_it_was_trained(run: Run, tmp_path: Path, part: str, message: str) -> None:
+    checkpoint = load(run.teacher)
+    save(f"{tmp_path}/bare", Checkpoint(checkpoint.tensors, checkpoint.document | {part: {}}))
+    with pytest.raises(StageError, match=f"does not say how it was trained .{message}"):
+        sample(f"{tmp_path}/bare", f"{tmp_path}/images.png", SampleRequest(1))
+
+
 def test_a_student_takes_heun31_if_no_sampler_is_given(student: str, tmp_path: Path) -> None:
     sample(student, f"{tmp_path}/default.npz", SampleRequest(3))
     sample(student, f"{tmp_path}/heun31.npz", SampleRequest(3, parse_sampler("heun31")))
