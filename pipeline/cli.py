@@ -124,7 +124,7 @@ def nfm() -> None:
     """
 
 
-@nfm.command("config")
+@nfm.command("config", short_help="All keys with meaning, values and default, as TOML.")
 @config_options
 def config_command(config: Config) -> None:
     """All keys of the config, with meaning, values and default: a TOML file to save, change and give to --preset."""
@@ -155,7 +155,7 @@ def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) 
     click.echo(f"{out}/train and {out}/val are complete; nfm store info shows what they hold")
 
 
-@nfm.command()
+@nfm.command(short_help="Sample store → TarFlow teacher.")
 @continues_when_repeated
 @stage_options
 @required_option("--samples", help="Folder of the sample stores train and val: the --out of prepare.")
@@ -166,12 +166,12 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
 
     document = run(config.teacher, samples, out)
     click.echo(
-        f"{out}/model.safetensors: {document['bpd']:.3f} bits per dimension held out, chosen at "
-        f"{document['training']['chosen_at']} images"
+        f"{out}/model.safetensors: {document['bpd']:.3f} bits per dimension held out, "
+        f"chosen at {document['training']['chosen_at']} images"
     )
 
 
-@nfm.command()
+@nfm.command(short_help="Sample store + teacher → coupling store, on Ray.")
 @continues_when_repeated
 @stage_options
 @required_option("--samples", help="The sample store to encode: train in the --out of prepare.")
@@ -213,8 +213,8 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
     cls=Shortcut,
     key="encode.max_bad",
     type=click.IntRange(min=0),
-    help="Non-finite pairs to tolerate before stopping at once; with any, the job still fails at the end and lists "
-    "them.",
+    help="Non-finite pairs to tolerate before stopping at once; "
+    "with any, the job still fails at the end and lists them.",
 )
 @click.option(
     "--device",
@@ -285,12 +285,12 @@ def train_student(config: Config, urls: tuple[str, ...], weights: tuple[float, .
     sources = [Source(url, weight) for url, weight in zip(urls, weights or (1.0,) * len(urls), strict=True)]
     document = run(config.student, sources, out)
     click.echo(
-        f"{out}/model.safetensors: loss {document['curves']['loss'][-1]:.4f} after "
-        f"{document['training']['images']} images"
+        f"{out}/model.safetensors: "
+        f"loss {document['curves']['loss'][-1]:.4f} after {document['training']['images']} images"
     )
 
 
-@nfm.command()
+@nfm.command(short_help="Images of a student or a teacher.")
 @click.argument("checkpoint")
 @click.option("--out", required=True, help="A .png grid, or .npz with arrays x and label.")
 @click.option("--count", default=100, show_default=True, type=click.IntRange(min=1), help="How many images.")
@@ -323,7 +323,7 @@ def sample(
     click.echo(f"{out}: {count} images")
 
 
-@nfm.command()
+@nfm.command(short_help="Teacher and students → metrics.json and a report.")
 @stage_options
 @required_option("--samples", help="Folder of the sample stores train and val: the --out of prepare.")
 @required_option("--couplings", help="The coupling store that the students were trained on.")
@@ -354,7 +354,7 @@ def evaluate(config: Config, samples: str, couplings: str, teacher: str, student
     click.echo(evaluate_and_report(config, samples, couplings, teacher, named, out))
 
 
-@nfm.command()
+@nfm.command(short_help="All stages on small data, and their report.")
 @continues_when_repeated
 @stage_options
 @click.option("--data", type=click.Path(path_type=Path), help="Image folder instead of the embedded digits.")

@@ -27,13 +27,13 @@ class StorageConfig(Section):
 
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="Options of fsspec file systems by protocol, such as `storage.options.s3.endpoint_url`. They may "
-        "hold keys, and are not recorded in any artifact.",
+        description="Options of fsspec file systems by protocol, such as `storage.options.s3.endpoint_url`. "
+        "They may hold keys, and are not recorded in any artifact.",
     )
     cache: str | None = Field(
         default=None,
-        description="Folder that keeps files of remote stores. Without it: `$NFM_CACHE`, or nfm in the user's cache "
-        "directory.",
+        description="Folder that keeps files of remote stores. "
+        "Without it: `$NFM_CACHE`, or nfm in the user's cache directory.",
     )
     cache_gb: float | None = Field(
         default=None,

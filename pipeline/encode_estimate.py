@@ -110,9 +110,9 @@ class Estimate:
         """For people."""
         lines = [
             f"{self.pending_pairs} pairs to encode in {self.pending_units} units ({self.blocks} blocks), "
-            f"{format_flop(self.pending_pairs * self.teacher_flop)}; one worker on {self.device} does "
-            f"{self.pairs_per_second:.4g} pairs/s, {format_flop(self.pairs_per_second * self.teacher_flop)}/s in "
-            f"{self.precision}",
+            f"{format_flop(self.pending_pairs * self.teacher_flop)}; "
+            f"one worker on {self.device} does {self.pairs_per_second:.4g} pairs/s, "
+            f"{format_flop(self.pairs_per_second * self.teacher_flop)}/s in {self.precision}",
             f"{'workers':>10}{'hours':>12}{'worker hours':>16}",
         ]
         lines.extend(
@@ -122,8 +122,8 @@ class Estimate:
         columns = ", ".join(f"{column} {size / 1e9:.3g}" for column, size in self.bytes_by_column.items())
         store_gb = sum(self.bytes_by_column.values()) / 1e9
         lines.append(
-            f"the store will have {self.files} files of {store_gb:.4g} GB ({columns}), and {self.records} commit "
-            "records and Σz² files"
+            f"the store will have {self.files} files of {store_gb:.4g} GB ({columns}), "
+            f"and {self.records} commit records and Σz² files"
         )
         return "\n".join([*lines, "", *self._describe_comparison(store_gb)])
 
@@ -132,24 +132,24 @@ class Estimate:
         costs = self.comparison
         teacher = format_flop(self.teacher_flop)
         lines = [
-            f"What precomputing saves, at {teacher} a teacher forward, for {self.student_size} students of "
-            f"{costs.student_images:,} images:",
+            f"What precomputing saves, at {teacher} a teacher forward, "
+            f"for {self.student_size} students of {costs.student_images:,} images:",
             f"{'':>34}{'teacher forwards':>18}{'teacher FLOP':>14}{'worker hours':>14}{'GB':>8}",
             f"{f'encoded once, K = {costs.draws}':>34}{costs.store_pairs:>18,}{format_flop(costs.store_flop):>14}"
             f"{format_hours(costs.store_hours):>14}{store_gb:>8.3g}",
             f"{'teacher in the loop, each student':>34}{costs.student_images:>18,}{format_flop(costs.loop_flop):>14}"
             f"{format_hours(costs.loop_hours):>14}{0:>8}",
-            f"training one student takes {format_flop(costs.student_flop)} by itself, and with the teacher in the loop "
-            f"{format_flop(costs.student_flop + costs.loop_flop)}, "
+            f"training one student takes {format_flop(costs.student_flop)} by itself, "
+            f"and with the teacher in the loop {format_flop(costs.student_flop + costs.loop_flop)}, "
             f"{1 + costs.loop_flop / costs.student_flop:.3g} times as much",
-            f"break-even: the store pays for itself after K·N = {costs.draws} × {costs.images:,} = "
-            f"{costs.store_pairs:,} training images of all students together, which is {costs.break_even_students:.3g} "
-            "students",
+            "break-even: the store pays for itself after "
+            f"K·N = {costs.draws} × {costs.images:,} = {costs.store_pairs:,} training images of all students together, "
+            f"which is {costs.break_even_students:.3g} students",
         ]
         if costs.max_draws:
             lines.append(
-                f"for one student alone it pays up to K = {costs.max_draws} ({costs.student_images:,} / "
-                f"{costs.images:,} images)"
+                f"for one student alone it pays up to K = {costs.max_draws} "
+                f"({costs.student_images:,} / {costs.images:,} images)"
             )
         else:
             lines.append(

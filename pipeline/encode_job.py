@@ -140,8 +140,8 @@ def absolute_url(url: str) -> str:
         return url
     if "/runtime_resources/working_dir_files/" in os.getcwd():
         raise StageError(
-            f"got {url!r}, which is inside the copy of the working directory that Ray made for this job; expected an "
-            "absolute path or a URL"
+            f"got {url!r}, which is inside the copy of the working directory that Ray made for this job; "
+            "expected an absolute path or a URL"
         )
     return os.path.abspath(url)
 
@@ -152,6 +152,7 @@ class PreemptionNotice:
 
     received_at: float | None = None  # on the clock of time.monotonic
     finishes_units_first = False
+    acknowledged = False  # whether the driver has said so
 
 
 @contextmanager
@@ -216,8 +217,8 @@ class EncodeJob:
                 break
         else:
             raise StoreError(
-                f"{self.writer.root.url}: files were damaged after their commit {MAX_CHECKS} times in a row; the "
-                "storage seems to lose written data"
+                f"{self.writer.root.url}: files were damaged after their commit {MAX_CHECKS} times in a row; "
+                "the storage seems to lose written data"
             )
         self.progress.set_status("writing the manifest and dataset.json", announce=False)
         self.summary.dataset = self.writer.finalize()
@@ -237,6 +238,12 @@ class EncodeJob:
             self.summary.start_seconds = time.monotonic() - self.started_at
         if self.notice.received_at is None:
             return True
+        if not self.notice.acknowledged:
+            self.notice.acknowledged = True
+            num_units = len(self.pool.tasks_in_flight)
+            self.progress.warn(
+                f"received SIGTERM; finishing {num_units} units in flight, for at most {GRACE_SECONDS:.0f} s"
+            )
         if time.monotonic() - self.notice.received_at > GRACE_SECONDS:
             raise PreemptedError(f"received SIGTERM; gave up {len(started_units)} units in flight")
         return False
@@ -249,7 +256,13 @@ class EncodeJob:
         yield from self.pool.run(method, units, self._tick, progress_method)
         self.notice.finishes_units_first = False
         if self.notice.received_at is not None:
-            raise PreemptedError("received SIGTERM; the units in flight are finished")
+            num_unfinished = len(self.pool.deaths_by_task)  # their workers died meanwhile
+            result = (
+                f"{num_unfinished} units in flight were not finished"
+                if num_unfinished
+                else "all units in flight are finished"
+            )
+            raise PreemptedError(f"received SIGTERM; {result}")
 
     def _encode_pending_units(self) -> None:
         """Encode the pending units. Raises FloatingPointError if some z is not finite: at once after more than
@@ -267,8 +280,8 @@ class EncodeJob:
                 continue
             if not self.writer.root.exists(unit.commit_file):
                 raise StageError(
-                    f"a worker wrote {unit.commit_file} where this driver does not see it; expected "
-                    f"{self.writer.root.url} to be on storage that all nodes share"
+                    f"a worker wrote {unit.commit_file} where this driver does not see it; "
+                    f"expected {self.writer.root.url} to be on storage that all nodes share"
                 )
             self.summary.add_unit(
                 encoded,

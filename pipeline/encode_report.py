@@ -277,8 +277,8 @@ def describe(summary: Summary, out: str, student_images: int) -> str:
     spec = dataset.spec
     lines = [
         f"{out}: {spec.rows} images × {spec.draws} draws in {dataset.totals.files} files, "
-        f"{dataset.totals.bytes / 1e6:.1f} MB; {summary.units_encoded} units encoded, {summary.units_before} before "
-        "this run"
+        f"{dataset.totals.bytes / 1e6:.1f} MB; "
+        f"{summary.units_encoded} units encoded, {summary.units_before} before this run"
     ]
     if not summary.units_encoded:
         return lines[0]
@@ -286,9 +286,9 @@ def describe(summary: Summary, out: str, student_images: int) -> str:
     rate = summary.pairs_encoded / summary.seconds
     rate_per_worker = summary.pairs_encoded / max(summary.worker_seconds, 1e-9)
     lines.append(
-        f"{summary.pairs_encoded} pairs in {format_duration(summary.seconds)}, {rate:.4g} pairs/s; the teacher spent "
-        f"{format_flop(summary.pairs_encoded * flops)} in {format_duration(summary.worker_seconds)} of workers, "
-        f"{rate_per_worker:.4g} pairs/s each"
+        f"{summary.pairs_encoded} pairs in {format_duration(summary.seconds)}, {rate:.4g} pairs/s; "
+        f"the teacher spent {format_flop(summary.pairs_encoded * flops)} "
+        f"in {format_duration(summary.worker_seconds)} of workers, {rate_per_worker:.4g} pairs/s each"
     )
     dead_workers = "1 dead worker" if summary.worker_deaths == 1 else f"{summary.worker_deaths} dead workers"
     lines.append(
@@ -296,8 +296,9 @@ def describe(summary: Summary, out: str, student_images: int) -> str:
         f"{summary.units_of_earlier_driver} from an earlier driver, {summary.units_damaged} damaged after their commit)"
     )
     lines.append(
-        f"each student of {student_images} images that trains on this store saves {format_flop(student_images * flops)}"
-        f" of teacher work, {format_duration(student_images / rate_per_worker)} of one worker's time"
+        f"each student of {student_images} images that trains on this store "
+        f"saves {format_flop(student_images * flops)} of teacher work, "
+        f"{format_duration(student_images / rate_per_worker)} of one worker's time"
     )
     return "\n".join(lines)
 

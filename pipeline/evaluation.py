@@ -78,12 +78,12 @@ def _summarize(metrics: dict[str, Any], report_url: str) -> str:
     lines += [
         f"teacher: FD {teacher['fd']:.3f}, {teacher['bpd']:.3f} bits/dim, "
         f"round trip {teacher['roundtrip_max_abs']:.1e}",
-        f"FD: over {distances['features']}, of {distances['samples']} samples to {distances['reference']} training "
-        "images",
+        f"FD: over {distances['features']}, "
+        f"of {distances['samples']} samples to {distances['reference']} training images",
         f"noise floor: FD {floor['fd']:.3f} of {floor['samples']} held-out images "
         f"({teacher['fd_at_floor_samples']:.3f} of as many of the teacher's samples)",
-        f"resampling: FD {distances['resampled']['fd']:.3f} of {distances['samples']} training images drawn with "
-        "replacement",
+        f"resampling: FD {distances['resampled']['fd']:.3f} "
+        f"of {distances['samples']} training images drawn with replacement",
         f"report: {report_url}",
     ]
     return "\n".join(lines)

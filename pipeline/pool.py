@@ -287,8 +287,8 @@ class Pool:
             if self.device == "cuda":
                 needs += " and a GPU"
             raise StageError(
-                f"no node of the Ray cluster has {needs}, which one worker needs; lower --cpus-per-worker, or set "
-                "--workers N if such nodes will join"
+                f"no node of the Ray cluster has {needs}, which one worker needs; "
+                "lower --cpus-per-worker, or set --workers N if such nodes will join"
             )
         return capacity
 
@@ -322,8 +322,9 @@ class Pool:
             self.deaths_by_task[task] += 1
             if self.deaths_by_task[task] > MAX_RETRIES:
                 raise StageError(
-                    f"workers died {self.deaths_by_task[task]} times on {task}, at last with "
-                    f"{self._last_death_reason}; if memory ran out, give each worker more"
+                    f"workers died {self.deaths_by_task[task]} times on {task}, "
+                    f"at last with {self._last_death_reason}; "
+                    "if memory ran out, give each worker more"
                 )
         return tasks
 

@@ -43,7 +43,7 @@ def store_command(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@click.group()
+@click.group(short_help="Look at stores, check them, move them about.")
 def store() -> None:
     """Look at sample and coupling stores, check them, and move them about."""
 
@@ -93,8 +93,8 @@ def verify(store: Store, num_pairs: int, teacher: str | None, seed: int | None) 
             print_line(fault.message)
     if num_faults:
         raise StoreError(
-            f"{store.url}: {num_faults} faults in {len(store.files)} files; nfm store repair marks their blocks to be "
-            "written again"
+            f"{store.url}: {num_faults} faults in {len(store.files)} files; "
+            "nfm store repair marks their blocks to be written again"
         )
     if teacher is not None and num_pairs:
         from nfm.stages.encode import verify_by_reencoding
@@ -118,8 +118,9 @@ def repair(store: Store) -> None:
         click.echo(f"{store.url}: nothing to repair")
         return
     click.echo(
-        f"{store.url}: {describe_blocks(blocks, store.spec.blocks)} must be written again; run the command that wrote "
-        "the store (nfm encode, prepare, or store convert) again, with the same arguments, to complete it"
+        f"{store.url}: {describe_blocks(blocks, store.spec.blocks)} must be written again; "
+        "run the command that wrote the store (nfm encode, prepare, or store convert) again, "
+        "with the same arguments, to complete it"
     )
 
 

@@ -190,8 +190,8 @@ def network_name(checkpoint: Checkpoint, url: str) -> str:
     name = architecture_document.get("name") if isinstance(architecture_document, dict) else None
     if name is None:
         raise StageError(
-            f"{url}: got a checkpoint without an architecture, expected the model.safetensors of a finished student or "
-            "teacher"
+            f"{url}: got a checkpoint without an architecture, "
+            "expected the model.safetensors of a finished student or teacher"
         )
     if not isinstance(name, str) or name not in NETWORKS:
         raise StageError(f"{url}: got a checkpoint of {name!r}, expected one of {' or '.join(NETWORKS)}")

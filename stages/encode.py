@@ -63,8 +63,8 @@ class EncodeConfig(Section):
     )
     noise: Literal["stored", "derived"] = Field(
         default="stored",
-        description='"stored": ε′ is written beside z. "derived": it takes no bytes, and readers compute the same bits '
-        "again from `seed`.",
+        description='"stored": ε′ is written beside z. '
+        '"derived": it takes no bytes, and readers compute the same bits again from `seed`.',
     )
     noise_dtype: NoiseDtype = Field(
         default="float16", description="Number format to which ε′ is rounded before the teacher sees it."
@@ -82,19 +82,19 @@ class EncodeConfig(Section):
     max_bad: int = Field(
         default=0,
         ge=0,
-        description="Pairs whose z is not finite that the job tolerates before it stops at once. With any, it still "
-        "fails at the end and lists them; a unit with such a pair is not written.",
+        description="Pairs whose z is not finite that the job tolerates before it stops at once. "
+        "With any, it still fails at the end and lists them; a unit with such a pair is not written.",
     )
     device: Literal["cuda", "cpu"] | None = Field(
         default=None,
-        description='Device of the workers. Without it: "cuda" if the cluster has a GPU when the job starts, else '
-        '"cpu".',
+        description="Device of the workers. "
+        'Without it: "cuda" if the cluster has a GPU when the job starts, else "cpu".',
     )
     workers: int | None = Field(
         default=None,
         ge=1,
-        description="Largest number of workers. Without it: one for each GPU of the cluster, or on CPUs one for each "
-        "`cpus_per_worker` cores.",
+        description="Largest number of workers. "
+        "Without it: one for each GPU of the cluster, or on CPUs one for each `cpus_per_worker` cores.",
     )
     cpus_per_worker: int = Field(default=1, ge=1, description="CPU cores of each worker.")
 
@@ -401,8 +401,9 @@ def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> f
             difference = float((np.abs(stored_z - rounded_z) / store.sigma_f).max())
             if not difference <= tolerance:
                 raise StoreError(
-                    f"{store.url}: z of image {image}, draw {draw}, is {difference:.2e} σ_f away from what "
-                    f"{teacher} gives, expected at most {tolerance}; the store is not what its spec says"
+                    f"{store.url}: z of image {image}, draw {draw}, is {difference:.2e} σ_f "
+                    f"away from what {teacher} gives, expected at most {tolerance}; "
+                    "the store is not what its spec says"
                 )
             largest_difference = max(largest_difference, difference)
             progress.advance(1)

@@ -139,6 +139,8 @@ def evaluate(
     "teacher" and "<student> <sampler>". Raises StageError or StoreError if samples, couplings, teacher and students do
     not belong together, FloatingPointError if a student's samples are not finite.
     """
+    if "teacher" in students:
+        raise StageError("got a student called 'teacher', the name of the teacher in the report; expected another name")
     train, val = open_splits(samples)
     pairs = Store(couplings, kind="couplings")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -155,7 +157,8 @@ def evaluate(
     bpd = bits_per_dim(read_teacher_training(teacher_document, teacher).val_nll)
     with Progress("read the students"):
         loaded = {name: load_student(url, pairs, config.guidance) for name, url in students.items()}
-    fd = FrechetDistance(config, train.spec.dim, device)
+    with Progress("build the metric"):
+        fd = FrechetDistance(config, train.spec.dim, device)
     steps = STEPS_WITHOUT_STUDENTS + len(students) * (len(config.samplers) + 1)  # + 1: the image grid
     with Progress("evaluate", steps, "step") as progress:
         evaluation = Evaluation(config, train, val, pairs, network.to(device), fd, progress)
@@ -270,14 +273,14 @@ class Evaluation:
     def measure_real_images(self) -> dict[str, Any]:
         """Takes the training images as the reference, and measures real images against it: the held-out ones, which
         give the noise floor, and as many training images, drawn with replacement, as there are generated ones."""
-        with self._step("statistics of the training images", self.train.spec.rows, "img") as step:
+        with self._step("statistics of the training images", self.train.spec.rows, "image") as step:
             self.fd.set_reference(self.train, step)
-        with self._step("noise floor", self.val.spec.rows, "img") as step:
+        with self._step("noise floor", self.val.spec.rows, "image") as step:
             floor = self.fd.measure_rows(self.val, all_rows(self.val), step)
         generator = torch.Generator().manual_seed(self.config.seed)
         samples = self.config.samples
         rows = torch.randint(self.train.spec.rows, (samples,), generator=generator).numpy()
-        with self._step("resampled training images", samples, "img") as step:
+        with self._step("resampled training images", samples, "image") as step:
             resampled = self.fd.measure_rows(self.train, rows, step)
         return {
             "features": self.config.features,
@@ -350,7 +353,7 @@ class Evaluation:
         the noise floor."""
         first_images = images[: self.val.spec.rows]
         total = len(images) + len(first_images)
-        with self.progress.step(f"{name}: Fréchet distance", total, "img") as step:
+        with self.progress.step(f"{name}: Fréchet distance", total, "image") as step:
             return {
                 "fd": self.fd.measure(images, step),
                 "fd_at_floor_samples": self.fd.measure(first_images, step),
@@ -409,7 +412,7 @@ class Evaluation:
         noises = [torch.from_numpy(standard_normal(self.config.seed, first, k, self.train.spec.shape)) for k in (0, 1)]
         noisy_images = []
         representations = []
-        with self._step("distances in z-space", 4 * count, "img") as step:
+        with self._step("distances in z-space", 4 * count, "image") as step:
             for rows, noise in ((first, noises[0]), (first, noises[1]), (second, noises[0]), (second, noises[1])):
                 noisy = x[rows] + self.eta * noise
                 z = []

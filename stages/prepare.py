@@ -38,14 +38,16 @@ class DataConfig(Section):
     """Which images `prepare` writes to sample stores, and in which size."""
 
     source: Literal["digits", "folder"] = Field(
-        description='"digits": scikit-learn\'s 1,797 images of 8×8 pixels. "folder": the image folder of --data, with '
-        "`train/<class>/*.jpg` (or .jpeg, .png) and optionally `val/<class>/*.jpg`.",
+        description='"digits": scikit-learn\'s 1,797 images of 8×8 pixels. '
+        '"folder": the image folder of --data, '
+        "with `train/<class>/*.jpg` (or .jpeg, .png) and optionally `val/<class>/*.jpg`.",
     )
     image_size: int = Field(
         ge=2,
         le=4096,
-        description="Height and width of the stored images, in pixels. Images of another size are resized with PIL's "
-        "box filter (NFM paper section 4); one that is not square is stretched, not cropped.",
+        description="Height and width of the stored images, in pixels. "
+        "Images of another size are resized with PIL's box filter (NFM paper section 4); "
+        "one that is not square is stretched, not cropped.",
     )
     channels: Literal[1, 3] = Field(description="Colour channels of the stored images: 1 is grey, 3 is RGB.")
     holdout: float = Field(
@@ -111,8 +113,9 @@ class SquareNotice:
                 return
             self.is_printed = True
         print_line(
-            f"note: {path} is {width}×{height}; images that are not square are stretched to "
-            f"{self.image_size}×{self.image_size} as a whole, without a crop (PIL's box filter, as in the paper)"
+            f"note: {path} is {width}×{height}; "
+            f"images that are not square are stretched to {self.image_size}×{self.image_size} as a whole, "
+            "without a crop (PIL's box filter, as in the paper)"
         )
 
 
@@ -275,7 +278,7 @@ def write_store(config: DataConfig, url: str, split: str, images: Images, quaran
     missing_units = writer.list_missing_units()
     missing_rows = sum(spec.rows_of(unit.block) for unit in missing_units)
     name = f"prepare {split}"
-    with Progress(name, spec.rows, "img", spec.rows - missing_rows) as progress, ThreadPoolExecutor() as pool:
+    with Progress(name, spec.rows, "image", spec.rows - missing_rows) as progress, ThreadPoolExecutor() as pool:
         for unit in missing_units:
             rows = spec.indices(unit.block)
             x = np.stack(list(pool.map(images.load, rows.tolist())))
@@ -300,7 +303,7 @@ def find_bad_images(url: str, images: Images, skip_bad_images: bool) -> dict[str
             return bad
     bad = {}
     total = len(images.names)
-    with Progress(f"check {url.rpartition('/')[2]}", total, "img") as progress, ThreadPoolExecutor() as pool:
+    with Progress(f"check {url.rpartition('/')[2]}", total, "image") as progress, ThreadPoolExecutor() as pool:
         for start in range(0, total, CHECK_ROWS):
             rows = range(start, min(start + CHECK_ROWS, total))
             errors = list(pool.map(lambda row: try_to_load(images, row), rows))

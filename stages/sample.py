@@ -72,13 +72,13 @@ def check_request(request: SampleRequest, network: SiT | TarFlow, checkpoint: Ch
         )
     if request.classes and set(request.classes) == {NULL_LABEL}:
         raise StageError(
-            f"got --guidance {request.guidance:g} for images without a class, which it cannot change; expected no "
-            "--guidance, or another --class than -1"
+            f"got --guidance {request.guidance:g} for images without a class, which it cannot change; "
+            "expected no --guidance, or another --class than -1"
         )
     if not has_dropped_labels(checkpoint.document):
         raise StageError(
-            f"got --guidance {request.guidance:g} for a network that never saw a dropped label (label_drop = 0), so "
-            "there is nothing to guide with; expected no --guidance"
+            f"got --guidance {request.guidance:g} for a network that never saw a dropped label (label_drop = 0), "
+            "so there is nothing to guide with; expected no --guidance"
         )
 
 

@@ -18,8 +18,8 @@ def open_splits(samples: str) -> tuple[Store, Store]:
         folder, _, name = samples.rpartition("/")
         suggestion = f"{folder or '.'}, " if name in SPLITS else ""
         raise StageError(
-            f"{samples}: got a single store, expected {suggestion}the folder that prepare wrote, with the stores train "
-            "and val in it"
+            f"{samples}: got a single store, expected {suggestion}the folder that prepare wrote, "
+            "with the stores train and val in it"
         )
     train, val = (Store(f"{samples}/{split}", kind="samples") for split in SPLITS)
     return train, val

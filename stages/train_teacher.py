@@ -34,8 +34,8 @@ class TeacherConfig(Section):
     )
     eta: float = Field(
         gt=0,
-        description="η, the amount of noise added to the data: the teacher sees x + η·ε′, with x in [-1, 1] and ε′ "
-        "standard normal.",
+        description="η, the amount of noise added to the data: "
+        "the teacher sees x + η·ε′, with x in [-1, 1] and ε′ standard normal.",
     )
     label_drop: float = Field(
         default=0.1,
@@ -77,8 +77,6 @@ def train_teacher(config: TeacherConfig, samples: str, out: str) -> dict[str, An
     that do not fit, FloatingPointError if training becomes not finite.
     """
     train, val = open_splits(samples)
-    torch.manual_seed(config.train.seed)
-    network = teacher_network(config, train)
 
     def loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         """-log p(x + η·ε′) per dimension (NFM paper equation 3), with labels dropped."""
@@ -87,6 +85,9 @@ def train_teacher(config: TeacherConfig, samples: str, out: str) -> dict[str, An
         return nll(model(batch.x + config.eta * noise, y))
 
     with join_world() as world:
+        with Progress("build the network", enabled=world.is_first_rank):
+            torch.manual_seed(config.train.seed)
+            network = teacher_network(config, train)
         stream = open_stream(train.url, "samples", config.train, world)
         trainer = Trainer(
             "train-teacher",
@@ -112,7 +113,7 @@ def held_out_nll(model: nn.Module, store: Store, eta: float, device: torch.devic
     generator = torch.Generator().manual_seed(0)
     images = min(store.spec.rows, VAL_IMAGES)
     total = 0.0
-    with progress.step("validate", VAL_DRAWS * images, "img") as step:
+    with progress.step("validate", VAL_DRAWS * images, "image") as step:
         batch = next(CouplingStream(store.url, batch_size=images, seed=0, view="samples"))
         for _ in range(VAL_DRAWS):
             for x, y in zip(batch.x.split(VAL_BATCH), batch.label.split(VAL_BATCH), strict=True):

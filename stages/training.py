@@ -42,7 +42,7 @@ class TrainConfig(Section):
         description='Learning rate over the budget: "constant", or "cosine", half a cosine from `lr` to `lr / 20`.',
     )
     warmup_images: int = Field(ge=0, description="Images over which the learning rate rises linearly from 0.")
-    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="β₁ and β₂ of AdamW.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False, description="β₁ and β₂ of AdamW.")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
     clip: float = Field(
         default=1.0, gt=0, description="Largest L2 norm of the gradient. A longer gradient is scaled down to it."
@@ -51,20 +51,22 @@ class TrainConfig(Section):
         default=0.9999,
         ge=0,
         lt=1,
-        description="Decay β, per step, of the exponential moving average of the weights, which is the network that is "
-        "kept. Early steps use `min(β, (1 + step) / (10 + step))`.",
+        description="Decay β, per step, of the exponential moving average of the weights, "
+        "which is the network that is kept. "
+        "Early steps use `min(β, (1 + step) / (10 + step))`.",
     )
     log_images: int = Field(ge=1, description="Images between two points of the recorded loss curve.")
     checkpoint_images: int = Field(
         ge=1,
-        description="Images between two checkpoints, from which the same command continues. The teacher is validated "
-        "at each.",
+        description="Images between two checkpoints, from which the same command continues. "
+        "The teacher is validated at each.",
     )
     window_blocks: int | None = Field(
         default=None,
         ge=1,
-        description="Blocks of the store whose rows are shuffled together. With fewer blocks, less of a remote store "
-        "is needed at once. Without it: all blocks.",
+        description="Blocks of the store whose rows are shuffled together. "
+        "With fewer blocks, less of a remote store is needed at once. "
+        "Without it: all blocks.",
     )
     seed: int = Field(
         default=0,
@@ -233,8 +235,9 @@ class Trainer:
         self.document = document
         self.world = world
         self.validate = validate
-        self.network = network.to(world.device)
-        self.ema = EMA(self.network, config.ema)
+        with Progress("copy the network for its average", enabled=world.is_first_rank):
+            self.network = network.to(world.device)
+            self.ema = EMA(self.network, config.ema)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -265,7 +268,7 @@ class Trainer:
             self._restore()
         done = min(self.images, self.config.images)
         try:
-            with Progress(self.name, self.config.images, "img", done, self.world.is_first_rank) as progress:
+            with Progress(self.name, self.config.images, "image", done, self.world.is_first_rank) as progress:
                 waits = self._train(progress)
         finally:
             self.stream.close()

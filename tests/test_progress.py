@@ -52,7 +52,7 @@ def test_a_terminal_is_live_only_with_a_size() -> None:
 def test_a_terminal_with_a_size_shows_a_bar() -> None:
     with (
         terminal(24, 80) as written,
-        Progress("work", 2, "img") as progress,
+        Progress("work", 2, "image") as progress,
         progress.step("part", 3, "batch") as part,
     ):
         part.advance(1)
@@ -65,24 +65,24 @@ def test_a_terminal_with_a_size_shows_a_bar() -> None:
 
 
 def test_a_terminal_of_size_0_shows_plain_lines(frozen_clock: None) -> None:
-    with terminal(0, 0) as written, Progress("work", 2, "img") as progress:
+    with terminal(0, 0) as written, Progress("work", 2, "image") as progress:
         progress.advance(2, "loss 0.5")
     text = b"".join(written).decode()
-    assert text == "work: 0/2 img, starting\r\nwork: 2/2 img, done in 0 s, loss 0.5\r\n"
+    assert text == "work: 0/2 image, starting\r\nwork: 2/2 image, done in 0 s, loss 0.5\r\n"
 
 
 def test_lines_go_on_while_one_call_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_LINE_SECONDS", 0.01)
     monkeypatch.setattr(module, "LINE_SECONDS", 0.01)
-    with redirect_stderr(io.StringIO()) as stderr, Progress("train", 640, "img", done=64) as progress:
+    with redirect_stderr(io.StringIO()) as stderr, Progress("train", 640, "image", done=64) as progress:
         progress.set_note("compiles the network")
         wait_for_text(stderr, " so far, compiles the network\n")
         progress.advance(64, "")
         with progress.step("validate", 8, "batch") as step:
             step.advance(2)
-            wait_for_text(stderr, "train: 128/640 img; validate: 2/8 batch, ")
-        wait_for_text(stderr, "train: 128/640 img, ")
-    assert stderr.getvalue().startswith("train: 64/640 img, starting\n")
+            wait_for_text(stderr, "train: 128/640 image; validate: 2/8 batch, ")
+        wait_for_text(stderr, "train: 128/640 image, ")
+    assert stderr.getvalue().startswith("train: 64/640 image, starting\n")
 
 
 def test_work_without_a_count_is_shown_only_when_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_work_without_a_count_is_shown_only_when_it_takes_long(monkeypatch: pyte
 
 def test_other_ranks_show_nothing() -> None:
     with redirect_stderr(io.StringIO()) as stderr:
-        with Progress("train", 4, "img", enabled=False) as progress, progress.step("validate", 2, "batch") as step:
+        with Progress("train", 4, "image", enabled=False) as progress, progress.step("validate", 2, "batch") as step:
             step.advance(2)
             progress.advance(4)
             progress.set_note("note")
@@ -108,9 +108,9 @@ def test_other_ranks_show_nothing() -> None:
 
 def test_an_error_ends_the_lines(frozen_clock: None) -> None:
     wrong = pytest.raises(ValueError, match="wrong")
-    with redirect_stderr(io.StringIO()) as stderr, wrong, Progress("train", 4, "img"):
+    with redirect_stderr(io.StringIO()) as stderr, wrong, Progress("train", 4, "image"):
         raise ValueError("wrong")
-    assert stderr.getvalue() == "train: 0/4 img, starting\n"
+    assert stderr.getvalue() == "train: 0/4 image, starting\n"
 
 
 def test_bytes_are_shown_in_units_that_can_be_read(frozen_clock: None) -> None:

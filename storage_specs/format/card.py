@@ -43,8 +43,8 @@ def _describe_meaning(spec: Spec) -> list[str]:
     coupling = spec.coupling
     if coupling is not None:
         lines.append(
-            f"z = f(x + η·ε′, label) is the raw output of a {coupling.teacher.architecture.get('name')} teacher for "
-            f"{coupling.draws} draws of ε′ per image, η = {coupling.eta}."
+            f"z = f(x + η·ε′, label) is the raw output of a {coupling.teacher.architecture.get('name')} teacher "
+            f"for {coupling.draws} draws of ε′ per image, η = {coupling.eta}."
         )
         lines.append(f"Divide z by `{SIGMA_F_FILE}` to train a student on it.")
     return lines
@@ -63,11 +63,13 @@ def _describe_storage(spec: Spec) -> list[str]:
         lines.append(f"ε′ is stored as `noise`, {noise.dtype}, exactly as the teacher got it.")
     else:
         lines.append(
-            f"ε′ is not stored. It is a function of seed, image index and draw, by the law {noise.law} with seed "
-            f"{noise.seed}, and is then rounded to {noise.dtype} as the teacher got it. The law: NumPy's `Philox`, "
-            "constructed with key (seed, 0) and counter (0, 0, draw, index), gives 32-bit words w, low word first, and "
-            "ε′ = Φ⁻¹((w + ½) / 2³²) by Wichura's algorithm AS 241. docs/store.md of nfm has the details, and "
-            "storage_specs/format/noise.py of nfm computes it with NumPy alone."
+            "ε′ is not stored. "
+            f"It is a function of seed, image index and draw, by the law {noise.law} with seed {noise.seed}, "
+            f"and is then rounded to {noise.dtype} as the teacher got it. "
+            "The law: NumPy's `Philox`, constructed with key (seed, 0) and counter (0, 0, draw, index), "
+            "gives 32-bit words w, low word first, and ε′ = Φ⁻¹((w + ½) / 2³²) by Wichura's algorithm AS 241. "
+            "docs/store.md of nfm has the details, "
+            "and storage_specs/format/noise.py of nfm computes it with NumPy alone."
         )
     return lines
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread, current_thread
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nfm.storage_specs.format.schema import Kind
 from nfm.storage_specs.reading.batches import Batch, BatchMaker
@@ -81,6 +81,8 @@ class CouplingStream:
             raise ValueError(
                 f"got global batch {batch_size}; expected a positive multiple of the world size {world_size}"
             )
+        if view not in get_args(View):
+            raise ValueError(f"got view {view!r}; expected 'samples' or 'pairs'")
         if window_blocks is not None and window_blocks < 1:
             raise ValueError(f"got window_blocks {window_blocks}; expected at least 1")
         sources = [Source(url, options=options or {})] if isinstance(url, str) else list(url)
@@ -112,8 +114,8 @@ class CouplingStream:
             for name in ("shape", "class_names"):
                 if getattr(store.spec, name) != getattr(first.spec, name):
                     raise StoreError(
-                        f"{store.url}: got another {name} than in {first.url}; expected stores of one {name} in a "
-                        "mixture"
+                        f"{store.url}: got another {name} than in {first.url}; "
+                        f"expected stores of one {name} in a mixture"
                     )
 
     def _share_cache(self, cache: Cache) -> None:
