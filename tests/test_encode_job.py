@@ -71,8 +71,10 @@ def test_more_draws_extend_a_store_to_the_bytes_of_one_made_with_them(run: Run, 
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was there is not touched"
     assert student.z(0, 2).shape == (32, 1, 8, 8), "a reader that had it open reads on"
     encode(run, str(whole), draws=5)
-    kept = {name: data for name, data in content(str(grown)).items() if not name.startswith(("sum_z2/", "commits/"))}
-    assert kept.items() <= content(str(whole)).items()
+    data_files = {
+        name: data for name, data in content(str(grown)).items() if not name.startswith(("sum_z2/", "commits/"))
+    }
+    assert data_files.items() <= content(str(whole)).items()
     assert list(Store(str(grown)).find_faults()) == []
     with pytest.raises(StoreError, match=r"coupling.draws: existing 5, requested 4 \(draws can be added"):
         encode(run, str(grown), draws=4)

@@ -147,11 +147,11 @@ def test_both_readers_give_the_rows_of_the_files(
     every_row = [(slot, number) for slot, values in expected.items() for number in range(len(values))]
     assert len(every_row) == len(draws) * ROWS
 
-    def check_rows(wanted: list[tuple[int, int]]) -> None:
-        slots, numbers = np.array(wanted).T
+    def check_rows(requested: list[tuple[int, int]]) -> None:
+        slots, numbers = np.array(requested).T
         for reader in readers:
             gathered = gather_rows(reader, placement, slots, numbers)
-            assert np.array_equal(gathered, np.stack([expected[slot][number] for slot, number in wanted]))
+            assert np.array_equal(gathered, np.stack([expected[slot][number] for slot, number in requested]))
 
     for slot in files:
         map_file(slot)

@@ -99,16 +99,16 @@ def cached(cache: Path) -> list[Path]:
 
 
 def batches(stream: CouplingStream, count: int) -> list[Batch]:
-    found = [next(stream) for _ in range(count)]
+    result = [next(stream) for _ in range(count)]
     stream.close()
-    return found
+    return result
 
 
-def same(ours: list[Batch], theirs: list[Batch]) -> bool:
+def same(actual: list[Batch], expected: list[Batch]) -> bool:
     return all(
         torch.equal(a, b)
-        for one, other in zip(ours, theirs, strict=True)
-        for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
+        for actual_batch, expected_batch in zip(actual, expected, strict=True)
+        for a, b in zip(vars(actual_batch).values(), vars(expected_batch).values(), strict=True)
     )
 
 
@@ -120,7 +120,7 @@ def test_a_store_on_s3_streams_what_the_local_one_does(
     local = Store(run.couplings[layout])
     copy_store(local, url, ignore_progress, None)
     assert Root(url).list_file_sizes() == {name: len(data) for name, data in tree(local.url).items()}
-    assert list(Store(url).find_faults()) == [] and not cached(cache), "verify reads what is there, not the cache"
+    assert list(Store(url).find_faults()) == [] and not cached(cache), "verify reads the store, not the cache"
     for window in (None, 2):
         expected = batches(CouplingStream(local.url, 40, seed=3, window_blocks=window), 90)
         assert same(batches(CouplingStream(url, 40, seed=3, window_blocks=window), 90), expected)
@@ -138,11 +138,11 @@ def test_a_window_needs_only_a_small_cache(
     monkeypatch.setenv("NFM_CACHE_GB", str(2.2 * window / 1e9))
     expected = batches(CouplingStream(local.url, 40, seed=3, window_blocks=1), 30)
     assert same(batches(CouplingStream(url, 40, seed=3, window_blocks=1), 30), expected)
-    held = 0
+    cached_bytes = 0
     for path in cached(cache):
         with suppress(FileNotFoundError):  # a download that was under way still makes room for itself
-            held += path.stat().st_size
-    assert held <= 2.2 * window
+            cached_bytes += path.stat().st_size
+    assert cached_bytes <= 2.2 * window
     with pytest.raises(StoreError, match="raise storage.cache_gb, or set a smaller window_blocks"):
         CouplingStream(url, 40, seed=3, window_blocks=4)
 
@@ -155,14 +155,14 @@ def test_reading_goes_on_when_the_server_was_killed(
     copy_store(local, url, ignore_progress, None)
     expected = batches(CouplingStream(local.url, 16, seed=1, window_blocks=1), 60)
     stream = CouplingStream(url, 16, seed=1, window_blocks=1)
-    found = [next(stream) for _ in range(5)]
+    actual = [next(stream) for _ in range(5)]
     begin = threading.Event()
     with outage(s3, begin, failure) as killed:
         begin.set()
         assert killed.wait(PATIENCE)
-        found += [next(stream) for _ in range(55)]
+        actual += [next(stream) for _ in range(55)]
     stream.close()
-    assert same(found, expected)
+    assert same(actual, expected)
 
 
 @pytest.mark.long
@@ -198,8 +198,8 @@ def test_writing_goes_on_when_the_server_was_killed(
     assert Store(url).dataset.id == local.dataset.id
     assert list(Store(url).find_faults()) == []
     root = Root(url)
-    there = without_times({name: root.read(name, 1 << 30) for name in root.list_file_sizes()})
-    assert there == content(local.url), "the bytes of the local store"
+    written = without_times({name: root.read(name, 1 << 30) for name in root.list_file_sizes()})
+    assert written == content(local.url), "the bytes of the local store"
 
 
 def test_a_server_that_stays_away_ends_in_one_clear_error(
@@ -254,7 +254,7 @@ def test_s3_without_credentials_is_one_clear_error(s3: ObjectStore, monkeypatch:
     ],
     ids=["missing", "truncated", "another byte"],
 )
-def test_training_stops_at_a_bad_shard_and_names_it(
+def test_training_stops_at_a_bad_file_and_names_it(
     s3: ObjectStore,
     run: Run,
     cache: Path,
@@ -399,13 +399,13 @@ def test_a_failed_part_leaves_nothing_that_still_writes(cache: Path, monkeypatch
     parts = Cache()
     with pytest.raises(StoreError, match="gone"):
         parts.fetch(root, "file", size, "0" * 64)
-    with open(cache / "other", "w+b") as other:
-        other.write(b"mine")
-        other.flush()
+    with open(cache / "later", "w+b") as later_file:
+        later_file.write(b"mine")
+        later_file.flush()
         opened_since.set()
         parts._range_pool.shutdown()  # waits for all threads
         assert len(late) == 3
-        assert os.fstat(other.fileno()).st_size == 4
+        assert os.fstat(later_file.fileno()).st_size == 4
 
 
 @pytest.mark.long

@@ -207,8 +207,8 @@ def write(results: dict[str, Any]) -> None:
         lines += [
             "## Resuming",
             "",
-            "What the driver does on a local disk before it gives out the first unit: one missing, the others done. It "
-            "opens no commit record; what grows is the listing of their names.",
+            "What the driver does on a local disk before it gives out the first unit: one missing, the others done. "
+            "It opens no commit record; what grows is the listing of their names.",
             "",
             "| units done | ms | range |",
             "| ---: | ---: | ---: |",
@@ -223,10 +223,11 @@ def write(results: dict[str, Any]) -> None:
         lines += [
             "## Faults",
             "",
-            "`make soak` (60 by default, `ROUNDS=600` for more): real processes are killed, disks filled and files "
-            "damaged while a store of 23 blocks with 8 draws is encoded, and then all of its bytes are compared with "
-            "those of a clean run. A round is one fault; a unit is lost when it was in flight at a fault, or damaged "
-            "by it.",
+            "`make soak` (60 by default, `ROUNDS=600` for more): "
+            "real processes are killed, disks filled and files damaged "
+            "while a store of 23 blocks with 8 draws is encoded, "
+            "and then all of its bytes are compared with those of a clean run. "
+            "A round is one fault; a unit is lost when it was in flight at a fault, or damaged by it.",
             "",
             results["faults"],
             "",
@@ -246,11 +247,11 @@ def end_to_end_section(results: dict[str, Any]) -> list[str]:
     return [
         "## The job beside its teacher",
         "",
-        f"{results['pairs']:,} pairs of {results['teacher']} ({results['flops'] / 1e9:.1f} GFLOP each), float32, on "
-        f"{WORKERS} workers of one thread; {results['bytes'] / 1e6:.0f} MB are written, and read back. The job's time "
-        "is from its first ready worker to dataset.json; before that it took "
-        f"{statistics.median(results['start']):.1f} s to start its workers. The bare forward has as many processes and "
-        "threads, its noisy images in RAM, and nothing else to do. "
+        f"{results['pairs']:,} pairs of {results['teacher']} ({results['flops'] / 1e9:.1f} GFLOP each), float32, "
+        f"on {WORKERS} workers of one thread; {results['bytes'] / 1e6:.0f} MB are written, and read back. "
+        "The job's time is from its first ready worker to dataset.json; "
+        f"before that it took {statistics.median(results['start']):.1f} s to start its workers. "
+        "The bare forward has as many processes and threads, its noisy images in RAM, and nothing else to do. "
         f"Medians of {len(results['bare'])} rounds, in which the three take turns.",
         "",
         "| | pairs/s | s | of the bare forward | range |",

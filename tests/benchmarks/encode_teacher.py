@@ -385,8 +385,8 @@ def table(results: dict[str, Any]) -> list[str]:
     if "cpu" in results:
         lines += [
             f"Forward pass on CPU, float32, batches of {BATCH_TOKENS['cpu']:,} tokens. The formulations take turns; "
-            "the ratio is the median of the rounds'. FLOP/s count attention as dense, of which ours skips the masked "
-            "half.",
+            "the ratio is the median of the rounds'. "
+            "FLOP/s count attention as dense, of which ours skips the masked half.",
             "",
             "| teacher | batch | threads | ours, images/s | published, images/s | ours / published | range "
             "| ours, GFLOP/s | largest Δz / rms(z) |",
@@ -402,8 +402,8 @@ def table(results: dict[str, Any]) -> list[str]:
         ]
     if "errors" in results:
         lines += [
-            "Error of z against float64, in units of rms(z), and its largest difference in float32 between batches of "
-            "1, 7 and 64 images and between 1 and 2 threads. Weights are random.",
+            "Error of z against float64, in units of rms(z), and its largest difference in float32 "
+            "between batches of 1, 7 and 64 images and between 1 and 2 threads. Weights are random.",
             "",
             "| teacher | device | rms(z) | rms(z − x) | z | rms error | largest error | batches | threads |",
             "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
@@ -421,8 +421,9 @@ def table(results: dict[str, Any]) -> list[str]:
         lines.append("")
     if "gpu" in results:
         lines += [
-            f"Forward pass on {results['device']}, batches of {BATCH_TOKENS['cuda']:,} tokens, and the error of z "
-            "against float64 in units of rms(z). Peaks are those of dense matrix products in the vendor's data sheet.",
+            f"Forward pass on {results['device']}, batches of {BATCH_TOKENS['cuda']:,} tokens, "
+            "and the error of z against float64 in units of rms(z). "
+            "Peaks are those of dense matrix products in the vendor's data sheet.",
             "",
             "| teacher | batch | precision | network | images/s | range | TFLOP/s | of peak | first call, s "
             "| rms error | largest error |",

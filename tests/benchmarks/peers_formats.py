@@ -85,18 +85,21 @@ def shuffled_pieces(pieces: int, epochs: int) -> Iterator[int]:
 
 def window_shuffle(pieces: Iterable[Raw], case: Case, batch: int) -> Iterator[Raw]:
     """Batches drawn at random from a window of pieces, gathered straight from these into one preallocated batch."""
-    pieces, rng, out, held = iter(pieces), np.random.default_rng(0), case.empty(batch), []
+    pieces = iter(pieces)
+    rng = np.random.default_rng(0)
+    out = case.empty(batch)
+    window: list[Raw] = []
     while True:
-        while sum(len(piece[2]) for piece in held) < WINDOW and (piece := next(pieces, None)):
-            held.append(piece)
-        starts = np.cumsum([0, *(len(piece[2]) for piece in held)])
+        while sum(len(piece[2]) for piece in window) < WINDOW and (piece := next(pieces, None)):
+            window.append(piece)
+        starts = np.cumsum([0, *(len(piece[2]) for piece in window)])
         if starts[-1] < batch:
             return
         order = rng.permutation(starts[-1])
         full = len(order) - len(order) % batch
         for first in range(0, full, batch):
-            yield _gather(held, starts, order[first : first + batch], out)
-        held = [_gather(held, starts, order[full:], case.empty(len(order) - full))]
+            yield _gather(window, starts, order[first : first + batch], out)
+        window = [_gather(window, starts, order[full:], case.empty(len(order) - full))]
 
 
 def _gather(pieces: list[Raw], starts: np.ndarray, rows: np.ndarray, out: Raw) -> Raw:

@@ -27,7 +27,7 @@ from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.stream import CouplingStream
 from tests.benchmarks.stores import CASES, Case, write_arrays, write_store
 
-HERE = Path(__file__).parent
+BENCHMARKS_FOLDER = Path(__file__).parent
 BATCH = 256
 OURS: dict[str, LayoutName] = {"ours, webdataset layout": "webdataset", "ours, zarr layout": "zarr"}
 PEERS = {
@@ -101,7 +101,7 @@ def python_of_peers() -> Path:
         subprocess.run([*uv, "venv", "--quiet", "--clear", str(folder)], check=True)
         torch_build = [*(["--find-links", links] if links else []), "torch==2.13.0"]
         subprocess.run([*install, *torch_build], check=True)
-        subprocess.run([*install, "--no-deps", "-r", str(HERE / "requirements-peers.txt")], check=True)
+        subprocess.run([*install, "--no-deps", "-r", str(BENCHMARKS_FOLDER / "requirements-peers.txt")], check=True)
         ready.touch()
     return python
 
@@ -123,7 +123,7 @@ def run_case(case: Case, root: Path, rounds: int, repeats: int, seconds: float, 
     write_arrays(case, folder)
     timing = ["--seconds", str(seconds), "--repeats", str(repeats)]
     commands: dict[tuple[str, str], list[str]] = {}
-    peers = [str(python_of_peers()), str(HERE / "peers.py")]
+    peers = [str(python_of_peers()), str(BENCHMARKS_FOLDER / "peers.py")]
     for product in ("float32", "stored"):
         for name, layout in OURS.items():
             url = str(folder / f"ours-{layout}")
@@ -133,9 +133,10 @@ def run_case(case: Case, root: Path, rounds: int, repeats: int, seconds: float, 
         for peer, name in PEERS.items():
             if peer == "read" and product == "float32":
                 continue
-            where = ["--root", str(folder), "--peer", peer]
-            subprocess.run([*peers, "write", *where], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            commands[product, name] = [*peers, "read", *where, "--product", product, "--epochs", "1000", *timing]
+            peer_arguments = ["--root", str(folder), "--peer", peer]
+            subprocess.run([*peers, "write", *peer_arguments], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            read = [*peers, "read", *peer_arguments]
+            commands[product, name] = [*read, "--product", product, "--epochs", "1000", *timing]
     results: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in commands}
     for number in range(rounds):
         for (product, name), command in commands.items():
@@ -143,13 +144,13 @@ def run_case(case: Case, root: Path, rounds: int, repeats: int, seconds: float, 
             rate = statistics.median(results[product, name][-1]["pairs_per_s"])
             print(f"{case.name} {number + 1}/{rounds} {product:8} {name:34} {rate:10,.0f} pairs/s", flush=True)
     table: dict[str, Any] = {"float32": {}, "stored": {}}
-    for (product, name), found in results.items():
-        numbers = [key for key, value in found[0].items() if isinstance(value, int | float)]
-        table[product][name] = {key: statistics.median(entry[key] for entry in found) for key in numbers}
-        rates = [rate for entry in found for rate in entry["pairs_per_s"]]
+    for (product, name), measurements in results.items():
+        numbers = [key for key, value in measurements[0].items() if isinstance(value, int | float)]
+        table[product][name] = {key: statistics.median(entry[key] for entry in measurements) for key in numbers}
+        rates = [rate for entry in measurements for rate in entry["pairs_per_s"]]
         table[product][name] |= {"pairs_per_s": statistics.median(rates), "low": min(rates), "high": max(rates)}
-        if "versions" in found[0]:
-            table[product][name]["versions"] = found[0]["versions"]
+        if "versions" in measurements[0]:
+            table[product][name]["versions"] = measurements[0]["versions"]
     return table
 
 

@@ -59,7 +59,7 @@ def _cifar(root: Path) -> Path:
 
 
 def scaling(root: Path, rounds: int, seconds: float, core: int) -> dict[str, Any]:
-    """Pairs per second against the window, and against the number of shards; memory over ten epochs."""
+    """Pairs per second against the window, and against the number of blocks; memory over ten epochs."""
     folder = _cifar(root)
     windows: dict[str, list[float]] = {str(window): [] for window in WINDOWS}
     for _ in range(rounds):
@@ -74,8 +74,8 @@ def scaling(root: Path, rounds: int, seconds: float, core: int) -> dict[str, Any
         sizes[blocks] = [measured(_ours(url, seconds), core)["pairs_per_s"][0] for _ in range(rounds)]
         print(f"{blocks} blocks: {statistics.median(sizes[blocks]):,.0f} pairs/s", flush=True)
     return {
-        "windows": {window: statistics.median(found) for window, found in windows.items()},
-        "blocks": {blocks: statistics.median(found) for blocks, found in sizes.items()},
+        "windows": {window: statistics.median(rates) for window, rates in windows.items()},
+        "blocks": {blocks: statistics.median(rates) for blocks, rates in sizes.items()},
         "memory": memory(str(folder / "ours-webdataset")),
     }
 
@@ -85,38 +85,38 @@ def memory(url: str) -> list[float]:
     script = (
         "import json; from contextlib import closing; from tests.benchmarks.stream import *\n"
         f"with closing(CouplingStream({url!r}, BATCH, 0)) as stream:\n"
-        "    found = []\n"
+        "    megabytes = []\n"
         "    for _ in range(10):\n"
         "        for _ in range(stream.spec.rows // BATCH): next(stream)\n"
-        "        found.append(status('RssAnon'))\n"
-        "print(json.dumps(found))"
+        "        megabytes.append(status('RssAnon'))\n"
+        "print(json.dumps(megabytes))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    found: list[float] = json.loads(done.stdout)
-    return found
+    megabytes: list[float] = json.loads(done.stdout)
+    return megabytes
 
 
 def remote(root: Path, rounds: int, seconds: float, core: int) -> dict[str, Any]:
     """An epoch from an S3 server on this machine into an empty cache, against a bare download of the same objects; then
     again with the cache, against the local store. In turn, all cores: the server has its share of them."""
     local = str(_cifar(root) / "ours-webdataset")
-    found: dict[str, list[float]] = {"cold": [], "cold, windows of 8": [], "bare, to disk": [], "bare, thrown away": []}
+    rates: dict[str, list[float]] = {"cold": [], "cold, windows of 8": [], "bare, to disk": [], "bare, thrown away": []}
     with ObjectStore(root / "object-store") as server:
         set_file_system_options({"s3": server.options})
         url = f"{server.bucket('bench')}/couplings"
         copy_store(Store(local), url, lambda _bytes: None, None)
         for _ in range(rounds):
-            found["bare, thrown away"].append(_download(url, None))
-            found["bare, to disk"].append(_download(url, root / "download"))
+            rates["bare, thrown away"].append(_download(url, None))
+            rates["bare, to disk"].append(_download(url, root / "download"))
             for name, window in (("cold", None), ("cold, windows of 8", 8)):
-                found[name].append(_cold_epoch(root / "cache", url, window))
-            print({name: round(values[-1] / 2**20) for name, values in found.items()}, flush=True)
+                rates[name].append(_cold_epoch(root / "cache", url, window))
+            print({name: round(values[-1] / 2**20) for name, values in rates.items()}, flush=True)
         warm: dict[str, list[float]] = {"warm cache": [], "local": []}
         os.environ["NFM_CACHE"] = str(root / "cache")
         for _ in range(rounds):
-            for name, where in (("warm cache", url), ("local", local)):
-                warm[name].append(_steady(where, seconds))
-    return {name: statistics.median(values) for name, values in (found | warm).items()} | {
+            for name, source_url in (("warm cache", url), ("local", local)):
+                warm[name].append(_steady(source_url, seconds))
+    return {name: statistics.median(values) for name, values in (rates | warm).items()} | {
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     }
 
@@ -181,7 +181,8 @@ def _steady(url: str, seconds: float) -> float:
 def training(root: Path, rounds: int, seconds: float, core: int) -> dict[str, Any]:
     """The share of the time in which a student waits for data: on digits, and on CIFAR-10 shapes."""
     torch.set_num_threads(1)  # as the demo does: on two busy cores, more wait for each other
-    folder, found = _cifar(root), {}
+    folder = _cifar(root)
+    results: dict[str, Any] = {}
     config = load_config("digits", ["student.train.images=19200"])
     digits = root / "digits"
     prepare(config.data, str(digits / "samples"))
@@ -198,14 +199,14 @@ def training(root: Path, rounds: int, seconds: float, core: int) -> dict[str, An
         for _ in range(min(rounds, 3)):  # a minute each
             shutil.rmtree(root / "student", ignore_errors=True)
             waits.append(train_student(student, couplings, str(root / "student"))["training"])
-        found[name] = {
+        results[name] = {
             "data_wait": statistics.median(wait["data_wait"] for wait in waits),
             "first_batch_seconds": statistics.median(wait["first_batch_seconds"] for wait in waits),
             "seconds": statistics.median(wait["seconds_since_resume"] for wait in waits),
             "images": waits[0]["images"],
         }
-        print(name, found[name], flush=True)
-    return found
+        print(name, results[name], flush=True)
+    return results
 
 
 def write_store_of_samples(samples: str, out: str) -> None:

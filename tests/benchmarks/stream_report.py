@@ -28,19 +28,17 @@ def write(results: dict[str, Any]) -> None:
         "make bench-stream",
         "```",
         "",
-        f"On {machine['cores']} cores of {machine['cpu']}, Linux {machine['kernel']}; medians of "
-        f"{machine['rounds']} × {machine['repeats']} measurements: the rows of a table take turns, each in a "
-        "process of "
-        "its own on one core, with everything in the page cache. "
+        f"On {machine['cores']} cores of {machine['cpu']}, Linux {machine['kernel']}; "
+        f"medians of {machine['rounds']} × {machine['repeats']} measurements: "
+        "the rows of a table take turns, each in a process of its own on one core, with everything in the page cache. "
         f"Batches of {BATCH} pairs in a globally shuffled order (or as near as a reader comes), random draws, K = 4, "
         f"blocks of {BLOCK_ROWS:,} images. Versions: "
         + ", ".join(f"{name} {value}" for name, value in sorted(versions.items()))
         + ".",
         "",
         "Every reader ends with the same product, by the same code, in one of two forms: the values *as stored*, "
-        "which is "
-        "what a trainer brings to its GPU and converts there, and *float32*, which is what `CouplingStream` gives by "
-        "default.",
+        "which is what a trainer brings to its GPU and converts there, "
+        "and *float32*, which is what `CouplingStream` gives by default.",
         "",
         "Formats, scaling, object storage and training are parts that may be measured at different times (`--parts`); "
         "every ratio is within one part.",
@@ -81,24 +79,24 @@ def _table(case: str, title: str, rows: dict[str, Any], shape: tuple[int, int, i
     anonymous = ", ".join(f"{rows[name]['anonymous_mb']:,.0f} MB" for name in OURS)
     lines += [
         "",
-        f"Ours over the first K epochs, in which each file is opened and checked once: {first} pairs/s. Of our peak "
-        f"memory, all but {anonymous} are pages of the files themselves, which the kernel may take back.",
+        f"Ours over the first K epochs, in which each file is opened and checked once: {first} pairs/s. "
+        f"Of our peak memory, all but {anonymous} are pages of the files themselves, which the kernel may take back.",
         "",
     ]
     return lines
 
 
 def _judgement(results: dict[str, Any]) -> list[str]:
-    """Each ratio that was asked for, met or not."""
+    """Each required ratio, met or not."""
     lines = [
-        "## What was asked",
+        "## Requirements",
         "",
-        "| ratio | asked |" + "".join(f" {c.name} {p} |" for c in CASES for p in PRODUCTS),
+        "| ratio | required |" + "".join(f" {c.name} {p} |" for c in CASES for p in PRODUCTS),
     ]
     lines.append("| --- | ---: |" + " ---: |" * (len(CASES) * len(PRODUCTS)))
     tar, zarr = OURS
     hand_tuned = ("datasets-tuned", "parquet", "arrow-ipc")
-    asked = [
+    requirements = [
         ("webdataset layout / webdataset with .npy members", 100, tar, ("webdataset",)),
         ("webdataset layout / fastest streaming library", 10, tar, LIBRARIES),
         ("webdataset layout / fastest hand-tuned format", 1, tar, hand_tuned),
@@ -106,14 +104,17 @@ def _judgement(results: dict[str, Any]) -> list[str]:
         ("zarr layout / zarr-python's fastest", 3, zarr, ("zarr", "zarr-chunks")),
     ]
     columns = [results["formats"][case.name][product] for case in CASES for product in PRODUCTS]
-    for what, least, ours, peers in asked:
+    for description, required_ratio, layout_name, peers in requirements:
         ratios = [
-            rows[ours]["pairs_per_s"] / max(rows[PEERS[peer]]["pairs_per_s"] for peer in peers) for rows in columns
+            rows[layout_name]["pairs_per_s"] / max(rows[PEERS[peer]]["pairs_per_s"] for peer in peers)
+            for rows in columns
         ]
-        lines.append(f"| {what} | {least} |" + "".join(_cell(ratio, least) for ratio in ratios))
+        lines.append(
+            f"| {description} | {required_ratio} |" + "".join(_cell(ratio, required_ratio) for ratio in ratios)
+        )
     ratios = [rows[zarr]["pairs_per_s"] / rows[tar]["pairs_per_s"] for rows in columns]
     lines.append("| zarr layout / webdataset layout | 0.8 |" + "".join(_cell(ratio, 0.8) for ratio in ratios))
-    lines += ["", "In bold what reaches it.", ""]
+    lines += ["", "A ratio in bold meets the requirement.", ""]
     remote, training = results["remote"], results["training"]
     best = max(remote["cold"], remote["cold, windows of 8"])
     wait = max(row["data_wait"] for row in training.values())
@@ -123,13 +124,17 @@ def _judgement(results: dict[str, Any]) -> list[str]:
         ("warm cache / local", f"{remote['warm cache'] / remote['local']:.2f}", "1"),
         ("waiting for data in training, at most", f"{100 * wait:.2f} %", "under 1 %"),
     ]
-    lines += ["| | measured | asked |", "| --- | ---: | ---: |"]
-    return [*lines, *(f"| {what} | {got} | {asked} |" for what, got, asked in others), ""]
+    lines += ["| | measured | required |", "| --- | ---: | ---: |"]
+    return [
+        *lines,
+        *(f"| {description} | {result} | {requirement} |" for description, result, requirement in others),
+        "",
+    ]
 
 
-def _cell(ratio: float, least: float) -> str:
+def _cell(ratio: float, required_ratio: float) -> str:
     text = f"{ratio:,.0f}" if ratio >= 20 else f"{ratio:.2f}"
-    return f" **{text}** |" if ratio >= least else f" {text} |"
+    return f" **{text}** |" if ratio >= required_ratio else f" {text} |"
 
 
 def _scaling(scaling: dict[str, Any]) -> list[str]:
@@ -159,13 +164,12 @@ def _remote(remote: dict[str, Any]) -> list[str]:
     return [
         "## From an S3 server",
         "",
-        "OpenStack Swift with its S3 API on the same two cores, which it keeps busy itself. Cold: into an empty "
-        "cache, to "
-        "the first batch where the whole store is shuffled and so must be there first, and in windows of 8 "
-        "blocks to the "
-        "last batch of an epoch; sha256, the write to the cache and the checks are in it. Bare: the same objects "
-        "through "
-        "the same client (s3fs), as many at a time, thrown away or written to files durably, as the cache does.",
+        "OpenStack Swift with its S3 API on the same two cores, which it keeps busy itself. "
+        "Cold: into an empty cache, to the first batch where the whole store is shuffled and so must be there first, "
+        "and in windows of 8 blocks to the last batch of an epoch; "
+        "sha256, the write to the cache and the checks are in it. "
+        "Bare: the same objects through the same client (s3fs), as many at a time, "
+        "thrown away or written to files durably, as the cache does.",
         "",
         "| | MiB/s | of bare, thrown away | of bare, to disk |",
         "| --- | ---: | ---: | ---: |",

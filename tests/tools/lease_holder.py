@@ -9,7 +9,7 @@ from pathlib import Path
 from nfm.storage_specs.format.names import LEASE_FILE
 from tests.tools.waiting import wait_for
 
-UNIT = "000001.k000-008"  # what it has in hand
+UNIT = "000001.k000-008"  # the unit that it says is in flight
 PROGRAM = f"""
 import sys, time
 from nfm.storage_specs.storage import lease
@@ -24,7 +24,7 @@ with Lease(sys.argv[1], {LEASE_FILE!r}) as lease:
 
 @contextmanager
 def lease_holder(folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """The process that holds the lease of `folder`, once its file names the unit in hand."""
+    """The process that holds the lease of `folder`, once its file names the unit in flight."""
 
     def unit_is_noted() -> bool:
         assert process.poll() is None, "the holder ended by itself"

@@ -24,8 +24,8 @@ def seconds():
         return 0.0
 def fsync(descriptor):
     start = time.monotonic()
-    while (left := start + seconds() - time.monotonic()) > 0:
-        time.sleep(min(left, 0.01))
+    while (remaining := start + seconds() - time.monotonic()) > 0:
+        time.sleep(min(remaining, 0.01))
     _fsync(descriptor)
 os.fsync = fsync
 """

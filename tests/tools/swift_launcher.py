@@ -196,7 +196,7 @@ def spawn(name: str, folder: Path) -> subprocess.Popen[bytes]:
         if os.getppid() != launcher:  # it died before the line above
             os._exit(1)
 
-    here = Path(__file__).resolve().parent  # where the proxy finds `cache_filter`
+    tools_folder = Path(__file__).resolve().parent  # where the proxy finds `cache_filter`
     script = Path(sys.executable).parent / f"swift-{name}-server"
     with (folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
@@ -205,7 +205,7 @@ def spawn(name: str, folder: Path) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             preexec_fn=die_with_launcher,
-            env={**os.environ, "PYTHONPATH": str(here)},
+            env={**os.environ, "PYTHONPATH": str(tools_folder)},
         )
 
 
