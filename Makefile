@@ -30,6 +30,7 @@ help:  ## list the targets
 install: $(READY)  ## create .venv with everything in it
 
 $(READY): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), which takes about a minute"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 	links=$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true); \
@@ -45,7 +46,7 @@ demo: $(READY)  ## the whole path on embedded data: runs/demo/report.html (DATA=
 
 test: $(READY)  ## the quick tests of every subject (2 to 4 minutes on 2 cores)
 	@$(BIN)/pytest -m "not long" $(ARGS); status=$$?; \
-	echo "make test-all runs the long tests too: sweeps over faults and hostile stores, whole demos."; exit $$status
+	echo "make test-all runs the long tests too: sweeps over faults and hostile stores, an installed wheel, whole demos."; exit $$status
 
 test-all: $(READY)  ## all tests (10 minutes)
 	$(BIN)/pytest $(ARGS)

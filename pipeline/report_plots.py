@@ -18,6 +18,7 @@ from nfm.models.solvers import ScheduleName, SolverName, parse_sampler
 # The students of the demo, by their names in the report; students of other names have their own names as labels, and
 # colours of matplotlib's choice.
 COLORS = {"nfm": "#c2410c", "independent": "#1d4ed8", "teacher": "#15803d", "training": "#a3a3a3"}
+OTHER_COLORS = ("#7e22ce", "#0f766e", "#be185d", "#a16207", "#4b5563")  # of students with other names, in turn
 NAMES = {"nfm": "NFM (teacher's pairs)", "independent": "FM (random pairs)"}
 SHORT_NAMES = {"nfm": "NFM", "independent": "FM"}
 # By solver and schedule.
@@ -33,6 +34,15 @@ STRIP_WIDTH = 9.4  # inches of a row of samples in `summary_png`
 def student_names(metrics: dict[str, Any]) -> list[str]:
     """NFM first, then by name; JSON keeps no order."""
     return sorted(metrics["students"], key=lambda name: (name != "nfm", name))
+
+
+def student_colors(metrics: dict[str, Any]) -> dict[str, str]:
+    """A color for each student, the same in all plots of a report."""
+    colors: dict[str, str] = {}
+    for name in student_names(metrics):
+        num_others = sum(other not in COLORS for other in colors)
+        colors[name] = COLORS.get(name, OTHER_COLORS[num_others % len(OTHER_COLORS)])
+    return colors
 
 
 def distance_name(metrics: dict[str, Any]) -> str:
@@ -70,7 +80,9 @@ def plot_loss(axes: Axes, metrics: dict[str, Any]) -> None:
     """Training loss of each student against images."""
     for name in student_names(metrics):
         curve = metrics["curves"][name]
-        axes.plot(curve["images"], curve["loss"], color=COLORS.get(name), label=NAMES.get(name, name), lw=1.2)
+        axes.plot(
+            curve["images"], curve["loss"], color=student_colors(metrics)[name], label=NAMES.get(name, name), lw=1.2
+        )
     axes.set(yscale="log", xlabel="training images", ylabel="flow-matching loss per dimension")
     axes.legend(frameon=False)
 
@@ -94,7 +106,7 @@ def plot_distance(axes: Axes, metrics: dict[str, Any]) -> None:
             if schedule != "t2":
                 label += f" (schedule {schedule})"
             nfes = sorted(distances)
-            axes.plot(nfes, [distances[nfe] for nfe in nfes], style, color=COLORS.get(name), label=label)
+            axes.plot(nfes, [distances[nfe] for nfe in nfes], style, color=student_colors(metrics)[name], label=label)
     axes.axhline(metrics["teacher"]["fd"], color=COLORS["teacher"], lw=1, label="TarFlow teacher")
     axes.set(xscale="log", xlabel="function evaluations (NFE)", ylabel=distance_name(metrics))
     axes.set_ylim(0, 1.08 * largest)

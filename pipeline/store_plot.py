@@ -40,7 +40,7 @@ def _plot_images(axes: Axes, store: Store) -> None:
     for i, image in enumerate(images):
         row, column = divmod(i, COLUMNS)
         top, left = row * (height + 1), column * (width + 1)
-        pixels = image[:3] if channels >= 3 else image[:1]  # of latents, one channel
+        pixels = image[:3] if channels >= 3 else image[:1]  # of one or two channels, the first
         grid[top : top + height, left : left + width] = np.moveaxis(pixels, 0, -1)
     axes.imshow(grid)
     axes.set_axis_off()

@@ -4,9 +4,8 @@
 class ResumableError(Exception):
     """A run was ended from outside, as by a signal or a lost machine. The same command continues it."""
 
-    skips_cleanup = (
-        False  # True: the process exits without the cleanup of libraries, which would wait for a lost machine
-    )
+    # Whether the process exits without the cleanup of libraries, which would wait for a lost machine.
+    skips_cleanup = False
 
 
 class StageError(ValueError):

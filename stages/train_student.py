@@ -12,6 +12,7 @@ from nfm.models.labels import drop_labels
 from nfm.models.paths import flow_matching_loss, linear_path, logit_normal
 from nfm.models.sit import SIZE_GRAMMAR, SiT, SiTConfig, parse_size
 from nfm.stages.errors import StageError
+from nfm.stages.progress import Progress
 from nfm.stages.section import Section
 from nfm.stages.training import TrainConfig, Trainer, join_world, open_stream
 from nfm.storage_specs.format.schema import Spec
@@ -77,8 +78,7 @@ def train_student(config: StudentConfig, couplings: str | Sequence[Source], out:
         couplings_identity = [
             {"id": mixed.dataset.id, "weight": source.weight} for mixed, source in zip(stores, sources, strict=True)
         ]
-    torch.manual_seed(config.train.seed)
-    network = SiT(sit_config(config, store.spec))
+    sizes = sit_config(config, store.spec)
     couple = COUPLINGS[config.coupling]
 
     def loss(model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -90,6 +90,9 @@ def train_student(config: StudentConfig, couplings: str | Sequence[Source], out:
         return flow_matching_loss(model, linear_path(batch.x, epsilon, t), y)
 
     with join_world() as world:
+        with Progress("build the network", enabled=world.is_first_rank):
+            torch.manual_seed(config.train.seed)
+            network = SiT(sizes)
         stream = open_stream(sources, "pairs", config.train, world)
         trainer = Trainer(
             f"train-student {config.coupling}",

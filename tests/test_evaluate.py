@@ -97,6 +97,11 @@ def test_two_students_of_one_name_are_refused(run: Run, student: str, tmp_path: 
         nfm.main(["evaluate", *arguments], standalone_mode=False)
 
 
+def test_a_student_called_teacher_is_refused(run: Run, student: str) -> None:
+    with pytest.raises(StageError, match="got a student called 'teacher'"):
+        evaluate(run.config.evaluate, run.samples, run.couplings["webdataset"], run.teacher, {"teacher": student})
+
+
 def test_guidance_needs_students_that_saw_dropped_labels(run: Run, student: str, tmp_path: Path) -> None:
     checkpoint = load(student)
     document: dict[str, Any] = json.loads(json.dumps(checkpoint.document))

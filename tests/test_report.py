@@ -9,7 +9,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from nfm.pipeline.report_plots import plot_distance, row_name
+from nfm.pipeline.report_plots import COLORS, plot_distance, row_name, student_colors
 from tests.tools.docs_pictures import MARKERS, insert, numbers
 
 README = Path(__file__).parent.parent / "README.md"
@@ -44,6 +44,12 @@ def test_samplers_of_two_schedules_are_two_lines() -> None:
         "NFM (teacher's pairs), heun (schedule t)": ([31], [0.3]),
         "NFM (teacher's pairs), euler": ([5], [0.9]),
     }
+
+
+def test_students_have_colors_of_their_own() -> None:
+    colors = student_colors({"students": {"my-run": {}, "nfm": {}, "fm2": {}}})
+    assert colors["nfm"] == COLORS["nfm"]
+    assert len({*colors.values(), COLORS["teacher"]}) == 4
 
 
 def test_the_report_has_a_picture_of_its_own(home: Path) -> None:

@@ -197,6 +197,36 @@ def test_storage_that_is_away_is_no_fault_of_a_store(monkeypatch: pytest.MonkeyP
     Root(url).fs.rm("/away", recursive=True)
 
 
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize(
+    ("column", "block", "draw", "message"),
+    [
+        ("y", 0, -1, "got column 'y' of a store of couplings; expected one of x, label, index, z, noise"),
+        ("x", 99, -1, r"got block 99; expected 0 to \d+"),
+        ("x", -1, -1, "got block -1"),
+        ("x", 0, 0, "got draw 0 of x, which has no draws"),
+        ("z", 0, -1, "got draw -1 of z; expected 0 to 2"),
+        ("noise", 0, 3, "got draw 3 of noise; expected 0 to 2"),
+    ],
+)
+def test_what_a_store_does_not_have_is_named(
+    run: Run, layout: LayoutName, column: str, block: int, draw: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Store(run.couplings[layout]).column(column, block, draw)
+
+
+def test_samples_have_no_z(run: Run) -> None:
+    store = Store(f"{run.samples}/train")
+    with pytest.raises(ValueError, match="got column 'z' of a store of samples; expected one of x, label, index"):
+        store.z(0, 0)
+    with pytest.raises(ValueError, match="which has no σ_f"):
+        _ = store.sigma_f
+    assert store.z_scale is None
+    with pytest.raises(ValueError, match=f"got row {store.spec.rows}; expected 0 to {store.spec.rows - 1}"):
+        store.images(np.array([0, store.spec.rows]))
+
+
 def test_paths_stay_inside_the_store() -> None:
     for path in ("../x", "/etc/passwd", "a/../../b", "a//b", "", "a\\b", "./a", "a\0b"):
         with pytest.raises(StoreError, match="relative path"):

@@ -150,6 +150,11 @@ def test_sizes_that_do_not_fit_are_refused(run: Run, batch: int, rank: int, worl
         CouplingStream(run.couplings["webdataset"], batch, 0, rank=rank, world_size=world)
 
 
+def test_another_view_is_refused(run: Run) -> None:
+    with pytest.raises(ValueError, match="got view 'pair'; expected 'samples' or 'pairs'"):
+        CouplingStream(run.couplings["webdataset"], 8, 0, "pair")  # type: ignore[arg-type]  # a typo is what is tested
+
+
 def test_a_mixture_of_no_stores_is_refused() -> None:
     with pytest.raises(ValueError, match="expected at least one store"):
         CouplingStream([], 8, seed=0)

@@ -134,14 +134,16 @@ class Store:
 
     @cached_property
     def sigma_f(self) -> NDArray[np.float32]:
-        """σ_f, float32 (C, H, W): root mean square of z in each dimension, over the data set and draws."""
+        """σ_f, float32 (C, H, W): root mean square of z in each dimension, over the data set and draws. Raises
+        ValueError for a store of samples."""
+        if self.spec.coupling is None:
+            raise ValueError(f"{self.url}: got a store of samples, which has no σ_f; expected one of couplings")
         return self._read_scale(SIGMA_F_FILE, self.dataset.sigma_f_sha256)
 
     @cached_property
     def z_scale(self) -> NDArray[np.float32] | None:
-        """The step of int8 z in each dimension, float32 (C, H, W); None for other dtypes."""
-        assert self.spec.coupling is not None
-        digest = self.spec.coupling.z_scale_sha256
+        """The step of int8 z in each dimension, float32 (C, H, W); None for other dtypes, and for samples."""
+        digest = self.spec.coupling.z_scale_sha256 if self.spec.coupling else None
         return self._read_scale(Z_SCALE_FILE, digest) if digest else None
 
     def local_path(self, key: FileKey) -> Path:
@@ -222,8 +224,12 @@ class Store:
 
     def column(self, name: str, block: int, draw: int = -1) -> NDArray[Any]:
         """Column "x", "label", "index", "z" or "noise" of one block, (rows, …), in the dtype of the files. z and noise
-        also need a draw. Noise that the store does not hold is drawn again, which gives the same bits."""
+        also need a draw. Noise that the store does not hold is drawn again, which gives the same bits.
+
+        Raises ValueError for a column, block or draw that the store does not have.
+        """
         coupling = self.spec.coupling
+        self._check_address(name, block, draw)
         if name == "noise" and coupling is not None and not coupling.noise.stored:
             noise = standard_normal(coupling.noise.seed, self.spec.indices(block), draw, self.spec.shape)
             return noise.astype(self.spec.dtype("noise"))
@@ -233,16 +239,39 @@ class Store:
 
     def z(self, block: int, draw: int) -> NDArray[np.float32]:
         """z of one block and draw, float32 (rows, C, H, W), as the teacher gave it but for the rounding of the stored
-        dtype. It is not divided by σ_f."""
+        dtype. It is not divided by σ_f. Raises ValueError for a block or draw that the store does not have."""
+        stored = self.column("z", block, draw)
         assert self.spec.coupling is not None
-        return codecs.decode_z(self.column("z", block, draw), self.spec.coupling.z_dtype, self.z_scale)
+        return codecs.decode_z(stored, self.spec.coupling.z_dtype, self.z_scale)
+
+    def _check_address(self, name: str, block: int, draw: int) -> None:
+        """Raise ValueError unless the store has this column, and the column this block and draw."""
+        draw_columns = ("z", "noise") if self.spec.coupling else ()
+        columns = ("x", "label", "index", *draw_columns)
+        if name not in columns:
+            raise ValueError(
+                f"{self.url}: got column {name!r} of a store of {self.spec.kind}; expected one of {', '.join(columns)}"
+            )
+        if not 0 <= block < self.spec.blocks:
+            raise ValueError(f"{self.url}: got block {block}; expected 0 to {self.spec.blocks - 1}")
+        if name in draw_columns and not 0 <= draw < self.spec.draws:
+            raise ValueError(f"{self.url}: got draw {draw} of {name}; expected 0 to {self.spec.draws - 1}")
+        if name not in draw_columns and draw != -1:
+            raise ValueError(f"{self.url}: got draw {draw} of {name}, which has no draws; expected none")
 
     def labels(self) -> NDArray[np.int64]:
         """The labels of all rows, (N,)."""
         return np.concatenate([self.column("label", block) for block in range(self.spec.blocks)])
 
     def images(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """x of the given rows, uint8 (len(rows), C, H, W). Each block is read once."""
+        """x of the given rows, uint8 (len(rows), C, H, W). Each block is read once.
+
+        Raises ValueError for rows that the store does not have.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        outside = rows[(rows < 0) | (rows >= self.spec.rows)]
+        if len(outside):
+            raise ValueError(f"{self.url}: got row {outside[0]}; expected 0 to {self.spec.rows - 1}")
         images = np.empty((len(rows), *self.spec.shape), dtype=np.uint8)
         blocks, rows_in_block = np.divmod(rows, self.spec.block_rows)
         for block in np.unique(blocks).tolist():

@@ -190,7 +190,7 @@ class Root:
             raise StoreError(f"{self.url}/{path}: {error.strerror}; expected a file") from error
 
     def _missing_error(self, path: str) -> StoreError:
-        return StoreError(f"{self.url}/{path} is missing; the store is incomplete or the URL is wrong")
+        return StoreError(f"{self.url}/{path} is missing; the URL is wrong, or what writes it has not finished")
 
     def _too_large_error(self, path: str, size: int, max_bytes: int) -> StoreError:
         return StoreError(

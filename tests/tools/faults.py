@@ -216,10 +216,12 @@ class Soak:
                     driver.communicate()
                     break
                 driver.send_signal(number)
-                driver.communicate(timeout=PATIENCE)
+                _, errors = driver.communicate(timeout=PATIENCE)
             if driver.returncode == 0:
                 break  # it was over in the same moment
-            assert driver.returncode == code, f"the driver ended with {driver.returncode}"
+            assert driver.returncode == code, f"the driver ended with {driver.returncode}: {errors}"
+            if "units in flight" in errors:  # it was encoding, and neither before nor after that
+                assert errors.index("received SIGTERM; finishing") < errors.rindex("received SIGTERM; "), errors
             killed += 1
             lost_units.append(self.list_lost_units(out))
         self.encode(out)
