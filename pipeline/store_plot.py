@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.storage.files import Root
+from nfm.storage_specs.storage.files import split_url
 
 ROWS, COLUMNS = 6, 10  # of the grid of images
 Z_RANGE = 6.0  # the histogram goes from -Z_RANGE to Z_RANGE
@@ -28,8 +28,8 @@ def plot_store(store: Store, out: str) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     plt.close(figure)
-    folder, slash, name = out.rpartition("/")
-    Root(folder or slash or ".").write(name, picture.getvalue())
+    root, name = split_url(out)
+    root.write(name, picture.getvalue())
 
 
 def _plot_images(axes: Axes, store: Store) -> None:

@@ -19,7 +19,7 @@ from nfm.models.sit import SiT, SiTConfig
 from nfm.models.tarflow import TarFlow, TarFlowConfig
 from nfm.stages.errors import StageError
 from nfm.storage_specs.storage.errors import StorageError, StoreError
-from nfm.storage_specs.storage.files import Root
+from nfm.storage_specs.storage.files import split_url
 
 MAX_BYTES = 1 << 38  # of a checkpoint that is read
 DOCUMENT_KEY = "nfm"  # of the document in the header's metadata
@@ -45,12 +45,6 @@ class Checkpoint:
 def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as the group `prefix` of a checkpoint; `Checkpoint.group` is the inverse."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def split_url(url: str) -> tuple[Root, str]:
-    """The folder and the name of the file at a URL."""
-    folder, slash, name = url.rpartition("/")
-    return Root(folder or slash or "."), name
 
 
 def exists(url: str) -> bool:
@@ -128,21 +122,16 @@ def build(checkpoint: Checkpoint, name: str, url: str) -> nn.Module:
     Raises StageError if it is of another class, or if architecture and weights do not fit each other. The network is
     made on the meta device and takes the tensors of the checkpoint, so a hostile architecture allocates no memory.
     """
-    architecture_document = checkpoint.document.get("architecture")
-    values: dict[str, Any] = dict(architecture_document) if isinstance(architecture_document, dict) else {}
-    actual_name = values.pop("name", None)
-    if actual_name is None:
-        raise StageError(
-            f"{url}: got a checkpoint without an architecture, expected the model.safetensors of a finished {name}"
-        )
+    actual_name = network_name(checkpoint, url)
     if actual_name != name:
         raise StageError(f"{url}: got a checkpoint of {actual_name}, expected one of {name}")
     network_class, config_class = NETWORKS[name]
+    document = checkpoint.document["architecture"]
+    # JSON has no tuples.
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
+    del values["name"]
     state = {key: tensor.float() for key, tensor in checkpoint.group("model").items()}
     try:
-        for key, value in values.items():
-            if isinstance(value, list):
-                values[key] = tuple(value)  # as JSON has no tuples
         config = config_class(**values)
         layers = sum(config.depths) if name == "TarFlow" else config.depth
         # Each layer has tensors of its own. Without this check, a hostile number of layers would take hours and all

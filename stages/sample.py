@@ -23,11 +23,11 @@ from nfm.stages.checkpoint import (
     load,
     network_name,
     read_teacher_training,
-    split_url,
 )
 from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress, count_calls
 from nfm.storage_specs.format.pixels import to_uint8
+from nfm.storage_specs.storage.files import split_url
 
 DEFAULT_SAMPLER = "heun31"  # of students
 GRID_SCALE = 4  # pixels of the grid for a pixel of an image that is smaller than GRID_SCALE_BELOW

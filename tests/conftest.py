@@ -19,6 +19,7 @@ import torch
 
 from nfm.pipeline.config import Config, load_config
 from nfm.stages.prepare import prepare
+from nfm.stages.train_student import train_student
 from nfm.stages.train_teacher import train_teacher
 from nfm.storage_specs.format.schema import LayoutName
 from tests.tools.object_store import ObjectStore
@@ -76,6 +77,15 @@ def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     for layout, url in couplings.items():
         encode_in_process(config, f"{root}/samples/train", teacher, url, layout)
     return Run(config, f"{root}/samples", teacher, couplings)
+
+
+@pytest.fixture(scope="session")
+def student(run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """model.safetensors of a student trained on one batch of `run`'s webdataset couplings."""
+    out = tmp_path_factory.mktemp("student")
+    train = run.config.student.train.model_copy(update={"images": 64})
+    train_student(run.config.student.model_copy(update={"train": train}), run.couplings["webdataset"], str(out))
+    return f"{out}/model.safetensors"
 
 
 @pytest.fixture(scope="session")

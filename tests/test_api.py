@@ -21,7 +21,6 @@ from nfm.pipeline.config import Config
 from nfm.stages.checkpoint import Checkpoint, load, save
 from nfm.stages.errors import StageError
 from nfm.stages.evaluate import FrechetDistance
-from nfm.stages.train_student import train_student
 from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.small_run import Run
 
@@ -91,17 +90,8 @@ def test_states_and_sources_travel_between_processes_and_streams_do_not(run: Run
     stream.close()
 
 
-@pytest.fixture(scope="module")
-def student(run: Run, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a student trained on one batch."""
-    out = tmp_path_factory.mktemp("student")
-    train = config.student.train.model_copy(update={"images": 128, "checkpoint_images": 128})
-    train_student(config.student.model_copy(update={"train": train}), run.couplings["zarr"], str(out))
-    return out
-
-
-def test_load_gives_the_network_of_a_teacher_or_a_student(run: Run, student: Path) -> None:
-    for url, network_class in ((run.teacher, TarFlow), (f"{student}/model.safetensors", SiT)):
+def test_load_gives_the_network_of_a_teacher_or_a_student(run: Run, student: str) -> None:
+    for url, network_class in ((run.teacher, TarFlow), (student, SiT)):
         network = nfm.load(url)
         assert type(network) is network_class
         assert not network.training

@@ -12,7 +12,6 @@ from nfm.stages.checkpoint import Checkpoint, load, save
 from nfm.stages.errors import StageError
 from nfm.stages.evaluate import STEPS_WITHOUT_STUDENTS, EvaluateConfig, evaluate
 from nfm.stages.splits import open_splits
-from nfm.stages.train_student import train_student
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.progress_log import record_progress
@@ -26,14 +25,6 @@ CONFIG = EvaluateConfig(
     grid_columns=4,
     grid_samplers=["euler3:t2"],
 )
-
-
-@pytest.fixture(scope="module")
-def student(run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("student")
-    train = run.config.student.train.model_copy(update={"images": 64})
-    train_student(run.config.student.model_copy(update={"train": train}), run.couplings["webdataset"], str(out))
-    return f"{out}/model.safetensors"
 
 
 def test_each_step_is_shown_and_counted_to_its_end(run: Run, student: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,17 +12,8 @@ from nfm.models.solvers import parse_sampler
 from nfm.stages.checkpoint import Checkpoint, load, save
 from nfm.stages.errors import StageError
 from nfm.stages.sample import SampleRequest, sample
-from nfm.stages.train_student import train_student
 from tests.tools.progress_log import record_progress
 from tests.tools.small_run import Run
-
-
-@pytest.fixture(scope="module")
-def student(run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("student")
-    train = run.config.student.train.model_copy(update={"images": 64})
-    train_student(run.config.student.model_copy(update={"train": train}), run.couplings["webdataset"], str(out))
-    return f"{out}/model.safetensors"
 
 
 def without_dropped_labels(url: str, section: str, folder: Path) -> str:

@@ -257,6 +257,12 @@ class Root:
         self._retry(path, lambda: self.fs.rm_file(self.full_path(path)))
 
 
+def split_url(url: str) -> tuple[Root, str]:
+    """The folder and the name of the file at a URL."""
+    folder, slash, name = url.rpartition("/")
+    return Root(folder or slash or "."), name
+
+
 @contextmanager
 def open_regular_file(path: str | Path) -> Iterator[tuple[int, int]]:
     """An open descriptor, for reading, and the size of a local file.
