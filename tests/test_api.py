@@ -62,7 +62,7 @@ def test_names_are_those_of_their_modules() -> None:
 
 def test_a_name_that_does_not_exist() -> None:
     with pytest.raises(AttributeError, match=r"'nfm' has no attribute 'Stream'; its names are CouplingStream, Source"):
-        nfm.Stream  # type: ignore[attr-defined]  # noqa: B018
+        nfm.Stream  # type: ignore[attr-defined]  # noqa: B018  (that it has no such name is what is tested)
     with pytest.raises(ImportError, match="cannot import name 'Stream'"):
         exec("from nfm import Stream")
 
