@@ -143,6 +143,7 @@ def config_command(config: Config) -> None:
 @click.option(
     "--skip-bad-images", is_flag=True, help="Leave out images that do not decode, and count them, instead of stopping."
 )
+@click.option("--licence", cls=Shortcut, key="attribution.licence", help="SPDX licence of the data, as CC-BY-4.0.")
 def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) -> None:
     """Images → sample stores (x as uint8, label, index).
 
@@ -151,7 +152,7 @@ def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) 
     """
     from nfm.stages.prepare import prepare as run
 
-    run(config.data, out, data, skip_bad_images)
+    run(config.data, out, data, skip_bad_images, config.attribution)
     click.echo(f"{out}/train and {out}/val are complete; nfm store info shows what they hold")
 
 
@@ -254,7 +255,7 @@ def encode(config: Config, samples: str, teacher: str, out: str, as_json: bool, 
         report = estimate_job(config.encode, config.student, samples, teacher, out, config.storage, as_json)
         click.echo(json.dumps(report.as_document()) if as_json else report.describe())
         return
-    summary = encode_couplings(config.encode, samples, teacher, out, config.storage, as_json)
+    summary = encode_couplings(config.encode, samples, teacher, out, config.storage, as_json, config.attribution)
     print_summary(summary, out, config.student.train.images, as_json)
 
 

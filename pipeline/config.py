@@ -13,12 +13,14 @@ from pydantic import Field, ValidationError
 from nfm.pipeline.config_keys import list_keys, subsection_type, walk_subsections
 from nfm.pipeline.errors import ConfigError
 from nfm.pipeline.presets import preset_names, preset_text
+from nfm.stages.attribution import AttributionConfig
 from nfm.stages.encode import EncodeConfig
 from nfm.stages.evaluate import EvaluateConfig
 from nfm.stages.prepare import DataConfig
 from nfm.stages.section import Section
 from nfm.stages.train_student import StudentConfig
 from nfm.stages.train_teacher import TeacherConfig
+from nfm.storage_specs.format.schema import Attribution
 from nfm.storage_specs.storage.files import set_file_system_options
 
 
@@ -59,6 +61,11 @@ class Config(Section):
     encode: EncodeConfig = Field(description="The couplings that encode writes.")
     student: StudentConfig = Field(description="The SiT student.")
     evaluate: EvaluateConfig = Field(description="What evaluate generates and measures.")
+    attribution: AttributionConfig = Field(
+        default=AttributionConfig(),
+        description="Where the data come from and on what terms, as prepare and encode write it into stores. "
+        "It stands outside their ids.",
+    )
     storage: StorageConfig = Field(
         default=StorageConfig(), description="How remote stores are reached. Nothing in it changes a result."
     )
@@ -90,6 +97,14 @@ def load_storage(overrides: Sequence[str]) -> StorageConfig:
         return StorageConfig.model_validate(values["storage"])
     except ValidationError as error:
         raise ConfigError(_describe_mistakes("--set", error, prefix=("storage",))) from error
+
+
+def parse_attribution(values: dict[str, Any]) -> Attribution:
+    """The attribution with these fields of the section `attribution`. Raises ConfigError."""
+    try:
+        return AttributionConfig.model_validate(values).to_attribution()
+    except ValidationError as error:
+        raise ConfigError(_describe_mistakes("attribution", error, prefix=("attribution",))) from error
 
 
 def _read_preset(preset: str) -> dict[str, Any]:

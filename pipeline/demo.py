@@ -31,7 +31,7 @@ def run_demo(config: Config, out: str, data: Path | None, skip_bad_images: bool)
         print_line(f"[{number}/{NUM_STAGES} {elapsed:5.0f} s] {text}")
 
     print_stage(1, "prepare: images → sample stores")
-    prepare(config.data, f"{out}/samples", data, skip_bad_images)
+    prepare(config.data, f"{out}/samples", data, skip_bad_images, config.attribution)
     print_stage(2, "train-teacher: TarFlow by maximum likelihood")
     document = train_teacher(config.teacher, f"{out}/samples", f"{out}/teacher")
     print_line(f"    {document['bpd']:.3f} bits per dimension held out")
@@ -60,4 +60,4 @@ def _encode_stores(config: Config, samples: str, teacher: str, stores: dict[Layo
                 stack.enter_context(ray_session(lambda status: print_line(f"encode: {status}")))
         for layout, url in stores.items():
             encode = config.encode.model_copy(update={"layout": layout})
-            encode_couplings(encode, samples, teacher, url, config.storage)
+            encode_couplings(encode, samples, teacher, url, config.storage, attribution=config.attribution)

@@ -187,7 +187,7 @@ def estimate_job(
         pending_units = StoreWriter(out, spec).list_missing_units()
         speed = _time_teacher(config, samples, teacher, out, spec, storage, progress)
     forward_flop = forward_flops(teacher_config(spec))
-    keys = expected_keys(spec)
+    keys = expected_keys(spec, LAYOUTS[spec.layout])
     bytes_by_column: dict[str, int] = {}
     for key in keys:
         size = LAYOUTS[spec.layout].file_size(spec, key.column, spec.rows_of(key.block))
@@ -195,7 +195,7 @@ def estimate_job(
     return Estimate(
         pending_pairs=sum(spec.rows_of(unit.block) * len(unit.draws) for unit in pending_units),
         pending_units=len(pending_units),
-        blocks=spec.blocks,
+        blocks=spec.num_blocks,
         teacher_flop=forward_flop,
         device=speed.device,
         precision=config.precision,
@@ -206,7 +206,7 @@ def estimate_job(
         student_size=student.size,
         comparison=compare_costs(
             images=spec.rows,
-            draws=spec.draws,
+            draws=spec.num_draws,
             student_images=student.train.images,
             forward_flop=forward_flop,
             student_flop_per_image=student_flop_per_image,

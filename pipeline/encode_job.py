@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from nfm.pipeline.config import StorageConfig
 from nfm.pipeline.encode_report import EncodeProgress, Summary
 from nfm.pipeline.pool import Pool, ray_session
+from nfm.stages.attribution import AttributionConfig, update_attribution
 from nfm.stages.encode import EncodeConfig, EncodedUnit, Speed, UnitEncoder, output_spec
 from nfm.stages.errors import ResumableError, StageError
 from nfm.storage_specs.format.names import LEASE_FILE
-from nfm.storage_specs.format.schema import Spec
+from nfm.storage_specs.format.schema import Attribution, Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.lease import Lease
@@ -74,6 +75,7 @@ def encode_couplings(
     out: str,
     storage: StorageConfig | None = None,
     as_json: bool = False,
+    attribution: AttributionConfig | None = None,
 ) -> Summary:
     """Encode `samples` (a sample store) with `teacher` into `out`, continuing what is there, or adding draws to it.
 
@@ -84,6 +86,7 @@ def encode_couplings(
         spec, z_scale = read_output_spec(config, samples, teacher, out, progress)
         writer = StoreWriter(out, spec)
         if writer.is_complete():
+            update_attribution(out, attribution or AttributionConfig())
             return Summary(Store(out).dataset, units_before=len(list_committed_units(writer.root)))
         progress.set_status(f"waiting for the lease of {out}, which another driver may hold", announce=False)
         with Lease(absolute_url(out), LEASE_FILE) as lease:
@@ -93,7 +96,9 @@ def encode_couplings(
                 worker_pool(config, samples, teacher, out, spec, storage) as pool,
             ):
                 progress.set_status("waiting for the first worker")
-                return EncodeJob(config, writer, lease, pool, notice, progress).run()
+                job = EncodeJob(config, writer, lease, pool, notice, progress)
+                inherited = Store(samples, kind="samples").dataset.attribution
+                return job.run((attribution or AttributionConfig()).to_attribution(), inherited)
 
 
 def read_output_spec(
@@ -208,7 +213,7 @@ class EncodeJob:
     def _count_pairs(self, units: list[Unit]) -> int:
         return sum(self.writer.spec.rows_of(unit.block) * len(unit.draws) for unit in units)
 
-    def run(self) -> Summary:
+    def run(self, attribution: Attribution, inherited: Attribution) -> Summary:
         """Encode until a check finds no damaged file, and complete the store."""
         for _ in range(MAX_CHECKS):
             self._encode_pending_units()
@@ -221,7 +226,7 @@ class EncodeJob:
                 "the storage seems to lose written data"
             )
         self.progress.set_status("writing the manifest and dataset.json", announce=False)
-        self.summary.dataset = self.writer.finalize()
+        self.summary.dataset = self.writer.finalize(attribution=attribution, inherited=inherited)
         self.summary.seconds = time.monotonic() - self.started_at
         self.summary.worker_deaths = self.pool.num_actor_deaths
         return self.summary

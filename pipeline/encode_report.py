@@ -263,8 +263,7 @@ class Summary:
 
 def teacher_config(spec: Spec) -> TarFlowConfig:
     """The shapes of the teacher that a coupling store was made with."""
-    assert spec.coupling is not None
-    architecture = dict(spec.coupling.teacher.architecture)
+    architecture = dict(spec.nfm.teacher.architecture)
     del architecture["name"]
     architecture["depths"] = tuple(architecture["depths"])
     return TarFlowConfig(**architecture)
@@ -276,7 +275,7 @@ def describe(summary: Summary, out: str, student_images: int) -> str:
     assert dataset is not None
     spec = dataset.spec
     lines = [
-        f"{out}: {spec.rows} images × {spec.draws} draws in {dataset.totals.files} files, "
+        f"{out}: {spec.rows} images × {spec.num_draws} draws in {dataset.totals.files} files, "
         f"{dataset.totals.bytes / 1e6:.1f} MB; "
         f"{summary.units_encoded} units encoded, {summary.units_before} before this run"
     ]

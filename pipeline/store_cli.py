@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 MAX_LISTED_BLOCKS = 20  # blocks that `repair` names
 
 
-def store_command(command: Callable[..., None]) -> Callable[..., None]:
-    """The argument and option that every command shares; the command gets an open store."""
+def storage_option(command: Callable[..., None]) -> Callable[..., None]:
+    """The option of every command that says how storage is reached."""
 
-    @click.argument("url")
     @click.option(
         "--set",
         "overrides",
@@ -31,11 +30,24 @@ def store_command(command: Callable[..., None]) -> Callable[..., None]:
         help="How storage is reached, as in storage.options.s3.endpoint_url=…; may be repeated.",
     )
     @functools.wraps(command)
-    def wrapped(url: str, overrides: tuple[str, ...], **arguments: Any) -> None:
+    def wrapped(overrides: tuple[str, ...], **arguments: Any) -> None:
         from nfm.pipeline.config import load_storage
-        from nfm.storage_specs.reading.store import Store
 
         load_storage(overrides).apply()
+        command(**arguments)
+
+    return wrapped
+
+
+def store_command(command: Callable[..., None]) -> Callable[..., None]:
+    """The argument and option of every command that gets an open store. URL@v1 or URL@tag is an older version."""
+
+    @click.argument("url")
+    @storage_option
+    @functools.wraps(command)
+    def wrapped(url: str, **arguments: Any) -> None:
+        from nfm.storage_specs.reading.store import Store
+
         with Progress(f"open {url}"):
             store = Store(url)
         command(store=store, **arguments)
@@ -56,9 +68,16 @@ def info(store: Store, plot: str | None) -> None:
     import numpy as np
 
     from nfm.storage_specs.format.card import summarize
+    from nfm.storage_specs.format.sums import moments as compute_moments
 
     rms = float(np.sqrt(np.square(store.sigma_f, dtype=np.float64).mean())) if store.spec.coupling else None
     click.echo(summarize(store.dataset, rms))
+    if store.z_sums is not None:
+        moments = compute_moments(store.spec, store.z_sums.by_dimension)
+        click.echo(
+            f"{'z moments':12}mean {moments.mean:.3f} σ, skewness {moments.skewness:.3f}, "
+            f"excess kurtosis {moments.excess_kurtosis:.3f} (rms over dimensions; 0 of a Gaussian)"
+        )
     if plot is not None:
         with Progress("plot"):
             from nfm.pipeline.store_plot import plot_store
@@ -80,7 +99,9 @@ def info(store: Store, plot: str | None) -> None:
 @click.option("--teacher", metavar="MODEL", help="model.safetensors of the teacher that made the store.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Which N pairs are encoded again; 0 if not given.")
 def verify(store: Store, num_pairs: int, teacher: str | None, seed: int | None) -> None:
-    """Read every file and check size, sha256, structure, labels, counts and finite values."""
+    """Read every file and check size, sha256, structure, labels, finite values, and all that is computed from them."""
+    from nfm.storage_specs.reading.verify import describe_weak_promises, find_faults
+
     options_agree = bool(num_pairs) == (teacher is not None)
     if not options_agree or (num_pairs and store.spec.coupling is None):
         raise StoreError(f"{store.url}: --reencode N and --teacher MODEL go together, for a coupling store")
@@ -88,7 +109,7 @@ def verify(store: Store, num_pairs: int, teacher: str | None, seed: int | None) 
         raise StoreError("got --seed without --reencode N, whose pairs it chooses; expected both or none")
     num_faults = 0
     with Progress("verify", store.dataset.totals.bytes, "B") as progress:
-        for fault in store.find_faults(progress.advance):
+        for fault in find_faults(store, progress.advance):
             num_faults += 1
             print_line(fault.message)
     if num_faults:
@@ -97,41 +118,47 @@ def verify(store: Store, num_pairs: int, teacher: str | None, seed: int | None) 
             "nfm store repair marks their blocks to be written again"
         )
     if teacher is not None and num_pairs:
-        from nfm.stages.encode import verify_by_reencoding
+        from nfm.stages.reencode import verify_by_reencoding
 
         largest_difference = verify_by_reencoding(store, teacher, num_pairs, seed or 0)
-        click.echo(f"{store.url}: z of {num_pairs} pairs encoded again differs by at most {largest_difference:.1e} σ_f")
+        click.echo(
+            f"{store.url}: z of {num_pairs} pairs encoded again differs by at most {largest_difference:.1e} "
+            "of the root mean square of z"
+        )
+    for promise in describe_weak_promises(store):
+        click.echo(f"note: {promise}")
     click.echo(f"{store.url}: {len(store.files)} files are sound")
 
 
 @store.command()
-@store_command
-def repair(store: Store) -> None:
+@click.argument("url")
+@storage_option
+def repair(url: str) -> None:
     """Mark exactly the blocks with bad or missing files, for the command that wrote the store to write them again."""
     from nfm.storage_specs.writing.transfer import repair_store
 
-    with Progress("verify", store.dataset.totals.bytes, "B") as progress:
-        faults, blocks = repair_store(store, progress.advance)
+    with Progress("verify", unit="B") as progress:
+        faults, blocks = repair_store(url, progress.advance)
     for fault in faults:
         click.echo(fault, err=True)
     if not faults:
-        click.echo(f"{store.url}: nothing to repair")
+        click.echo(f"{url}: nothing to repair")
         return
     click.echo(
-        f"{store.url}: {describe_blocks(blocks, store.spec.blocks)} must be written again; "
+        f"{url}: {describe_blocks(blocks)} must be written again; "
         "run the command that wrote the store (nfm encode, prepare, or store convert) again, "
         "with the same arguments, to complete it"
     )
 
 
-def describe_blocks(blocks: list[int], num_blocks: int) -> str:
-    """`2 of 6 blocks (1, 4)`, naming at most MAX_LISTED_BLOCKS of them; `0 of 6 blocks` if only documents are bad."""
+def describe_blocks(blocks: list[int]) -> str:
+    """`2 blocks (1, 4)`, naming at most MAX_LISTED_BLOCKS of them; `no blocks` if only documents are bad."""
     if not blocks:
-        return f"0 of {num_blocks} blocks"
+        return "the documents, but no blocks,"
     listed = ", ".join(str(block) for block in blocks[:MAX_LISTED_BLOCKS])
     if len(blocks) > MAX_LISTED_BLOCKS:
         listed += f" and {len(blocks) - MAX_LISTED_BLOCKS} more"
-    return f"{len(blocks)} of {num_blocks} blocks ({listed})"
+    return f"{len(blocks)} {'block' if len(blocks) == 1 else 'blocks'} ({listed})"
 
 
 @store.command()
@@ -140,12 +167,13 @@ def describe_blocks(blocks: list[int], num_blocks: int) -> str:
 @click.argument("out")
 @click.option("--layout", required=True, type=click.Choice(["webdataset", "zarr", "tuples"]))
 def convert(store: Store, out: str, layout: str) -> None:
-    """Write the same store to OUT in another layout, without loss.
+    """Write the same store to OUT in another layout, without loss. A store of schema 1.0 becomes one of 1.1.
 
     --layout tuples writes WebDataset tar files whose samples hold x, z, noise and label together, for readers that take
     one file at a time; nfm does not read them back.
     """
-    from nfm.storage_specs.writing.transfer import convert_store, export_tuples
+    from nfm.storage_specs.writing.transfer import convert_store
+    from nfm.storage_specs.writing.tuples import export_tuples
 
     with Progress(f"convert to {layout}", store.spec.rows, "image") as progress:
         if layout == "tuples":
@@ -161,9 +189,47 @@ def convert(store: Store, out: str, layout: str) -> None:
 @store_command
 @click.argument("out")
 def copy(store: Store, out: str) -> None:
-    """Copy the store to OUT, local or remote, and read it back; the same command again continues."""
+    """Copy the store to OUT, local or remote, and read it back; the same command again continues.
+
+    A copy of URL@v1 has version 1 as its newest.
+    """
     from nfm.storage_specs.writing.transfer import copy_store
 
     with Progress("copy and check", 2 * store.dataset.totals.bytes, "B") as progress:
         num_written = copy_store(store, out, progress.advance, options=None)
     click.echo(f"{out}: {num_written} of {len(store.files)} files written, all {len(store.files)} checked")
+
+
+@store.command()
+@store_command
+@click.option("--licence", help="SPDX expression, such as CC-BY-4.0 or LicenseRef-my-terms.")
+@click.option("--citation", help="How to cite the data: a reference, or BibTeX.")
+@click.option("--creator", help="Who made the data: a person or an organization.")
+@click.option("--source-url", help="Where the data were obtained.")
+@click.option("--notes", help="Anything else that a user of the data should know.")
+def annotate(store: Store, **fields: str | None) -> None:
+    """Say where the data come from and on what terms: a new version with the same files and id.
+
+    Options that are not given leave what the store says.
+    """
+    from nfm.pipeline.config import parse_attribution
+    from nfm.storage_specs.writing.publish import annotate_store
+
+    given = {name: value for name, value in fields.items() if value is not None}
+    if not given:
+        raise StoreError(
+            "got nothing to annotate; expected one of --licence, --citation, --creator, --source-url, --notes"
+        )
+    dataset = annotate_store(store, parse_attribution(given))
+    click.echo(f"{store.url}: version {dataset.version}, id {dataset.id[:12]}")
+
+
+@store.command()
+@store_command
+@click.argument("name")
+def tag(store: Store, name: str) -> None:
+    """Give a version a name, under which URL@NAME opens it: that of URL@v1, or without @ the newest."""
+    from nfm.storage_specs.writing.publish import tag_version
+
+    tag_version(store, name)
+    click.echo(f"{store.url}@{name}: version {store.dataset.version}, id {store.dataset.id[:12]}")

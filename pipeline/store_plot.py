@@ -49,7 +49,6 @@ def _plot_images(axes: Axes, store: Store) -> None:
 
 def _plot_z(axes: Axes, store: Store) -> None:
     """The histogram of z / σ_f of block 0, draw 0, and the standard normal density."""
-    assert store.spec.coupling is not None
     z = (store.z(0, 0) / store.sigma_f).ravel()
     edges = np.linspace(-Z_RANGE, Z_RANGE, 121)
     density, _ = np.histogram(z, edges, density=True)
@@ -60,6 +59,6 @@ def _plot_z(axes: Axes, store: Store) -> None:
         yscale="log",
         ylim=(1e-6, 1),
         xlabel="z / σ_f",
-        title=f"z of block 0, draw 0 (η = {store.spec.coupling.eta})",
+        title=f"z of block 0, draw 0 (η = {store.spec.nfm.eta})",
     )
     axes.legend()

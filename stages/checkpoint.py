@@ -22,6 +22,7 @@ from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import split_url
 
 MAX_BYTES = 1 << 38  # of a checkpoint that is read
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its library allows
 DOCUMENT_KEY = "nfm"  # of the document in the header's metadata
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any]]] = {
     "TarFlow": (TarFlow, TarFlowConfig),
@@ -84,19 +85,39 @@ def load(url: str) -> Checkpoint:
         if not exists(model_url):
             raise
         raise StageError(f"{url}: got a folder, expected a file; the model in it is {model_url}") from error
+    document = _parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")], url)
     try:
-        header_bytes = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + header_bytes])
-        document = json.loads(header["__metadata__"][DOCUMENT_KEY])
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise _no_checkpoint_error(url, error) from error
+    return Checkpoint(tensors, document)
+
+
+def load_document(url: str) -> dict[str, Any]:
+    """The document of the checkpoint at the URL, without its tensors. Raises as `load` does."""
+    root, name = split_url(url)
+    header_bytes = int.from_bytes(root.read_range(name, 0, 8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise _no_checkpoint_error(url, ValueError(f"a header of {header_bytes} bytes"))
+    return _parse_header(root.read_range(name, 8, 8 + header_bytes), url)
+
+
+def _parse_header(header: bytes, url: str) -> dict[str, Any]:
+    """The document in the header of a safetensors file."""
+    try:
+        document = json.loads(json.loads(header)["__metadata__"][DOCUMENT_KEY])
         if not (isinstance(document, dict) and isinstance(document.get("run"), dict)):
             raise ValueError("its document has no run")
-        tensors = safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StageError(
-            f"{url}: got no checkpoint of nfm ({type(error).__name__}: {error}); "
-            "expected a safetensors file that train-teacher or train-student wrote"
-        ) from error
-    return Checkpoint(tensors, document)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _no_checkpoint_error(url, error) from error
+    return document
+
+
+def _no_checkpoint_error(url: str, error: Exception) -> StageError:
+    return StageError(
+        f"{url}: got no checkpoint of nfm ({type(error).__name__}: {error}); "
+        "expected a safetensors file that train-teacher or train-student wrote"
+    )
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:

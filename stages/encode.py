@@ -20,31 +20,26 @@ from torch import Tensor
 from nfm.models.tarflow import FlowBlock, TarFlow, TarFlowConfig
 from nfm.stages.checkpoint import load_network, read_teacher_training, weights_sha256
 from nfm.stages.errors import StageError
-from nfm.stages.progress import Progress
 from nfm.stages.section import Section
-from nfm.storage_specs.format.codecs import ZDtype, decode_z, encode_z, int8_scale
+from nfm.stages.support import check_supported
+from nfm.storage_specs.format.codecs import ZDtype, int8_scale
 from nfm.storage_specs.format.noise import NOISE_LAW, standard_normal
 from nfm.storage_specs.format.pixels import to_float
 from nfm.storage_specs.format.schema import (
-    CouplingSpec,
     LayoutName,
+    NetworkSpec,
+    NfmCoupling,
     NoiseDtype,
     NoiseSpec,
     Precision,
     Spec,
-    TeacherSpec,
 )
 from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import sha256
 from nfm.storage_specs.storage.npy import npy_bytes
 from nfm.storage_specs.writing.units import NonFiniteError, Unit, UnitWriter
 from nfm.storage_specs.writing.writer import StoreWriter, read_started_spec
 
-# Largest difference of z that is encoded again, in units of σ_f. In float32, another machine moves z by 1e-5 σ_f, which
-# can change how a codec rounds it.
-REENCODE_TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 5e-2, "int8": 8e-2}
-PRECISION_TOLERANCE = {"fp32": 0.0, "tf32": 2e-2, "bf16": 0.2}  # added to it
 CALIBRATION_ROWS = 256  # images whose z sets the scale of int8
 CALIBRATION_BATCH = 32
 # Tokens that pass through the teacher at once: enough to fill a GPU, few enough for the cache of a CPU. It is not a
@@ -148,11 +143,10 @@ def output_spec(
         return spec, None
     scale = None
     started_spec = read_started_spec(out)
-    if started_spec is not None and started_spec.coupling is not None and started_spec.coupling.z_scale_sha256:
-        digest = started_spec.coupling.z_scale_sha256  # another machine may compute a scale of other bits
+    if started_spec is not None and started_spec.coupling is not None and started_spec.nfm.z_scale_sha256:
+        digest = started_spec.nfm.z_scale_sha256  # another machine may compute a scale of other bits
     else:
-        assert spec.coupling is not None
-        scale = calibrate(samples, network, spec.coupling.eta, spec.coupling.noise)
+        scale = calibrate(samples, network, spec.nfm.eta, spec.nfm.noise)
         digest = sha256(npy_bytes(scale))
     spec_document = spec.model_dump(mode="json")
     spec_document["coupling"] |= {"z_dtype": "int8", "z_scale_sha256": digest}
@@ -176,7 +170,7 @@ def calibrate(samples: Store, teacher: TarFlow, eta: float, noise: NoiseSpec) ->
 def coupling_spec(config: EncodeConfig, samples: Store, teacher: TarFlow, document: dict[str, Any], url: str) -> Spec:
     """The spec of the store that encoding `samples` with a teacher gives, where `document` is that of the teacher's
     checkpoint and `url` is for messages. For int8 z, whose scale is not known here, it has float16."""
-    source = samples.spec
+    source = check_supported(samples).spec
     shape = (teacher.config.channels, teacher.config.image_size, teacher.config.image_size)
     if (shape, teacher.config.num_classes) != (source.shape, source.num_classes):
         raise StageError(
@@ -185,14 +179,15 @@ def coupling_spec(config: EncodeConfig, samples: Store, teacher: TarFlow, docume
             "use the teacher that was trained on these samples"
         )
     training = read_teacher_training(document, url)
-    coupling = CouplingSpec(
+    coupling = NfmCoupling(
+        kind="nfm",
         draws=config.draws,
         eta=training.eta,
         precision=config.precision,
         z_dtype="float16" if config.z_dtype == "int8" else config.z_dtype,
         z_scale_sha256=None,
         noise=NoiseSpec(law=NOISE_LAW, seed=config.seed, dtype=config.noise_dtype, stored=config.noise == "stored"),
-        teacher=TeacherSpec(
+        teacher=NetworkSpec(
             architecture=document["architecture"],
             sha256=weights_sha256(teacher.state_dict()),
             training={
@@ -226,8 +221,7 @@ class UnitEncoder:
     ) -> None:
         self.samples = Store(samples, kind="samples")
         self.writer = StoreWriter(out, Spec.model_validate(spec, strict=False))
-        coupling = self.writer.spec.coupling
-        assert coupling is not None
+        coupling = self.writer.spec.nfm
         self.coupling = coupling
         if self.samples.dataset.id != coupling.source:
             raise StageError(
@@ -275,11 +269,12 @@ class UnitEncoder:
         images = self.writer.spec.rows_of(unit.block)
         if self.writer.root.exists(unit.commit_file):
             return EncodedUnit(images, 0, 0.0)
-        image_columns = {name: self.samples.column(name, unit.block) for name in ("x", "label")}
-        x = to_float(image_columns["x"])
-        y = torch.from_numpy(image_columns["label"]).to(self.device)
-        unit_writer = self.writer.unit_writer(unit)
-        image_write = self.write_pool.submit(unit_writer.write_base, image_columns)
+        pixels, label = self.samples.column("x", unit.block), self.samples.column("label", unit.block)
+        x = to_float(pixels)
+        y = torch.from_numpy(label).to(self.device)
+        unit_writer = self.writer.unit_writer(unit, label)
+        names = self.samples.image_names_of(unit.block) if unit.has_base else None
+        image_write = self.write_pool.submit(unit_writer.write_base, {"x": pixels}, names)
         next_input = self.prefetch_pool.submit(self.add_noise, unit.block, unit.first, x)
         draw_writes: list[Future[list[tuple[int, int]]]] = []
         with self.teacher_lock:
@@ -368,43 +363,3 @@ def write_draw(unit_writer: UnitWriter, draw: int, z: Tensor, noise: NDArray[Any
     except NonFiniteError as error:
         return [(image, draw) for image in error.images]
     return []
-
-
-@torch.no_grad()
-def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> float:
-    """Run the teacher again on `count` random pairs of an image and a draw. Returns the largest difference between
-    their stored and their new z, both as the codec rounds them, in units of σ_f. Writes nothing.
-
-    Raises StageError for another teacher than the store's, StoreError if a difference is too large.
-    """
-    coupling = store.spec.coupling
-    assert coupling is not None
-    with Progress(f"read {teacher}"):
-        network, _ = load_teacher(teacher)
-        teacher_sha256 = weights_sha256(network.state_dict())
-    if teacher_sha256 != coupling.teacher.sha256:
-        raise StageError(f"{teacher}: got another teacher than the one that encoded {store.url}; give that one")
-    tolerance = REENCODE_TOLERANCE[coupling.z_dtype] + PRECISION_TOLERANCE[coupling.precision]
-    num_pairs = store.spec.rows * store.spec.draws
-    pairs = np.random.default_rng(seed).choice(num_pairs, min(count, num_pairs), replace=False)
-    largest_difference = 0.0
-    with Progress("encode again", len(pairs), "pair") as progress:
-        for pair in sorted(pairs.tolist()):
-            image, draw = divmod(pair, store.spec.draws)
-            block, row = divmod(image, store.spec.block_rows)
-            noise = np.asarray(store.column("noise", block, draw)[row], dtype=np.float32)
-            noisy = to_float(store.column("x", block)[row]) + coupling.eta * torch.from_numpy(noise)
-            y = torch.tensor([store.column("label", block)[row]])
-            new_z = network(noisy[None], y).z[0].numpy()
-            rounded_z = decode_z(encode_z(new_z, coupling.z_dtype, store.z_scale), coupling.z_dtype, store.z_scale)
-            stored_z = decode_z(store.column("z", block, draw)[row], coupling.z_dtype, store.z_scale)
-            difference = float((np.abs(stored_z - rounded_z) / store.sigma_f).max())
-            if not difference <= tolerance:
-                raise StoreError(
-                    f"{store.url}: z of image {image}, draw {draw}, is {difference:.2e} σ_f "
-                    f"away from what {teacher} gives, expected at most {tolerance}; "
-                    "the store is not what its spec says"
-                )
-            largest_difference = max(largest_difference, difference)
-            progress.advance(1)
-    return largest_difference

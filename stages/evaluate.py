@@ -27,6 +27,7 @@ from nfm.stages.splits import open_splits
 from nfm.storage_specs.format.noise import standard_normal
 from nfm.storage_specs.format.pixels import to_float, to_uint8
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.versions import find_version
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.files import Root
 
@@ -147,12 +148,12 @@ def evaluate(
     with Progress("read the teacher"):
         network, teacher_document = load_network(teacher, "TarFlow")
         teacher_sha256 = weights_sha256(network.state_dict())
-    assert isinstance(network, TarFlow) and pairs.spec.coupling is not None
-    if pairs.spec.coupling.source != train.dataset.id:
+    assert isinstance(network, TarFlow)
+    if pairs.spec.nfm.source != train.dataset.id:
         raise StageError(
             f"{couplings}: got a store encoded from other samples than {train.url}; give the samples it was made from"
         )
-    if teacher_sha256 != pairs.spec.coupling.teacher.sha256:
+    if teacher_sha256 != pairs.spec.nfm.teacher.sha256:
         raise StageError(f"{teacher}: got another teacher than the one that encoded {couplings}; give that one")
     bpd = bits_per_dim(read_teacher_training(teacher_document, teacher).val_nll)
     with Progress("read the students"):
@@ -187,9 +188,9 @@ def load_student(url: str, pairs: Store, guidance: float) -> tuple[SiT, dict[str
     trained_on = document["run"].get("couplings")
     ids = [store["id"] for store in trained_on] if isinstance(trained_on, list) else [trained_on]
     if pairs.dataset.id not in ids:
-        raise StageError(
-            f"{url}: got a student of other couplings than {pairs.url}; pass the couplings it was trained on"
-        )
+        versions = {find_version(pairs.url, content_id) for content_id in ids if isinstance(content_id, str)}
+        older = " or ".join(sorted(versions - {pairs.url})) or "the couplings it was trained on"
+        raise StageError(f"{url}: got a student of other couplings than {pairs.version_url}; pass {older}")
     if guidance != 1 and not has_dropped_labels(document):
         raise StageError(
             f"{url}: got evaluate.guidance {guidance:g} for a student that never saw a dropped label (label_drop = 0); "
@@ -232,13 +233,12 @@ class Evaluation:
         fd: FrechetDistance,
         progress: Progress,
     ) -> None:
-        assert pairs.spec.coupling is not None
         self.config = config
         self.train = train
         self.val = val
         self.pairs = pairs
         self.teacher = teacher
-        self.eta = pairs.spec.coupling.eta
+        self.eta = pairs.spec.nfm.eta
         self.fd = fd
         self.device = fd.device
         self.progress = progress
@@ -428,7 +428,7 @@ class Evaluation:
         spec = self.pairs.spec
         return {
             "images": spec.rows,
-            "draws": spec.draws,
+            "draws": spec.num_draws,
             "files": self.pairs.dataset.totals.files,
             "seconds": self.pairs.cost.total if self.pairs.cost else 0.0,
         }

@@ -4,6 +4,7 @@ Images are resized to squares with PIL's box filter (NFM paper section 4). One t
 square as a whole: nothing is cropped or padded.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
+from nfm.stages.attribution import AttributionConfig, update_attribution
 from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress, print_line
 from nfm.stages.section import Section
 from nfm.stages.splits import SPLITS
-from nfm.storage_specs.format.schema import LayoutName, Spec
+from nfm.storage_specs.format.image_names import MAX_NAME_BYTES, ImageName
+from nfm.storage_specs.format.schema import LayoutName, PixelSpec, Spec
 from nfm.storage_specs.reading.order import permutation
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.files import Root, sha256
@@ -69,12 +72,14 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a split: image i is `load(i)`, uint8 (C, H, W), with label `labels[i]` and name `names[i]`.
+    """The images of a split: image i is `load(i)`, uint8 (C, H, W), with label `labels[i]` and name `names[i]`, decoded
+    from bytes with the sha256 `hash_source(i)`.
 
     `identity` is JSON that tells data sets apart: a hash of the pixels, or of the names and sizes of the files.
     """
 
     load: Callable[[int], NDArray[np.uint8]]
+    hash_source: Callable[[int], str]
     names: list[str]
     labels: NDArray[np.int64]
     class_names: list[str]
@@ -85,6 +90,7 @@ class Images:
         numbers = rows.tolist()
         return Images(
             lambda i: self.load(numbers[i]),
+            lambda i: self.hash_source(numbers[i]),
             [self.names[number] for number in numbers],
             self.labels[rows],
             self.class_names,
@@ -132,7 +138,8 @@ def digits(config: DataConfig) -> Images:
     labels = bundle.target.astype(np.int64)
     identity = {"name": "scikit-learn digits", "sha256": sha256(x.tobytes() + labels.tobytes())}
     names = [f"digit {i}" for i in range(len(x))]
-    return Images(lambda i: x[i], names, labels, [str(label) for label in range(10)], identity)
+    class_names = [str(label) for label in range(10)]
+    return Images(lambda i: x[i], lambda i: sha256(x[i].tobytes()), names, labels, class_names, identity)
 
 
 def list_folder(config: DataConfig, path: Path, notice: SquareNotice) -> Images:
@@ -155,6 +162,10 @@ def list_folder(config: DataConfig, path: Path, notice: SquareNotice) -> Images:
                 if file.suffix.lower() not in SUFFIXES or not file.is_file():
                     continue
                 name = f"{class_name}/{file.name}"
+                if len(name.encode()) > MAX_NAME_BYTES:
+                    raise StageError(
+                        f"{file}: got a name of {len(name.encode())} bytes; expected at most {MAX_NAME_BYTES}"
+                    )
                 files.append(file)
                 labels.append(label)
                 names.append(name)
@@ -168,7 +179,11 @@ def list_folder(config: DataConfig, path: Path, notice: SquareNotice) -> Images:
     def load(i: int) -> NDArray[np.uint8]:
         return decode_image(files[i], config, notice)
 
-    return Images(load, names, np.array(labels, dtype=np.int64), class_names, identity)
+    def hash_source(i: int) -> str:
+        with open(files[i], "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return Images(load, hash_source, names, np.array(labels, dtype=np.int64), class_names, identity)
 
 
 def decode_image(path: Path, config: DataConfig, notice: SquareNotice) -> NDArray[np.uint8]:
@@ -231,7 +246,13 @@ def random_order(images: Images) -> NDArray[np.int64]:
     return permutation(len(images.names), seed=0, stream=0, counter=0)
 
 
-def prepare(config: DataConfig, out: str, data: Path | None = None, skip_bad_images: bool = False) -> None:
+def prepare(
+    config: DataConfig,
+    out: str,
+    data: Path | None = None,
+    skip_bad_images: bool = False,
+    attribution: AttributionConfig | None = None,
+) -> None:
     """Write the sample stores `<out>/train` and `<out>/val`, from the image folder `data`, or from the digits.
 
     The same call again continues, or does nothing if both stores are complete. Raises StageError for images that cannot
@@ -251,10 +272,13 @@ def prepare(config: DataConfig, out: str, data: Path | None = None, skip_bad_ima
         good_rows = [row for row, name in enumerate(images.names) if name not in bad]
         if len(good_rows) < 2:
             raise StageError(f"got {len(good_rows)} images for {split}; expected at least 2 (see data.holdout)")
-        write_store(config, f"{out}/{split}", split, images.select(np.array(good_rows, dtype=np.int64)), len(bad))
+        good_images = images.select(np.array(good_rows, dtype=np.int64))
+        write_store(config, f"{out}/{split}", split, good_images, len(bad), attribution or AttributionConfig())
 
 
-def write_store(config: DataConfig, url: str, split: str, images: Images, quarantined: int) -> None:
+def write_store(
+    config: DataConfig, url: str, split: str, images: Images, quarantined: int, attribution: AttributionConfig
+) -> None:
     """Write the sample store of a split, or what is missing of it. `quarantined` is the number of images left out."""
     spec = Spec(
         kind="samples",
@@ -262,8 +286,11 @@ def write_store(config: DataConfig, url: str, split: str, images: Images, quaran
         rows=len(images.names),
         block_rows=config.block_rows,
         shape=(config.channels, config.image_size, config.image_size),
+        x=PixelSpec(dtype="uint8"),
+        views=["plain"],
         num_classes=len(images.class_names),
         class_names=images.class_names,
+        names=True,
         preprocessing={
             "source": images.identity,
             "split": split,
@@ -274,6 +301,7 @@ def write_store(config: DataConfig, url: str, split: str, images: Images, quaran
     writer = StoreWriter(url, spec)
     writer.initialize()
     if writer.is_complete():
+        update_attribution(url, attribution)
         return
     missing_units = writer.list_missing_units()
     missing_rows = sum(spec.rows_of(unit.block) for unit in missing_units)
@@ -282,10 +310,12 @@ def write_store(config: DataConfig, url: str, split: str, images: Images, quaran
         for unit in missing_units:
             rows = spec.indices(unit.block)
             x = np.stack(list(pool.map(images.load, rows.tolist())))
-            writer.write_block(unit.block, {"x": x, "label": images.labels[rows]}, z=None, noise=None)
+            hashes = pool.map(images.hash_source, rows.tolist())
+            names = [ImageName(images.names[row], digest) for row, digest in zip(rows, hashes, strict=True)]
+            writer.write_block(unit.block, {"x": x, "label": images.labels[rows]}, z=None, noise=None, names=names)
             progress.advance(len(rows))
         with progress.step("write the manifest and dataset.json"):
-            writer.finalize()
+            writer.finalize(attribution=attribution.to_attribution())
 
 
 def find_bad_images(url: str, images: Images, skip_bad_images: bool) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The two sample stores that prepare writes, as the stages after it open them."""
 
 from nfm.stages.errors import StageError
+from nfm.stages.support import check_supported
 from nfm.storage_specs.format.names import DATASET_FILE
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import Root
@@ -21,5 +22,5 @@ def open_splits(samples: str) -> tuple[Store, Store]:
             f"{samples}: got a single store, expected {suggestion}the folder that prepare wrote, "
             "with the stores train and val in it"
         )
-    train, val = (Store(f"{samples}/{split}", kind="samples") for split in SPLITS)
+    train, val = (check_supported(Store(f"{samples}/{split}", kind="samples")) for split in SPLITS)
     return train, val

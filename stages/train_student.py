@@ -1,6 +1,7 @@
 """train-student: coupling store → SiT checkpoint."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,17 @@ from nfm.models.couplings import COUPLINGS, CouplingName
 from nfm.models.labels import drop_labels
 from nfm.models.paths import flow_matching_loss, linear_path, logit_normal
 from nfm.models.sit import SIZE_GRAMMAR, SiT, SiTConfig, parse_size
+from nfm.stages.checkpoint import exists, load_document
 from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress
 from nfm.stages.section import Section
-from nfm.stages.training import TrainConfig, Trainer, join_world, open_stream
+from nfm.stages.support import check_supported
+from nfm.stages.training import TrainConfig, Trainer, checkpoint_urls, join_world, open_stream
 from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import Source
+from nfm.storage_specs.reading.versions import find_version
 
 
 class StudentConfig(Section):
@@ -62,6 +66,23 @@ def sit_config(config: StudentConfig, spec: Spec) -> SiTConfig:
         raise StageError(f"student: {error}") from error
 
 
+def find_trained_versions(sources: list[Source], out: str) -> list[Source]:
+    """The sources of the training in the folder `out`, in the versions with which it began: a store may have got draws
+    since. Without a training in the folder, the sources as they are."""
+    document = next((load_document(url) for url in checkpoint_urls(out) if exists(url)), None)
+    trained_on = document["run"].get("couplings") if document else None
+    entries = trained_on if isinstance(trained_on, list) else [{"id": trained_on}]
+    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
+    if len(ids) != len(sources):
+        return sources  # another run, which the trainer refuses
+    return [
+        replace(source, url=find_version(source.url, content_id, source.options))
+        if isinstance(content_id, str)
+        else source
+        for source, content_id in zip(sources, ids, strict=True)
+    ]
+
+
 def train_student(config: StudentConfig, couplings: str | Sequence[Source], out: str) -> dict[str, Any]:
     """Train a student in the folder `out` by flow matching (NFM paper section 3.2) on the pairs of a coupling store, or
     of a mixture of several. Returns the document of the finished model.
@@ -70,8 +91,10 @@ def train_student(config: StudentConfig, couplings: str | Sequence[Source], out:
     differs. Raises StageError or StoreError for stores, sizes or a folder that do not fit, FloatingPointError if
     training becomes not finite.
     """
-    sources = [Source(couplings)] if isinstance(couplings, str) else couplings
-    stores = [Store(source.url, "couplings", source.options) for source in sources]
+    sources = find_trained_versions([Source(couplings)] if isinstance(couplings, str) else list(couplings), out)
+    stores = [check_supported(Store(source.url, "couplings", source.options)) for source in sources]
+    # The stream opens the same versions, also if a store gets a newer one in this moment.
+    sources = [replace(source, url=opened.version_url) for source, opened in zip(sources, stores, strict=True)]
     store = stores[0]
     couplings_identity: Any = store.dataset.id
     if len(stores) > 1:

@@ -247,12 +247,12 @@ class Trainer:
         self.best_val = math.inf
 
     @property
-    def state_url(self) -> str:
-        return f"{self.out}/state.safetensors"
+    def model_url(self) -> str:
+        return checkpoint_urls(self.out)[0]
 
     @property
-    def model_url(self) -> str:
-        return f"{self.out}/model.safetensors"
+    def state_url(self) -> str:
+        return checkpoint_urls(self.out)[1]
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the last state if there is one; returns the finished model's document.
@@ -412,6 +412,11 @@ class Trainer:
                 save(self.model_url, Checkpoint(add_prefix("model", weights), document))
             remove(self.state_url)
         return document
+
+
+def checkpoint_urls(out: str) -> tuple[str, str]:
+    """The URLs of the finished model, and of the state of a run that is not finished, in the folder `out`."""
+    return f"{out}/model.safetensors", f"{out}/state.safetensors"
 
 
 def check_same_run(document: dict[str, Any], expected: dict[str, Any], url: str) -> dict[str, Any]:

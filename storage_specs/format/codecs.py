@@ -1,4 +1,4 @@
-"""How z is stored: float32, float16, bfloat16, or int8 with a scale for each dimension.
+"""How numbers are stored: float32, float16 or bfloat16, and z also as int8 with a scale for each dimension.
 
 NumPy has no bfloat16, so a file holds it as uint16, the upper half of the float32 it stands for. z is near Gaussian in
 every dimension (NFM paper, section 3), so int8 spreads its 255 levels evenly over ±INT8_RANGE root mean squares.
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.npy import npy_header
 
-ZDtype = Literal["float32", "float16", "bfloat16", "int8"]
+FloatDtype = Literal["float32", "float16", "bfloat16"]
+ZDtype = Literal[FloatDtype, "int8"]
 
 STORED_DTYPES: Final[dict[ZDtype, str]] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
 # For the card: how to get z from a stored value, where the value is not z itself.
@@ -40,29 +41,37 @@ def int8_scale(z: NDArray[np.float32]) -> NDArray[np.float32]:
     return scale
 
 
+def encode_float(values: NDArray[np.float32], dtype: FloatDtype) -> NDArray[Any]:
+    """float32 values in their stored form, rounded to nearest, ties to even."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(values, "<f4").view("<u4")
+        lowest_kept_bit = (bits >> 16) & 1
+        return np.asarray((bits + 0x7FFF + lowest_kept_bit) >> 16, dtype=STORED_DTYPES[dtype])
+    # By torch: NumPy converts to and from float16 ten times slower. The writer refuses what overflows to infinity.
+    return torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype)).numpy()
+
+
+def decode_float(stored: NDArray[Any], dtype: FloatDtype) -> NDArray[np.float32]:
+    """The float32 values that stored ones stand for."""
+    if dtype == "bfloat16":
+        return np.asarray((stored.astype("<u4") << 16).view("<f4"))
+    return np.asarray(torch.from_numpy(np.array(stored, order="C")).float().numpy())
+
+
 def encode_z(z: NDArray[np.float32], dtype: ZDtype, scale: NDArray[np.float32] | None) -> NDArray[Any]:
     """z (…, C, H, W) float32 in its stored form, rounded to nearest, ties to even. `scale` (C, H, W) is for int8."""
-    stored_dtype = np.dtype(STORED_DTYPES[dtype])
-    if dtype == "bfloat16":
-        bits = np.ascontiguousarray(z, "<f4").view("<u4")
-        lowest_kept_bit = (bits >> 16) & 1
-        return np.asarray((bits + 0x7FFF + lowest_kept_bit) >> 16, dtype=stored_dtype)
     if dtype == "int8":
         assert scale is not None
-        return np.asarray(np.clip(np.rint(z / scale), -127, 127), dtype=stored_dtype)
-    # By torch: NumPy converts to and from float16 ten times slower. The writer refuses what overflows to infinity.
-    return torch.from_numpy(np.ascontiguousarray(z)).to(getattr(torch, dtype)).numpy()
+        return np.asarray(np.clip(np.rint(z / scale), -127, 127), dtype=STORED_DTYPES[dtype])
+    return encode_float(z, dtype)
 
 
 def decode_z(stored: NDArray[Any], dtype: ZDtype, scale: NDArray[np.float32] | None) -> NDArray[np.float32]:
     """The float32 z that stored values stand for; the inverse of `encode_z` but for its rounding."""
-    if dtype == "bfloat16":
-        return np.asarray((stored.astype("<u4") << 16).view("<f4"))
-    values = torch.from_numpy(np.array(stored, order="C")).float().numpy()
     if dtype == "int8":
         assert scale is not None
-        return np.asarray(values * scale)
-    return np.asarray(values)
+        return np.asarray(stored.astype(np.float32) * scale)
+    return decode_float(stored, dtype)
 
 
 # By stored dtype: the unsigned type of its bits, the mask of its exponent, and the exponent that is too large: that of

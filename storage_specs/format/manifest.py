@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.layouts import Layout
 from nfm.storage_specs.format.schema import FileRecord, Spec
 from nfm.storage_specs.storage.errors import StoreError
 
@@ -26,45 +26,81 @@ FILE_SCHEMA = pa.schema(
         ("sha256", pa.string()),
         ("label_counts", pa.map_(pa.int32(), pa.int64())),
         ("squared_error", pa.float64()),
+        ("view", pa.string()),
     ]
 )
+FILE_SCHEMA_1_0 = FILE_SCHEMA.remove(FILE_SCHEMA.get_field_index("view"))
 
 
 @dataclass(frozen=True)
 class FileKey:
-    """Names one file of a store: its column, its block, and its draw (-1 where the column has none)."""
+    """Names one file of a column: the column, the block, and the draw (-1 where the column has none)."""
 
     column: str
     block: int
     draw: int = -1
 
 
-def count_expected_files(spec: Spec) -> int:
+def count_expected_files(spec: Spec, layout: Layout) -> int:
     """How many files of columns a complete store has."""
-    return spec.blocks * (len(LAYOUTS[spec.layout].base_kinds) + len(spec.planes) * spec.draws)
+    return spec.num_blocks * (len(layout.base_columns(spec)) + len(spec.draw_columns) * spec.num_draws)
 
 
-def expected_keys(spec: Spec) -> list[FileKey]:
+def expected_keys(spec: Spec, layout: Layout) -> list[FileKey]:
     """The files of columns of a complete store, in the order of the manifest."""
-    base = LAYOUTS[spec.layout].base_kinds
-    keys = [FileKey(kind, block) for kind in base for block in range(spec.blocks)]
-    for kind in spec.planes:
-        keys += [FileKey(kind, block, draw) for draw in range(spec.draws) for block in range(spec.blocks)]
+    blocks = range(spec.num_blocks)
+    keys = [FileKey(column, block) for column in layout.base_columns(spec) for block in blocks]
+    for column in spec.draw_columns:
+        keys += [FileKey(column, block, draw) for draw in range(spec.num_draws) for block in blocks]
     return keys
 
 
-def max_manifest_bytes(spec: Spec) -> int:
+def view_of(spec: Spec, key: FileKey) -> str:
+    """The view of the images that a file holds, or was made of."""
+    if key.column == "x_mirrored":
+        return "mirrored"
+    return "plain" if key.draw < 0 else spec.view_of(key.draw)
+
+
+def max_manifest_bytes(spec: Spec, layout: Layout) -> int:
     """Upper bound of the size of a manifest, both of its file and of its values in memory."""
-    return (1 << 16) + count_expected_files(spec) * (1024 + 16 * min(spec.num_classes, spec.block_rows))
+    return (1 << 16) + count_expected_files(spec, layout) * (1024 + 16 * min(spec.num_classes, spec.block_rows))
 
 
-def parse_manifest(data: bytes, spec: Spec, name: str) -> pa.Table:
-    """The table in manifest.parquet, with FILE_SCHEMA and as many rows as the spec has files.
+def encode_manifest(spec: Spec, files: list[FileRecord], label_counts: list[dict[int, int]]) -> bytes:
+    """The content of manifest.parquet. `files` are in the order of `expected_keys`; `label_counts` has the number of
+    rows of each label, block by block."""
+    rows = []
+    for file in files:
+        # Label counts stand only in the rows of x: in every row, they would be most of the manifest.
+        counts = label_counts[file.block] if file.column == "x" else {}
+        rows.append(
+            {
+                "column": file.column,
+                "draw": file.draw,
+                "block": file.block,
+                "first_index": file.block * spec.block_rows,
+                "rows": spec.rows_of(file.block),
+                "path": file.path,
+                "bytes": file.bytes,
+                "sha256": file.sha256,
+                "label_counts": sorted(counts.items()),
+                "squared_error": file.squared_error,
+                "view": view_of(spec, FileKey(file.column, file.block, file.draw)),
+            }
+        )
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=FILE_SCHEMA), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def parse_manifest(data: bytes, spec: Spec, layout: Layout, schema: pa.Schema, name: str) -> pa.Table:
+    """The table in manifest.parquet, with `schema` and as many rows as the spec has files.
 
     Raises StoreError with the file's `name` if it is another table, or if its values would take more memory than a
     manifest can.
     """
-    expected_rows, max_bytes = count_expected_files(spec), max_manifest_bytes(spec)
+    expected_rows, max_bytes = count_expected_files(spec, layout), max_manifest_bytes(spec, layout)
     try:
         parquet = pq.ParquetFile(io.BytesIO(data))
         if parquet.metadata.num_rows != expected_rows:
@@ -72,7 +108,7 @@ def parse_manifest(data: bytes, spec: Spec, name: str) -> pa.Table:
         groups = range(parquet.metadata.num_row_groups)
         if sum(parquet.metadata.row_group(group).total_byte_size for group in groups) > max_bytes:
             raise StoreError(f"{name}: got more than {max_bytes} bytes of values, too many for {expected_rows} files")
-        if not parquet.schema_arrow.equals(FILE_SCHEMA):
+        if not parquet.schema_arrow.equals(schema):
             raise StoreError(f"{name}: its columns are not those of a manifest; the file is of another version")
         table = parquet.read()
         table.validate(full=True)
@@ -87,26 +123,50 @@ def parse_manifest(data: bytes, spec: Spec, name: str) -> pa.Table:
     return table
 
 
-def parse_file_records(table: pa.Table, spec: Spec, name: str) -> dict[FileKey, FileRecord]:
+def parse_label_counts(table: pa.Table, spec: Spec, name: str) -> list[dict[int, int]]:
+    """The number of rows of each label, block by block. Raises StoreError with the manifest's `name` if they do not add
+    up to the rows of each block, or name a class that the spec does not have."""
+    counts_by_block: list[dict[int, int]] = []
+    for block, pairs in enumerate(table["label_counts"][: spec.num_blocks].to_pylist()):  # those of x come first
+        counts = dict(pairs)
+        is_valid = len(counts) == len(pairs) and all(
+            0 <= label < spec.num_classes and count is not None and count > 0 for label, count in pairs
+        )
+        if not is_valid or sum(counts.values()) != (spec.rows_of(block) if spec.has_labels else 0):
+            raise StoreError(
+                f"{name}: the label counts of block {block} are not those of its {spec.rows_of(block)} rows"
+            )
+        counts_by_block.append(counts)
+    if any(table["label_counts"][spec.num_blocks :].to_pylist()):
+        raise StoreError(f"{name}: got label_counts of files that hold no labels, expected them of x alone")
+    return counts_by_block
+
+
+def parse_file_records(table: pa.Table, spec: Spec, layout: Layout, name: str) -> dict[FileKey, FileRecord]:
     """The rows of a manifest by file, in the order of `expected_keys`.
 
     Raises StoreError with the manifest's `name` unless every row has the column, block, path, size, … that the spec
     gives for its place, a well-formed sha256, and a squared_error exactly if it is a file of z.
     """
-    fields = ("column", "draw", "block", "first_index", "rows", "path", "bytes")
+    fields = ["column", "draw", "block", "first_index", "rows", "path", "bytes"]
+    has_views = "view" in table.column_names  # not in schema 1.0
+    if has_views:
+        fields.append("view")
     rows = zip(*(table[field].to_pylist() for field in fields), strict=True)
     digests = table["sha256"].to_pylist()
     squared_errors = table["squared_error"].to_pylist()
     file_sizes: dict[tuple[str, int], int] = {}  # by column and rows; there are few
     files: dict[FileKey, FileRecord] = {}
-    row_values = zip(expected_keys(spec), rows, digests, squared_errors, strict=True)
+    row_values = zip(expected_keys(spec, layout), rows, digests, squared_errors, strict=True)
     for number, (key, row, digest, squared_error) in enumerate(row_values):
         num_rows = spec.rows_of(key.block)
         if (key.column, num_rows) not in file_sizes:
-            file_sizes[key.column, num_rows] = LAYOUTS[spec.layout].file_size(spec, key.column, num_rows)
+            file_sizes[key.column, num_rows] = layout.file_size(spec, key.column, num_rows)
         size = file_sizes[key.column, num_rows]
-        path = LAYOUTS[spec.layout].file_path(key.column, key.block, key.draw)
-        expected_row = (key.column, key.draw, key.block, key.block * spec.block_rows, num_rows, path, size)
+        path = layout.file_path(key.column, key.block, key.draw)
+        expected_row = [key.column, key.draw, key.block, key.block * spec.block_rows, num_rows, path, size]
+        if has_views:
+            expected_row.append(view_of(spec, key))
         for field, value, expected in zip(fields, row, expected_row, strict=True):
             if value != expected:
                 raise StoreError(
@@ -139,4 +199,4 @@ def z_rms_error(spec: Spec, files: Iterable[FileRecord]) -> float | None:
     if spec.coupling is None:
         return None
     total = math.fsum(file.squared_error or 0.0 for file in files)
-    return math.sqrt(total / (spec.rows * spec.draws * spec.dim))
+    return math.sqrt(total / (spec.rows * spec.num_draws * spec.dim))

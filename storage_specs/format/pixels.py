@@ -1,19 +1,34 @@
-"""What a stored x means: uint8 0 … 255 stands for [-1, 1]."""
+"""What a stored x means: uint8 0 … 255 stands for [-1, 1], and latents have a scale and a shift. Mirror images."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nfm.storage_specs.format.schema import LatentSpec, PixelSpec
 
-def scale_pixels(pixels: Tensor, out: Tensor) -> Tensor:
-    """Write x / 127.5 - 1 of uint8 pixels to the float32 tensor `out` of the same shape, in [-1, 1]. Returns `out`."""
-    return out.copy_(pixels).div_(127.5).sub_(1)
+
+def scale_x(stored: Tensor, x_spec: PixelSpec | LatentSpec, out: Tensor) -> Tensor:
+    """Write the x that stored values stand for to the float32 tensor `out` of the same shape. Returns `out`.
+
+    It is value / 127.5 - 1 of uint8 pixels, in [-1, 1], and (value - shift) · scale of latents, which must come in
+    their own floating-point dtype.
+    """
+    out.copy_(stored)
+    if isinstance(x_spec, PixelSpec):
+        return out.div_(127.5).sub_(1)
+    return out.sub_(x_spec.shift).mul_(x_spec.scale)
+
+
+def mirror_rows(images: Tensor, is_mirrored: Tensor) -> None:
+    """Replace those rows of images (B, C, H, W) where `is_mirrored` (B,) is true by their mirror images, left to
+    right."""
+    images[is_mirrored] = images[is_mirrored].flip(-1)
 
 
 def to_float(pixels: NDArray[np.uint8]) -> Tensor:
     """A new float32 tensor with x / 127.5 - 1 of uint8 pixels, in [-1, 1]."""
-    return scale_pixels(torch.from_numpy(np.array(pixels)), torch.empty(pixels.shape))
+    return scale_x(torch.from_numpy(np.array(pixels)), PixelSpec(dtype="uint8"), torch.empty(pixels.shape))
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:

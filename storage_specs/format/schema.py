@@ -1,67 +1,151 @@
-"""The spec of a store, `dataset.json`, and the records that its writers commit. All of them are JSON documents, checked
-when they are read."""
+"""The spec of a store, `dataset.json`, and the records that its writers commit, in schema 1.1. All of them are JSON
+documents, checked when they are read. Documents of schema 1.0 are read by schema_1_0.py."""
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from nfm.storage_specs.format.codecs import STORED_DTYPES, ZDtype
-from nfm.storage_specs.storage.documents import StrictModel, canonical_json, parse_json
+from nfm.storage_specs.format.codecs import STORED_DTYPES, FloatDtype, ZDtype
+from nfm.storage_specs.storage.documents import StrictModel, canonical_json
 from nfm.storage_specs.storage.errors import StoreError
 
 SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 0
+SCHEMA_MINOR = 1
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_ROW_BYTES = 1 << 28  # of one float32 image; a spec with more is damaged or hostile
+MAX_TEXT = 20_000  # characters of a text in an attribution
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["samples", "couplings"]
 LayoutName = Literal["webdataset", "zarr"]
 NoiseDtype = Literal["float32", "float16"]
+NoiseLaw = Literal["philox-as241-v1"]
 Precision = Literal["fp32", "tf32", "bf16"]
+ImageView = Literal["plain", "mirrored"]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Draws = Annotated[int, Field(ge=1, le=1 << 16)]
+Rows = Annotated[int, Field(ge=1, le=10**12)]  # a key in a WebDataset file has twelve digits
 Positive = Annotated[int, Field(ge=1, le=1 << 48)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+FiniteNonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FinitePositive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class PixelSpec(StrictModel):
+    """x as 8-bit pixels: x = value / 127.5 - 1, in [-1, 1]."""
+
+    dtype: Literal["uint8"]
+
+
+class DecoderSpec(StrictModel):
+    """The network that turns latents into images: its name, its architecture, and the sha256 of its weights."""
+
+    name: str
+    architecture: dict[str, Any]
+    sha256: Sha256
+
+
+class LatentSpec(StrictModel):
+    """x as latents of an image: x = (value - shift) · scale, where `value` is what the decoder takes."""
+
+    dtype: FloatDtype
+    scale: FinitePositive
+    shift: Finite
+    decoder: DecoderSpec
 
 
 class NoiseSpec(StrictModel):
     """How the noise ε′ was drawn (docs/store.md), in which dtype the teacher saw it, and whether it is stored. If it is
     not, it can be drawn again from law, seed, image index and draw."""
 
-    law: Literal["philox-as241-v1"]
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)]
+    law: NoiseLaw
+    seed: Seed
     dtype: NoiseDtype
     stored: bool
 
 
-class TeacherSpec(StrictModel):
-    """The network f that made z: its architecture, the sha256 of its weights, and, as information, how it was
-    trained."""
+class NetworkSpec(StrictModel):
+    """A network that values of a store were made with: its architecture, the sha256 of its weights, and, as
+    information, how it was trained."""
 
     architecture: dict[str, Any]
     sha256: Sha256
     training: dict[str, Any]
 
 
-class CouplingSpec(StrictModel):
-    """The part of the spec that only a coupling store has: how z was made from x, and how it is stored."""
+class NfmCoupling(StrictModel):
+    """z = f(x + η·ε′, label), by the teacher f."""
 
-    draws: Annotated[int, Field(ge=1, le=1 << 16)]  # K, of each image
-    eta: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    kind: Literal["nfm"]
+    draws: Draws  # K, of each image
+    eta: FiniteNonNegative
     precision: Precision  # of the teacher's matrix products (docs/encode.md)
     z_dtype: ZDtype
     z_scale_sha256: Sha256 | None  # of z_scale.npy, which only int8 has
     noise: NoiseSpec
-    teacher: TeacherSpec
+    teacher: NetworkSpec
     source: Sha256  # id of the sample store that x comes from
 
     @model_validator(mode="after")
-    def _check_scale(self) -> "CouplingSpec":
-        if (self.z_scale_sha256 is not None) != (self.z_dtype == "int8"):
-            raise ValueError("z has a scale exactly when it is int8")
+    def _check_scale(self) -> "NfmCoupling":
+        _check_scale(self.z_dtype, self.z_scale_sha256)
         return self
+
+
+class PotentialsSpec(StrictModel):
+    """The potentials of a semidiscrete optimal transport problem: the sha256 of their file, the cost that they are for,
+    and χ², how far the masses of their cells are from equal."""
+
+    sha256: Sha256
+    cost: Literal["dot"]  # -⟨x, ε⟩
+    chi2: Finite
+
+
+class SemidiscreteCoupling(StrictModel):
+    """Draw k of row i is the k-th noise, in the order of counters, that falls into the cell of x_i. The store holds the
+    counters. The noise of counter c is drawn by the law with index c and, in place of the draw, the label of x_i (0 in
+    a store without labels)."""
+
+    kind: Literal["semidiscrete"]
+    draws: Draws  # K, of each image
+    law: NoiseLaw
+    seed: Seed
+    potentials: PotentialsSpec
+    source: Sha256  # id of the sample store that x comes from
+
+
+class ReflowCoupling(StrictModel):
+    """x was generated by a network from the noise z. There is no η, and x comes from no sample store."""
+
+    kind: Literal["reflow"]
+    draws: Literal[1]
+    z_dtype: ZDtype
+    z_scale_sha256: Sha256 | None
+    law: NoiseLaw
+    seed: Seed
+    generator: NetworkSpec
+    sampler: str  # such as "heun31"
+    guidance: FiniteNonNegative
+    precision: Precision
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> "ReflowCoupling":
+        _check_scale(self.z_dtype, self.z_scale_sha256)
+        return self
+
+
+def _check_scale(z_dtype: ZDtype, z_scale_sha256: str | None) -> None:
+    if (z_scale_sha256 is not None) != (z_dtype == "int8"):
+        raise ValueError("z has a scale exactly when it is int8")
+
+
+Coupling = Annotated[NfmCoupling | SemidiscreteCoupling | ReflowCoupling, Field(discriminator="kind")]
 
 
 class Spec(StrictModel):
@@ -69,13 +153,16 @@ class Spec(StrictModel):
 
     kind: Kind
     layout: LayoutName
-    rows: Positive
+    rows: Rows
     block_rows: Annotated[int, Field(ge=1, le=1 << 20)]  # of every block but the last, which may have fewer
     shape: tuple[Positive, Positive, Positive]  # (C, H, W)
-    num_classes: Annotated[int, Field(ge=1, le=1_000_000)]
+    x: Annotated[PixelSpec | LatentSpec, Field(discriminator="dtype")]
+    views: list[ImageView]  # draw k is of view k mod the number of views
+    num_classes: Annotated[int, Field(ge=0, le=1_000_000)]  # 0: the images have no labels
     class_names: list[str]
+    names: bool  # whether names.parquet says where each image comes from
     preprocessing: dict[str, Any]
-    coupling: CouplingSpec | None = None
+    coupling: Coupling | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -93,27 +180,45 @@ class Spec(StrictModel):
             raise ValueError(f"shape {self.shape} has more than {MAX_ROW_BYTES} bytes a row")
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+        if self.views not in (["plain"], ["plain", "mirrored"]):
+            raise ValueError(f"views {self.views}; there may be ['plain'] or ['plain', 'mirrored']")
+        if self.num_draws % len(self.views):
+            raise ValueError(f"{self.num_draws} draws do not show each of {len(self.views)} views equally often")
         return self
 
     @property
     def dim(self) -> int:
         """n = C·H·W, the number of values of an image."""
-        c, h, w = self.shape
-        return c * h * w
+        return math.prod(self.shape)
 
     @property
-    def blocks(self) -> int:
+    def num_blocks(self) -> int:
         """The number of blocks."""
         return -(-self.rows // self.block_rows)
 
     @property
-    def draws(self) -> int:
+    def num_draws(self) -> int:
         """K, the number of noise draws of each image; 0 for a sample store."""
         return self.coupling.draws if self.coupling else 0
 
+    @property
+    def nfm(self) -> NfmCoupling:
+        """The coupling section of a store whose z a teacher made, which is the only kind that is written yet."""
+        assert isinstance(self.coupling, NfmCoupling)
+        return self.coupling
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the images have labels."""
+        return self.num_classes > 0
+
+    def view_of(self, draw: int) -> ImageView:
+        """The view of the image that a draw was made of."""
+        return self.views[draw % len(self.views)]
+
     def rows_of(self, block: int) -> int:
         """The number of rows of a block."""
-        assert 0 <= block < self.blocks
+        assert 0 <= block < self.num_blocks
         return min(self.block_rows, self.rows - block * self.block_rows)
 
     def indices(self, block: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -127,23 +232,29 @@ class Spec(StrictModel):
         if len(out_of_range):
             raise StoreError(f"{name}: got label {out_of_range[0]}, expected 0 to {self.num_classes - 1}")
 
-    def dtype(self, column: str) -> np.dtype[Any]:
-        """The stored dtype of column "x", "label", "index", "z" or "noise"."""
-        if column == "x":
-            return np.dtype("u1")
-        if column in ("label", "index"):
-            return np.dtype("<i8")
-        assert self.coupling is not None
-        if column == "z":
-            return np.dtype(STORED_DTYPES[self.coupling.z_dtype])
-        return np.dtype(self.coupling.noise.dtype).newbyteorder("<")
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """The columns that hold x: the mirrored view of latents has one of its own, as latents cannot be mirrored."""
+        if "mirrored" in self.views and isinstance(self.x, LatentSpec):
+            return ("x", "x_mirrored")
+        return ("x",)
 
     @property
-    def planes(self) -> tuple[str, ...]:
+    def draw_columns(self) -> tuple[str, ...]:
         """The stored columns that have a value for each draw: one file for each block and draw."""
         if self.coupling is None:
             return ()
-        return ("z", "noise") if self.coupling.noise.stored else ("z",)
+        return ("z", "noise") if self.nfm.noise.stored else ("z",)
+
+    def dtype(self, column: str) -> np.dtype[Any]:
+        """The stored dtype of a column: "x", "x_mirrored", "label", "index", "z" or "noise"."""
+        if column in ("label", "index"):
+            return np.dtype("<i8")
+        if column in ("x", "x_mirrored"):
+            return np.dtype("u1" if self.x.dtype == "uint8" else STORED_DTYPES[self.x.dtype])
+        if column == "z":
+            return np.dtype(STORED_DTYPES[self.nfm.z_dtype])
+        return np.dtype(self.nfm.noise.dtype).newbyteorder("<")
 
     def to_json(self) -> bytes:
         """The canonical JSON of the spec, whose hash is part of the store's id."""
@@ -159,13 +270,8 @@ class Spec(StrictModel):
         return hashlib.sha256(canonical_json(document)).hexdigest()
 
 
-def content_id(spec: Spec, file_sha256: list[str]) -> str:
-    """Identity of a store's content: the sha256 of its spec and of the sha256 of every file, in manifest order."""
-    return hashlib.sha256(spec.to_json() + "".join(file_sha256).encode()).hexdigest()
-
-
 class FileRecord(StrictModel):
-    """One file of the store: its column, draw (-1 where the column has none) and block, its path, size and sha256. Only
+    """One file of a column: its column, draw (-1 where the column has none) and block, its path, size and sha256. Only
     files of z have a `squared_error`: Σ (z as stored - z as the teacher gave it)²."""
 
     column: str
@@ -174,13 +280,13 @@ class FileRecord(StrictModel):
     path: str
     bytes: Annotated[int, Field(ge=0)]
     sha256: Sha256
-    squared_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    squared_error: FiniteNonNegative | None = None
 
 
 class Commit(StrictModel):
     """The commit record of a unit: draws `first` … `stop` - 1 of a block. It is written when all files of the unit are
-    durable. Beside the files of columns it lists that of "sum_z2": float64 (draws, C, H, W), Σ z² over the rows of the
-    block."""
+    durable. Beside the files of columns it lists those that are added up when the store is completed: "z_sums" and
+    "z_class_sums" of its draws (sums.py), and "names" of its images."""
 
     lineage: Sha256
     block: int
@@ -189,7 +295,7 @@ class Commit(StrictModel):
     rows: int
     files: list[FileRecord]
     label_counts: dict[str, int]
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # that the worker spent in the teacher
+    seconds: FiniteNonNegative  # that the worker spent in the teacher
     device: str
 
 
@@ -197,7 +303,7 @@ class Cost(StrictModel):
     """`cost.json`: the seconds that the teacher took to make the couplings, by device name. No hash covers this file:
     it is information, which nobody can check."""
 
-    seconds: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    seconds: dict[str, FiniteNonNegative]
 
     @property
     def total(self) -> float:
@@ -211,19 +317,69 @@ class Totals(StrictModel):
     files: int
     bytes: int
     label_counts: dict[str, int]
-    z_rms_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None  # of z as stored against the teacher's own
+    z_rms_error: FiniteNonNegative | None  # of z as stored against the teacher's own
+
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+
+
+class Attribution(StrictModel):
+    """Where the data come from and on what terms; what is not known is null. It is outside the store's id, so it can be
+    corrected by a new version."""
+
+    licence: Text | None = None  # an SPDX expression, such as "CC-BY-4.0" or "LicenseRef-ImageNet"
+    citation: Text | None = None
+    creator: Text | None = None
+    source_url: Text | None = None
+    notes: Text | None = None
+
+    def updated(self, other: "Attribution") -> "Attribution":
+        """This attribution with every field that `other` gives."""
+        return self.model_copy(update=other.model_dump(exclude_none=True))
+
+
+UNKNOWN = Attribution()
+
+
+class DocumentFile(StrictModel):
+    """A file that belongs to a version as a whole: its path in the store, and its sha256."""
+
+    path: str
+    sha256: Sha256
+
+
+class Documents(StrictModel):
+    """The files of a version beside those of columns. Versions may share them."""
+
+    manifest: DocumentFile
+    readme: DocumentFile
+    croissant: DocumentFile
+    names: DocumentFile | None = None  # where the spec says so
+    sigma_f: DocumentFile | None = None  # these three where there is z; the last where there are labels too
+    z_sums: DocumentFile | None = None
+    z_class_sums: DocumentFile | None = None
+
+    def by_name(self) -> dict[str, DocumentFile]:
+        """Those that exist, by name."""
+        return {name: file for name in type(self).model_fields if (file := getattr(self, name)) is not None}
+
+
+DERIVED_DOCUMENTS = ("names", "sigma_f", "z_sums", "z_class_sums")  # those that the id covers
 
 
 class Dataset(StrictModel):
-    """`dataset.json`: written last, so its presence means that the store is complete."""
+    """One version of a store: `versions/000N.json`, which never changes once it is written, and of the newest version
+    also `dataset.json`, written last, so that its presence means that the store is complete."""
 
     schema_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
-    id: Sha256  # of the spec and the sha256 of every file: the identity of the content
+    id: Sha256  # of the content (see `content_id`); versions that differ in their attribution alone share it
+    version: Annotated[int, Field(ge=1, le=1_000_000)]
+    parent: Sha256 | None  # id of the version before this one
     spec: Spec
     totals: Totals
     records: dict[str, dict[str, Any]]  # where the values are inside each file, for readers without our code
-    manifest_sha256: Sha256
-    sigma_f_sha256: Sha256 | None
+    documents: Documents
+    attribution: Attribution
 
     @model_validator(mode="after")
     def _check_labels(self) -> "Dataset":
@@ -233,9 +389,45 @@ class Dataset(StrictModel):
         return self
 
 
-def parse_dataset(data: bytes, name: str) -> Dataset:
-    """The document in a dataset.json. Raises StoreError with the file's `name` if it is damaged, or of a version that
-    this nfm cannot read; the message then says which version can."""
+class Tag(StrictModel):
+    """`tags/<name>.json`: a name for a version."""
+
+    version: Annotated[int, Field(ge=1, le=1_000_000)]
+    id: Sha256
+
+
+class StartedStore(StrictModel):
+    """`commits/spec.json`: which store is being written, or was, in a folder."""
+
+    schema_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    spec: Spec
+
+
+def content_id(
+    spec: Spec,
+    files: Iterable[FileRecord],
+    label_counts: Iterable[Mapping[int, int]],
+    derived: Mapping[str, str],
+) -> str:
+    """Identity of a store's content. It is the sha256 of the canonical JSON of an object with
+
+    - "spec": the spec;
+    - "files": column, draw, block, sha256 and squared error of each file, in the order of the manifest;
+    - "label_counts": for each block, [label, rows] in the order of labels;
+    - "derived": the sha256 of each file in DERIVED_DOCUMENTS that the store has, by name.
+    """
+    document = {
+        "spec": spec.model_dump(mode="json"),
+        "files": [[file.column, file.draw, file.block, file.sha256, file.squared_error] for file in files],
+        "label_counts": [[[label, counts[label]] for label in sorted(counts)] for counts in label_counts],
+        "derived": dict(derived),
+    }
+    return hashlib.sha256(canonical_json(document)).hexdigest()
+
+
+def read_schema_version(data: bytes, name: str) -> tuple[int, int]:
+    """Major and minor schema version of a document. Raises StoreError with the file's `name` if it has none, or one
+    that this nfm cannot read; the message then says which nfm can."""
     try:
         version = json.loads(data)["schema_version"]
         major, minor = map(int, str(version).split("."))
@@ -244,7 +436,7 @@ def parse_dataset(data: bytes, name: str) -> Dataset:
     if major != SCHEMA_MAJOR or minor > SCHEMA_MINOR:
         needed = f"nfm {major}.x" if major != SCHEMA_MAJOR else f"a later nfm {major}.x"
         raise StoreError(f"{name}: got schema version {version}, this nfm reads {SCHEMA_VERSION}; install {needed}")
-    return parse_json(Dataset, data, name)
+    return major, minor
 
 
 def json_schema() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from nfm.storage_specs.storage.npy import npy_header
 TAR_BLOCK = 512  # bytes; tar pads everything to multiples of it
 TAR_END = 2 * TAR_BLOCK  # bytes of zeros that close an archive
 # Decimal digits, with leading zeros, so that all records have the same length.
-KEY_DIGITS = 12  # of the index in a member's name: for up to 10¹² images
+KEY_DIGITS = 12  # of the index in a member's name: a spec has at most 10¹² images
 LABEL_DIGITS = 6  # of the label in a .cls member: a spec has at most 1,000,000 classes
 CHECKSUM = slice(148, 156)  # the field of a tar header: six octal digits, NUL, space
 CHECKSUM_DIGITS = slice(148, 154)
@@ -62,35 +62,36 @@ class Member:
 
 
 class WebDatasetLayout:
-    """A file is a tar whose records, one for each row, are `<index>.x.npy` and `<index>.cls`, or `<index>.z.npy`, or
-    `<index>.noise.npy`. See `Layout` for the methods."""
+    """A file is a tar whose records, one for each row, are `<index>.x.npy` and, with labels, `<index>.cls`; or
+    `<index>.x_mirrored.npy`, `<index>.z.npy` or `<index>.noise.npy`. See `Layout` for the methods."""
 
-    base_kinds: tuple[str, ...] = ("x",)
+    def base_columns(self, spec: Spec) -> tuple[str, ...]:
+        return spec.image_columns
 
-    def file_path(self, kind: str, block: int, draw: int) -> str:
-        return f"{kind}/{block:06d}.tar" if draw < 0 else f"{kind}/k{draw:03d}/{block:06d}.tar"
+    def file_path(self, column: str, block: int, draw: int) -> str:
+        return f"{column}/{block:06d}.tar" if draw < 0 else f"{column}/k{draw:03d}/{block:06d}.tar"
 
-    def members(self, spec: Spec, kind: str) -> list[Member]:
+    def members(self, spec: Spec, column: str) -> list[Member]:
         """The tar members of one record, in order."""
-        dtype = spec.dtype(kind)
+        dtype = spec.dtype(column)
         header = npy_header(dtype, spec.shape)
-        members = [Member(f"{kind}.npy", kind, header, spec.dim * dtype.itemsize, start=0)]
-        if kind == "x":
+        members = [Member(f"{column}.npy", column, header, spec.dim * dtype.itemsize, start=0)]
+        if column == "x" and spec.has_labels:
             members.append(Member("cls", "label", b"", LABEL_DIGITS, start=members[0].end))
         return members
 
-    def record_bytes(self, spec: Spec, kind: str) -> int:
+    def record_bytes(self, spec: Spec, column: str) -> int:
         """Bytes of one record: what one row takes in a file."""
-        return self.members(spec, kind)[-1].end
+        return self.members(spec, column)[-1].end
 
-    def file_size(self, spec: Spec, kind: str, rows: int) -> int:
-        return rows * self.record_bytes(spec, kind) + TAR_END
+    def file_size(self, spec: Spec, column: str, rows: int) -> int:
+        return rows * self.record_bytes(spec, column) + TAR_END
 
-    def encode_file(self, spec: Spec, kind: str, block: int, columns: dict[str, NDArray[Any]]) -> bytes:
+    def encode_file(self, spec: Spec, column: str, block: int, columns: dict[str, NDArray[Any]]) -> bytes:
         index = spec.indices(block)
-        data = np.zeros(self.file_size(spec, kind, len(index)), dtype=np.uint8)
+        data = np.zeros(self.file_size(spec, column, len(index)), dtype=np.uint8)
         records = data[:-TAR_END].reshape(len(index), -1)
-        for member in self.members(spec, kind):
+        for member in self.members(spec, column):
             records[:, member.start : member.prefix_start] = tar_headers(index, member.suffix, member.size)
             records[:, member.prefix_start : member.value_start] = np.frombuffer(member.prefix, dtype=np.uint8)
             values = columns[member.column]
@@ -102,17 +103,17 @@ class WebDatasetLayout:
             records[:, member.value_start : member.padding_start] = value_bytes
         return data.tobytes()
 
-    def row_placement(self, spec: Spec, kind: str) -> tuple[int, int]:
-        return self.members(spec, kind)[0].value_start, self.record_bytes(spec, kind)
+    def row_placement(self, spec: Spec, column: str) -> tuple[int, int]:
+        return self.members(spec, column)[0].value_start, self.record_bytes(spec, column)
 
-    def view_columns(self, spec: Spec, kind: str, block: int, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    def view_columns(self, spec: Spec, column: str, block: int, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         index = spec.indices(block)
-        assert len(data) == self.file_size(spec, kind, len(index))
+        assert len(data) == self.file_size(spec, column, len(index))
         if data[-TAR_END:].any():
             raise StoreError("it does not end as a tar does")
         records = data[:-TAR_END].reshape(len(index), -1)
         columns: dict[str, NDArray[Any]] = {}
-        for member in self.members(spec, kind):
+        for member in self.members(spec, column):
             headers = records[:, member.start : member.prefix_start]
             if not np.array_equal(headers, tar_headers(index, member.suffix, member.size)):
                 raise StoreError(f"the tar headers of its .{member.suffix} members are not those of this block")
@@ -124,8 +125,8 @@ class WebDatasetLayout:
             if member.column == "label":
                 columns["label"] = _parse_labels(records[:, member.value_start : member.padding_start])
             else:
-                columns[kind] = _strided_rows(data, len(index), spec, kind, member.value_start, records.shape[1])
-        if kind == "x":
+                columns[column] = _strided_rows(data, len(index), spec, column, member.value_start, records.shape[1])
+        if column == "x":
             columns["index"] = index  # the names in the tar headers, which were compared above
         return columns
 
@@ -133,26 +134,26 @@ class WebDatasetLayout:
         return {}
 
     def describe_records(self, spec: Spec) -> dict[str, dict[str, Any]]:
-        kinds = (*self.base_kinds, *spec.planes)
+        columns = (*self.base_columns(spec), *spec.draw_columns)
         return {
-            kind: {
-                "record_bytes": self.record_bytes(spec, kind),
+            column: {
+                "record_bytes": self.record_bytes(spec, column),
                 "members": [
                     {"name": f"<index>.{member.suffix}", "bytes": member.size, "value_offset": member.value_start}
-                    for member in self.members(spec, kind)
+                    for member in self.members(spec, column)
                 ],
-                "dtype": spec.dtype(kind).str,
+                "dtype": spec.dtype(column).str,
                 "shape": list(spec.shape),
             }
-            for kind in kinds
+            for column in columns
         }
 
 
 def _strided_rows(
-    data: NDArray[np.uint8], rows: int, spec: Spec, kind: str, value_start: int, record_bytes: int
+    data: NDArray[np.uint8], rows: int, spec: Spec, column: str, value_start: int, record_bytes: int
 ) -> NDArray[Any]:
     """The values of a column as a view of the file's bytes, (rows, C, H, W)."""
-    dtype = spec.dtype(kind)
+    dtype = spec.dtype(column)
     strides_of_row = np.empty((1, *spec.shape), dtype).strides[1:]
     return np.ndarray((rows, *spec.shape), dtype, data, value_start, (record_bytes, *strides_of_row))
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nfm.storage_specs.format.pixels import scale_pixels
+from nfm.storage_specs.format.pixels import scale_x
 from nfm.storage_specs.reading.order import Mixture
 from nfm.storage_specs.reading.rows import RowReader, SampleBuffers
 
@@ -16,11 +16,11 @@ from nfm.storage_specs.reading.rows import RowReader, SampleBuffers
 class Batch:
     """B samples.
 
-    For the view "samples", z is empty and draw is -1. For a stream with `stored`, x is uint8 and z has the dtype and
-    the values of the files, until `CouplingStream.to_float` converts them.
+    For the view "samples", z is empty and draw is -1. Labels are -1 where the store has no classes. For a stream with
+    `stored`, x and z have the dtypes and the values of the files, until `CouplingStream.to_float` converts them.
     """
 
-    x: torch.Tensor  # (B, C, H, W) float32 in [-1, 1]
+    x: torch.Tensor  # (B, C, H, W) float32: pixels in [-1, 1], or latents
     z: torch.Tensor  # (B, C, H, W) float32: z / σ_f
     label: torch.Tensor  # (B,) int64
     index: torch.Tensor  # (B,) int64: the row of the store
@@ -102,7 +102,7 @@ class BatchMaker:
 
     def _allocate_buffers(self, size: int) -> SampleBuffers:
         """Memory for `size` samples."""
-        x_dtype = torch.uint8 if self._stored else torch.float32
+        x_dtype = self._readers[0].x.dtype if self._stored else torch.float32
         z = None
         z_column = self._readers[0].z
         if z_column is not None:
@@ -134,13 +134,13 @@ class BatchMaker:
             buffers.draw[batch_rows] = part.draw
 
     def to_float(self, batch: Batch) -> Batch:
-        """A batch of this maker with x in [-1, 1] and z / σ_f, float32 on the device of the batch.
+        """A batch of this maker with x and z / σ_f, float32 on the device of the batch.
 
         Without `stored` batches are so already, and the batch itself is returned.
         """
         if not self._stored:
             return batch
-        x = scale_pixels(batch.x, out=torch.empty_like(batch.x, dtype=torch.float32))
+        x = scale_x(batch.x, self._readers[0].spec.x, out=torch.empty_like(batch.x, dtype=torch.float32))
         if len(batch.z) == 0:
             z = torch.empty_like(batch.z, dtype=torch.float32)
         elif len(self._readers) == 1:

@@ -12,6 +12,7 @@ from nfm.storage_specs.reading.mapped_rows import MappedRows, RowPlacement
 from nfm.storage_specs.reading.memmap_rows import MemmapRows
 from nfm.storage_specs.reading.region import AddressSpaceError, RegionRows, supports_region
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.files import FileState
 
 
 def create_mapped_rows(placement: RowPlacement) -> MappedRows:
@@ -31,19 +32,21 @@ def create_mapped_rows(placement: RowPlacement) -> MappedRows:
 
 
 class Column:
-    """The files of one column, for all blocks (and draws), with rows of n = C·H·W values.
+    """The files of one column for all blocks, with rows of n = C·H·W values.
 
-    `name` is "x", which has one file for each block, or "z", which has one for each block and draw; `draws` is the
-    number of draws, 1 for x.
+    `planes` are the names of the column and the draws of which it has a file in every block: ("x", -1) for x, with
+    ("x_mirrored", -1) where the mirrored view is stored, and ("z", 0), ("z", 1), … for z.
     """
 
-    def __init__(self, store: Store, name: str, dtype: torch.dtype, draws: int) -> None:
+    def __init__(self, store: Store, planes: list[tuple[str, int]], dtype: torch.dtype) -> None:
         self.store, self.spec = store, store.spec
-        self.name, self.dtype = name, dtype
+        self.dtype = dtype
+        self._plane_numbers = {plane: number for number, plane in enumerate(planes)}
+        name = planes[0][0]
         offset, stride = store.layout.row_placement(self.spec, name)
         self._rows = create_mapped_rows(
             RowPlacement(
-                num_slots=self.spec.blocks * draws,
+                num_slots=self.spec.num_blocks * len(planes),
                 file_bytes=store.layout.file_size(self.spec, name, self.spec.block_rows),
                 file_rows=self.spec.block_rows,
                 offset=offset,
@@ -53,31 +56,40 @@ class Column:
             )
         )
         self._mapped: OrderedDict[FileKey, None] = OrderedDict()  # an ordered set: the file used longest ago is first
-        self._parsed: set[FileKey] = set()
+        self._checked: dict[FileKey, FileState] = {}  # files whose content was checked, as they were then
         self._buffer = torch.empty(0, dtype=dtype)
 
     def _slot(self, key: FileKey) -> int:
-        draw = max(key.draw, 0)  # a file of x has draw -1
-        return draw * self.spec.blocks + key.block
+        return self._plane_numbers[key.column, key.draw] * self.spec.num_blocks + key.block
 
     def is_mapped(self, key: FileKey) -> bool:
         """Whether rows of this file can be gathered."""
         return key in self._mapped
 
     def map_file(self, key: FileKey) -> NDArray[np.int64] | None:
-        """Map a file, and check its content unless that was done before. Call `mark_used` afterwards.
+        """Map a file, and check its content unless that was done before and the file is still the same. Call
+        `mark_used` afterwards.
 
-        Returns the labels that the file holds, (rows,): those of x in the WebDataset layout, on the first call for the
-        file; otherwise None. Safe to call from several threads for different files. Raises StoreError, naming the file,
-        if it is missing or damaged.
+        Returns the labels that the file holds, (rows,): those of x in the WebDataset layout, when the content is
+        checked; otherwise None. Safe to call from several threads for different files. Raises StoreError, naming the
+        file, if it is missing or damaged.
         """
         slot, file_bytes = self._slot(key), self.store.files[key].bytes
-        data = self.store.use_local_file(key, lambda path: self._rows.map_file(slot, path, file_bytes))
-        if key in self._parsed:
+        mapped = self.store.use_local_file(key, lambda path: self._rows.map_file(slot, path, file_bytes))
+        if self._was_checked(key, mapped.state):
             return None
-        columns = self.store.parse_columns(key, data, sha256_checked=not self.store.root.local)
-        self._parsed.add(key)
+        columns = self.store.parse_columns(key, mapped.data, sha256_checked=not self.store.root.local)
+        self._checked[key] = mapped.state
         return columns.get("label")
+
+    def _was_checked(self, key: FileKey, state: FileState) -> bool:
+        """Whether the content of a file was checked, and the file has not changed since."""
+        checked_state = self._checked.get(key)
+        if checked_state is None:
+            return False
+        if self.store.root.local:
+            return state == checked_state
+        return state.is_same_file(checked_state)  # the cache sets the modification time at each use
 
     def mark_used(self, key: FileKey) -> None:
         """Note that a file is mapped, and that it is the one used last."""
@@ -92,10 +104,11 @@ class Column:
             self._rows.unmap_file(self._slot(key))
             del self._mapped[key]
 
-    def locate(self, rows: NDArray[np.int64], draws: NDArray[np.int64] | None) -> Tensor:
-        """The locations, (B,) int64, that `gather` takes for these rows of the store, (B,), and draws, (B,) or None."""
+    def locate(self, rows: NDArray[np.int64], planes: NDArray[np.int64] | None) -> Tensor:
+        """The locations, (B,) int64, that `gather` takes for these rows of the store, (B,), and the numbers of their
+        planes, (B,), or None for the first."""
         blocks, rows_in_file = np.divmod(rows, self.spec.block_rows)
-        slots = blocks if draws is None else draws * self.spec.blocks + blocks
+        slots = blocks if planes is None else planes * self.spec.num_blocks + blocks
         return torch.from_numpy(self._rows.locate(slots, rows_in_file))
 
     def gather(self, locations: Tensor, out: Tensor | None) -> Tensor:

@@ -6,12 +6,21 @@ runs on every POSIX platform. Both give the same rows.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from nfm.storage_specs.storage.files import FileState
+
+
+class MappedFile(NamedTuple):
+    """A file that was mapped into memory."""
+
+    data: NDArray[np.uint8]  # all its bytes, read-only
+    state: FileState  # when it was opened
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,8 @@ class RowPlacement:
 class MappedRows(Protocol):
     """The rows of many files, of which those that are needed are mapped into memory."""
 
-    def map_file(self, slot: int, path: Path, file_bytes: int) -> NDArray[np.uint8]:
-        """Map a file, whose rows `gather` can read from then on; returns all its bytes, read-only.
+    def map_file(self, slot: int, path: Path, file_bytes: int) -> MappedFile:
+        """Map a file, whose rows `gather` can read from then on.
 
         Safe to call from several threads for different slots. Raises StoreError if the file does not have `file_bytes`,
         FileNotFoundError if it is missing, another OSError if it cannot be read.

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nfm.storage_specs.reading.mapped_rows import RowPlacement
+from nfm.storage_specs.reading.mapped_rows import MappedFile, RowPlacement
 from nfm.storage_specs.storage.files import check_file_size, open_regular_file
 
 
@@ -24,10 +24,10 @@ class MemmapRows:
         self._placement = placement
         self._rows_by_slot: dict[int, NDArray[Any]] = {}
 
-    def map_file(self, slot: int, path: Path, file_bytes: int) -> NDArray[np.uint8]:
-        data = _map_bytes(path, file_bytes)
-        self._rows_by_slot[slot] = self._view_rows(data)
-        return data
+    def map_file(self, slot: int, path: Path, file_bytes: int) -> MappedFile:
+        mapped = _map_bytes(path, file_bytes)
+        self._rows_by_slot[slot] = self._view_rows(mapped.data)
+        return mapped
 
     def unmap_file(self, slot: int) -> None:
         del self._rows_by_slot[slot]
@@ -55,18 +55,21 @@ class MemmapRows:
         )
 
 
-def _map_bytes(path: Path, file_bytes: int) -> NDArray[np.uint8]:
+def _map_bytes(path: Path, file_bytes: int) -> MappedFile:
     """The bytes of a file, read-only, mapped into memory. Raises as `MappedRows.map_file` does.
 
     By torch, since `np.memmap` would keep a file descriptor for each file: a process may have only about a thousand
     (`ulimit -n`), and a large store has more files.
     """
-    with open_regular_file(path) as (_, actual_bytes):  # refuses what is no regular file
-        check_file_size(path, actual_bytes, file_bytes)
+    with open_regular_file(path) as (_, state):  # refuses what is no regular file
+        check_file_size(path, state.bytes, file_bytes)
         try:
             data = torch.from_file(str(path), shared=False, size=file_bytes, dtype=torch.uint8).numpy()
         except RuntimeError as error:
             path.stat()  # raises FileNotFoundError if the file was deleted in between
             raise OSError(errno.EIO, str(error), str(path)) from error
+        with open_regular_file(path) as (_, state_after):
+            if not state_after.is_same_file(state):  # torch opened the file once more, by its name
+                raise OSError(errno.ESTALE, "the file was replaced while it was opened", str(path))
     data.flags.writeable = False
-    return data
+    return MappedFile(data, state)

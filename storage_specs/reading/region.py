@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nfm.storage_specs.reading.mapped_rows import RowPlacement
+from nfm.storage_specs.reading.mapped_rows import MappedFile, RowPlacement
 from nfm.storage_specs.storage.files import check_file_size, open_regular_file
 
 # What Python's mmap module, which cannot map a file at a given address, leaves out. The values are those of Linux (on
@@ -111,13 +111,13 @@ class Region:
         finalizer.atexit = False
         self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
 
-    def map_file(self, slot: int, path: Path, file_bytes: int) -> NDArray[np.uint8]:
+    def map_file(self, slot: int, path: Path, file_bytes: int) -> MappedFile:
         """Map a file into a slot, in place of what is there. Returns and raises what `MappedRows.map_file` does."""
         assert 0 < file_bytes <= self.slot_bytes
         start = slot * self.slot_bytes
         address = self._address + start
-        with open_regular_file(path) as (descriptor, actual_bytes):
-            check_file_size(path, actual_bytes, file_bytes)
+        with open_regular_file(path) as (descriptor, state):
+            check_file_size(path, state.bytes, file_bytes)
             flags = mmap.MAP_SHARED | _MAP_FIXED
             mapped_address = self._libc.mmap(address, file_bytes, mmap.PROT_READ, flags, descriptor, 0)
             if mapped_address != address:
@@ -127,7 +127,7 @@ class Region:
             self._libc.madvise(address, file_bytes, _MADV_POPULATE_READ)
         data = self.bytes[start : start + file_bytes]
         data.flags.writeable = False
-        return data
+        return MappedFile(data, state)
 
     def unmap_file(self, slot: int) -> None:
         """Give the memory of a slot back, and keep its addresses reserved."""
@@ -165,7 +165,7 @@ class RegionRows:
         gap_bytes = (row_bytes - 1) // max(1, num_gaps)
         self._probe_offsets = torch.arange(num_gaps + 1) * gap_bytes
 
-    def map_file(self, slot: int, path: Path, file_bytes: int) -> NDArray[np.uint8]:
+    def map_file(self, slot: int, path: Path, file_bytes: int) -> MappedFile:
         return self._region.map_file(slot, path, file_bytes)
 
     def unmap_file(self, slot: int) -> None:

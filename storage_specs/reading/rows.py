@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.names import DATASET_FILE
-from nfm.storage_specs.format.pixels import scale_pixels
+from nfm.storage_specs.format.pixels import mirror_rows, scale_x
 from nfm.storage_specs.reading.column import Column
 from nfm.storage_specs.reading.order import EpochOrder, choose_epoch_draws, list_epoch_windows, make_epoch_order
 from nfm.storage_specs.reading.prefetch import Prefetcher
@@ -23,7 +23,13 @@ from nfm.storage_specs.storage.files import IO_THREADS, map_file
 
 MAX_MAPPED_FILES = 30_000  # of one store; Linux allows a process 65,530 mappings
 ORDER_BYTES_PER_ROW = 96  # of memory, for the order and the labels of an epoch while it is made
-_TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+_TORCH_DTYPES = {
+    "uint8": torch.uint8,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,9 @@ class EpochPlan:
     epoch: int
     order: EpochOrder
     draw_of_block: NDArray[np.int64]  # (blocks,), -1 where only x is read
+    view_of_block: NDArray[np.int64]  # (blocks,): the number of the view
     draws: NDArray[np.int64]  # (N,), -1 where only x is read
+    is_mirrored: Tensor | None  # (N,) bool: whether the reader mirrors x; None where it never does
     x_locations: Tensor  # (N,), for Column.gather
     z_locations: Tensor | None  # (N,), None where only x is read
 
@@ -43,8 +51,8 @@ class EpochPlan:
 class SampleBuffers:
     """Tensors for B samples of n = C·H·W values, which `RowReader.read` fills.
 
-    With `stored`, x and z get the values that the files hold, so x must be uint8 and z have the dtype of the files.
-    Otherwise both are float32, and get x in [-1, 1] and z / σ_f.
+    With `stored`, x and z get the values that the files hold, and must have the dtypes of the files. Otherwise both are
+    float32, and get x as `scale_x` gives it and z / σ_f.
     """
 
     x: Tensor  # (B, n)
@@ -68,20 +76,23 @@ class RowReader:
     def __init__(self, store: Store, seed: int, pairs: bool, window_blocks: int | None) -> None:
         self.store, self.spec = store, store.spec
         self.seed, self.window_blocks = seed, window_blocks
-        kinds = (*store.layout.base_kinds, "z") if pairs else store.layout.base_kinds
+        self._base_columns = store.layout.base_columns(self.spec)
+        columns = (*self._base_columns, "z") if pairs else self._base_columns
         # Before anything is reserved for the number of rows that the spec gives:
-        store.check_local_sizes(kinds)
+        store.check_local_sizes(columns)
         self._check_memory()
-        self.x = Column(store, "x", torch.uint8, draws=1)
+        image_columns = self.spec.image_columns
+        self.x = Column(store, [(name, -1) for name in image_columns], _TORCH_DTYPES[self.spec.x.dtype])
+        self._mirrors = len(self.spec.views) > len(image_columns)
         self.z: Column | None = None
-        self._columns = {"x": self.x}
+        self._columns = dict.fromkeys(image_columns, self.x)
         if pairs:
-            assert self.spec.coupling is not None
-            self.z = Column(store, "z", _TORCH_DTYPES[self.spec.coupling.z_dtype], self.spec.draws)
+            planes = [("z", draw) for draw in range(self.spec.num_draws)]
+            self.z = Column(store, planes, _TORCH_DTYPES[self.spec.nfm.z_dtype])
             self._columns["z"] = self.z
             self.sigma_f = _as_row(store.sigma_f)
             self.z_scale = None if store.z_scale is None else _as_row(store.z_scale)
-        self.labels = np.empty(self.spec.rows, dtype=np.int64)
+        self.labels = np.full(self.spec.rows, -1, dtype=np.int64)
         self._checked_files: set[FileKey] = set()  # of labels and indices, where these have files of their own
         self._pool = ThreadPoolExecutor(IO_THREADS, "nfm-open")
         self._plan: EpochPlan | None = None
@@ -89,8 +100,8 @@ class RowReader:
         self._prefetcher = Prefetcher(store)
         self._prefetches = False
         self._max_mapped = MAX_MAPPED_FILES // 2  # of each column
-        num_blocks = min(window_blocks or self.spec.blocks, self.spec.blocks)
-        block_bytes = sum(store.layout.file_size(self.spec, kind, self.spec.block_rows) for kind in kinds)
+        num_blocks = min(window_blocks or self.spec.num_blocks, self.spec.num_blocks)
+        block_bytes = sum(store.layout.file_size(self.spec, column, self.spec.block_rows) for column in columns)
         self.window_bytes = num_blocks * block_bytes
         if 2 * num_blocks > MAX_MAPPED_FILES:
             raise StoreError(
@@ -123,6 +134,8 @@ class RowReader:
         for plan, run in self._iterate_open_runs(start, len(buffers.x)):
             part = slice(num_filled, num_filled + run.stop - run.start)
             self._read_x(plan.x_locations[run], buffers.x[part], buffers.stored)
+            if plan.is_mirrored is not None:
+                mirror_rows(buffers.x[part].view(-1, *self.spec.shape), plan.is_mirrored[run])
             if buffers.z is not None:
                 assert plan.z_locations is not None
                 self._read_z(plan.z_locations[run], buffers.z[part], buffers.stored)
@@ -136,7 +149,7 @@ class RowReader:
         if stored:
             self.x.gather(locations, out)
         else:
-            scale_pixels(self.x.gather(locations, None), out=out)
+            scale_x(self.x.gather(locations, None), self.spec.x, out=out)
 
     def _read_z(self, locations: Tensor, out: Tensor, stored: bool) -> None:
         assert self.z is not None
@@ -173,29 +186,42 @@ class RowReader:
             return self._plan
         self._plan = None  # frees its memory before the next one is made
         order = make_epoch_order(self.spec.rows, self.spec.block_rows, self.seed, epoch, self.window_blocks)
-        draw_of_block = self._choose_draws(epoch)
-        draws = draw_of_block[order.rows // self.spec.block_rows]
+        blocks = order.rows // self.spec.block_rows
+        draw_of_block, view_of_block = self._choose_draws(epoch)
+        draws, views = draw_of_block[blocks], view_of_block[blocks]
         self._plan = EpochPlan(
             epoch=epoch,
             order=order,
             draw_of_block=draw_of_block,
+            view_of_block=view_of_block,
             draws=draws,
-            x_locations=self.x.locate(order.rows, None),
+            is_mirrored=torch.from_numpy(views == 1) if self._mirrors else None,
+            x_locations=self.x.locate(order.rows, None if len(self.spec.image_columns) == 1 else views),
             z_locations=None if self.z is None else self.z.locate(order.rows, draws),
         )
         return self._plan
 
-    def _choose_draws(self, epoch: int) -> NDArray[np.int64]:
-        """The draw of z that an epoch reads of each block, (blocks,); -1 where only x is read."""
-        if self.z is None:
-            return np.full(self.spec.blocks, -1, dtype=np.int64)
-        return choose_epoch_draws(self.spec.blocks, self.spec.draws, self.seed, epoch)
+    def _choose_draws(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The draw of z that an epoch reads of each block, (blocks,), and the number of the view of x, (blocks,).
 
-    def _list_files(self, blocks: NDArray[np.int64], draw_of_block: NDArray[np.int64]) -> list[FileKey]:
-        """The files that hold these blocks, block by block."""
+        Where only x is read, the draw is -1, and the views of a block take turns as draws do.
+        """
+        num_blocks, num_views = self.spec.num_blocks, len(self.spec.views)
+        if self.z is None:
+            return np.full(num_blocks, -1, dtype=np.int64), choose_epoch_draws(num_blocks, num_views, self.seed, epoch)
+        draws = choose_epoch_draws(num_blocks, self.spec.num_draws, self.seed, epoch)
+        return draws, draws % num_views
+
+    def _list_files(
+        self, blocks: NDArray[np.int64], draw_of_block: NDArray[np.int64], view_of_block: NDArray[np.int64]
+    ) -> list[FileKey]:
+        """The files that an epoch with these draws and views reads of these blocks, block by block."""
+        image_columns = self.spec.image_columns
         keys: list[FileKey] = []
         for block in blocks.tolist():
-            keys += [FileKey(kind, block) for kind in self.store.layout.base_kinds]
+            # The labels of the WebDataset layout are in the files of x, so x is read also for its mirrored view.
+            unread = image_columns[1:] if view_of_block[block] == 0 else ()
+            keys += [FileKey(column, block) for column in self._base_columns if column not in unread]
             if self.z is not None:
                 keys.append(FileKey("z", block, int(draw_of_block[block])))
         return keys
@@ -204,9 +230,10 @@ class RowReader:
         """Make every row of a window readable, unmap files beyond the limit, and begin to fetch the next window."""
         if self._open_window_id == (plan.epoch, window):
             return
-        keys = self._list_files(plan.order.windows[window], plan.draw_of_block)
-        for column in self._columns.values():
-            column.unmap_unused(set(keys), self._max_mapped)
+        keys = self._list_files(plan.order.windows[window], plan.draw_of_block, plan.view_of_block)
+        for column in (self.x, self.z):
+            if column is not None:
+                column.unmap_unused(set(keys), self._max_mapped)
         unopened = [key for key in keys if not self._is_open(key)]
         for _ in self._pool.map(self._open_file, unopened):
             pass  # an error of a thread is raised here
@@ -241,8 +268,8 @@ class RowReader:
         epoch, next_window = plan.epoch, window + 1
         if next_window == len(plan.order.windows):
             epoch, next_window = plan.epoch + 1, 0
-        blocks = list_epoch_windows(self.spec.blocks, self.seed, epoch, self.window_blocks)[next_window]
-        self._prefetcher.replace_queue(self._list_files(blocks, self._choose_draws(epoch)))
+        blocks = list_epoch_windows(self.spec.num_blocks, self.seed, epoch, self.window_blocks)[next_window]
+        self._prefetcher.replace_queue(self._list_files(blocks, *self._choose_draws(epoch)))
 
     def close(self) -> None:
         """Stop the threads that open and fetch files, without waiting for them; ends attempts to reach a server."""

@@ -40,8 +40,9 @@ class Source:
 class CouplingStream:
     """Endless shuffled batches of a store, or of a mixture of stores that agree in shape and classes.
 
-    `url` is the URL of a store, or a list of `Source`s. The view "pairs" needs coupling stores, and gives x with one
-    draw of z; "samples" takes any store, and gives x alone. See `Batch` for shapes and ranges.
+    `url` is the URL of a store (`URL@v1` for its version 1), or a list of `Source`s. The view "pairs" needs coupling
+    stores, and gives x with one draw of z; "samples" takes any store, and gives x alone. See `Batch` for shapes and
+    ranges.
 
     `batch_size` is the size of the global batch; each of `world_size` ranks, 0 to `world_size` - 1, gets its slice. So
     the global sequence does not depend on the number of readers. Epochs follow each other without a gap: a batch may
@@ -111,7 +112,7 @@ class CouplingStream:
         """Raise StoreError unless all stores have the shape and the classes of the first."""
         first = self.stores[0]
         for store in self.stores[1:]:
-            for name in ("shape", "class_names"):
+            for name in ("shape", "class_names", "x"):
                 if getattr(store.spec, name) != getattr(first.spec, name):
                     raise StoreError(
                         f"{store.url}: got another {name} than in {first.url}; "
@@ -174,7 +175,7 @@ class CouplingStream:
         return batch
 
     def to_float(self, batch: Batch) -> Batch:
-        """A batch of this stream with x in [-1, 1] and z / σ_f, float32 on the device of the batch.
+        """A batch of this stream with x and z / σ_f, float32 on the device of the batch.
 
         Without `stored` batches are so already, and the batch itself is returned.
         """

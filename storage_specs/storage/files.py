@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
@@ -179,11 +179,11 @@ class Root:
     def _read_local(self, path: str, max_bytes: int) -> bytes:
         """`read` of a local file, which must be a regular one."""
         try:
-            with open_regular_file(self.full_path(path)) as (descriptor, size):
-                if size > max_bytes:
-                    raise self._too_large_error(path, size, max_bytes)
+            with open_regular_file(self.full_path(path)) as (descriptor, state):
+                if state.bytes > max_bytes:
+                    raise self._too_large_error(path, state.bytes, max_bytes)
                 with os.fdopen(descriptor, "rb", closefd=False) as file:
-                    return file.read(size)
+                    return file.read(state.bytes)
         except FileNotFoundError as error:
             raise self._missing_error(path) from error
         except OSError as error:
@@ -263,9 +263,22 @@ def split_url(url: str) -> tuple[Root, str]:
     return Root(folder or slash or "."), name
 
 
+class FileState(NamedTuple):
+    """What tells that a local file is still the one that was checked."""
+
+    device: int
+    inode: int
+    bytes: int
+    mtime_ns: int
+
+    def is_same_file(self, other: "FileState") -> bool:
+        """Whether device, inode and size are those of `other`. A file in the cache keeps these, but not its time."""
+        return self[:3] == other[:3]
+
+
 @contextmanager
-def open_regular_file(path: str | Path) -> Iterator[tuple[int, int]]:
-    """An open descriptor, for reading, and the size of a local file.
+def open_regular_file(path: str | Path) -> Iterator[tuple[int, FileState]]:
+    """An open descriptor, for reading, and the state of a local file.
 
     Raises OSError if there is no file or no regular one: in a store of another team, a pipe would block for ever and a
     device never end.
@@ -275,7 +288,7 @@ def open_regular_file(path: str | Path) -> Iterator[tuple[int, int]]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        yield descriptor, status.st_size
+        yield descriptor, FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     finally:
         os.close(descriptor)
 
@@ -291,10 +304,10 @@ def check_file_size(name: str | Path, actual_bytes: int, expected_bytes: int) ->
 
 def map_file(path: str | Path) -> NDArray[np.uint8]:
     """The bytes of a local file as a read-only memory map, (size,). Raises OSError if it cannot be read."""
-    with open_regular_file(path) as (descriptor, size):
-        if size == 0:  # an empty file cannot be mapped
+    with open_regular_file(path) as (descriptor, state):
+        if state.bytes == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype=np.uint8)
-        return np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), np.uint8)
+        return np.frombuffer(mmap.mmap(descriptor, state.bytes, prot=mmap.PROT_READ), np.uint8)
 
 
 def set_file_system_options(options: dict[str, dict[str, Any]]) -> None:

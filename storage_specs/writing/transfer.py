@@ -1,141 +1,121 @@
-"""Whole stores to another place or layout: convert, copy, repair, and the export of classic WebDataset tuples."""
+"""Whole stores to another place or layout: convert, copy, and repair. The export of tuples is in tuples.py."""
 
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from nfm.storage_specs.format.card import tuples_readme
+from nfm.storage_specs.format.dataset import is_1_0, parse_dataset
 from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.names import (
+    COPY_FILE,
     COST_FILE,
     CROISSANT_FILE,
     DATASET_FILE,
-    MANIFEST_FILE,
+    MAX_DOCUMENT_BYTES,
     MAX_METADATA_BYTES,
     README_FILE,
-    SIGMA_F_FILE,
+    SIGMA_F_NAME,
     SPEC_FILE,
     Z_SCALE_FILE,
+    version_file,
 )
-from nfm.storage_specs.format.schema import Dataset, LayoutName
-from nfm.storage_specs.reading.store import Fault, Store
+from nfm.storage_specs.format.schema import SCHEMA_VERSION, Dataset, LayoutName, StartedStore
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.verify import Fault, find_document_faults, find_faults
+from nfm.storage_specs.reading.versions import check_no_version, split_version
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
-from nfm.storage_specs.storage.npy import npy_bytes
-from nfm.storage_specs.writing.units import list_committed_units
-from nfm.storage_specs.writing.writer import StoreWriter
+from nfm.storage_specs.writing import units
+from nfm.storage_specs.writing.claims import claim
+from nfm.storage_specs.writing.units import Unit, list_committed_units
+from nfm.storage_specs.writing.writer import StoreWriter, read_started_spec
 
 Progress = Callable[[int], None]  # is called with the number of bytes or rows that were just completed
-MAX_DOCUMENT_BYTES = 1 << 30  # of a file beside those of columns; a larger one is damaged or hostile
-_EXPORT_FILE = "export.json"  # in a folder of tuples: which store they are from
-_COPY_FILE = "copy.json"  # in an unfinished copy: which store it is of
+MAX_CHECKS = 3  # of what was written; if files are damaged at each, the storage seems to lose written data
 
 
 def convert_store(
     store: Store, out: str, layout: LayoutName, progress: Progress, options: dict[str, Any] | None
 ) -> Dataset:
-    """Write the values of `store` in another layout to the URL `out`.
+    """Write the values of `store` in another layout to the URL `out`, in the newest schema.
 
-    Totals and cost stay the same, so converting back gives the same bytes. The sha256 of every source file is checked.
-    If it was interrupted, the same call continues. `progress` gets rows. Raises StoreError if the layout is the same,
-    the source is damaged, or `out` holds another store.
+    Totals and cost stay the same, so converting back gives the same bytes. The sha256 of every source file is checked,
+    and everything that was written, by this call or before, is read back. If it was interrupted, the same call
+    continues. `progress` gets rows. Raises StoreError if layout and schema are the same, if the source is damaged
+    (sound blocks are written all the same), if `out` holds another store, or if the storage loses what was written.
     """
-    if layout == store.spec.layout:
+    if layout == store.spec.layout and not is_1_0(store.dataset):
         raise StoreError(f"{store.url}: the store already has layout {layout}; to duplicate it, use `nfm store copy`")
     spec = store.spec.model_copy(update={"layout": layout})
     writer = StoreWriter(out, spec, options)
     writer.initialize(store.z_scale if spec.coupling else None)
-    if writer.is_complete():
-        return Store(out, options=options).dataset
     missing_units = writer.list_missing_units()
-    missing_rows = sum(spec.rows_of(unit.block) for unit in missing_units)
-    progress(spec.rows - missing_rows)
+    progress(spec.rows - sum(spec.rows_of(unit.block) for unit in missing_units))
+    if not missing_units and writer.is_complete():
+        return Store(out, options=options).dataset
+    for _ in range(MAX_CHECKS):
+        _convert_units(store, writer, missing_units, progress)
+        with ThreadPoolExecutor(IO_THREADS, "nfm-check") as pool:
+            written = sorted(list_committed_units(writer.root))
+            for unit, faults in zip(written, pool.map(writer.find_faults, written), strict=True):
+                if faults:
+                    writer.delete_commit(unit)
+        missing_units = writer.list_missing_units()
+        if not missing_units:
+            return writer.finalize(store.cost, inherited=store.dataset.attribution)
+    raise _untrusted_storage_error(out)
+
+
+def _convert_units(store: Store, writer: StoreWriter, missing_units: list[Unit], progress: Progress) -> None:
+    """Write units from the values of `store`. Raises StoreError at the end if some could not be read."""
+    spec = writer.spec
+    damaged: dict[int, StoreError] = {}
     for unit in missing_units:
-        unit_writer = writer.unit_writer(unit)
-        unit_writer.write_base({name: store.column(name, unit.block) for name in ("x", "label")})
-        for draw in unit.draws:
-            z = np.ascontiguousarray(store.column("z", unit.block, draw))
-            noise = store.column("noise", unit.block, draw) if "noise" in spec.planes else None
-            squared_error = store.files[FileKey("z", unit.block, draw)].squared_error
-            assert squared_error is not None
-            unit_writer.write_stored_draw(draw, z, noise, squared_error)
-        unit_writer.commit()
+        try:
+            _convert_unit(store, writer, unit)
+        except StorageError:
+            raise
+        except StoreError as error:
+            damaged[unit.block] = error
         progress(spec.rows_of(unit.block))
-    return writer.finalize(store.cost)
+    if damaged:
+        blocks = ", ".join(map(str, sorted(damaged)))
+        raise StoreError(
+            f"{next(iter(damaged.values()))} (blocks {blocks} are damaged, all others are written to "
+            f"{writer.root.url}; the command that wrote the store completes it there)"
+        )
 
 
-def export_tuples(store: Store, out: str, progress: Progress, options: dict[str, Any] | None) -> int:
-    """Write the pairs of a coupling store as classic WebDataset files, k<draw>/<block>.tar, in which every sample has
-    x.npy, z.npy, noise.npy and cls. Returns the number of files.
-
-    z that is stored as bfloat16 or int8 is written as the float32 it stands for. If it was interrupted, the same call
-    continues. `progress` gets rows. Raises StoreError for a store of samples, or if `out` holds tuples of another
-    store.
-    """
-    spec, root = store.spec, Root(out, options)
-    if spec.coupling is None:
-        raise StoreError(f"{store.url}: got a store of samples, expected one of couplings")
-    _claim_export(store, root)
-    existing = root.list_file_sizes()
-    for block in range(spec.blocks):
-        for draw in range(spec.draws):
-            path = f"k{draw:03d}/{block:06d}.tar"
-            if path not in existing:  # an existing file is complete, as files are written completely or not at all
-                root.write(path, b"".join(_tuples_tar(store, block, draw)))
-        progress(spec.rows_of(block))
-    root.write(SIGMA_F_FILE, npy_bytes(store.sigma_f))
-    root.write(README_FILE, tuples_readme(store.dataset).encode())
-    return spec.blocks * spec.draws
-
-
-def _claim_export(store: Store, target: Root) -> None:
-    """Write into `target` that it holds tuples of `store`. Raises StoreError if it holds those of another store."""
-    claim = canonical_json({"tuples of": store.dataset.id})
-    if not target.exists(_EXPORT_FILE):
-        target.write(_EXPORT_FILE, claim)
-    elif target.read(_EXPORT_FILE, len(claim) + 1) != claim:
-        raise StoreError(f"{target.url}: holds tuples of another store; write to another URL, or delete it first")
-
-
-def _tuples_tar(store: Store, block: int, draw: int) -> Iterator[bytes]:
-    """The tar with the tuples of one block and draw, in pieces: one for each member, and the end."""
-    assert store.spec.coupling is not None
-    if store.spec.coupling.z_dtype in ("float32", "float16"):
-        z = store.column("z", block, draw)
-    else:
-        z = store.z(block, draw)
-    x, noise, label = store.column("x", block), store.column("noise", block, draw), store.column("label", block)
-    for row, index in enumerate(store.spec.indices(block).tolist()):
-        members = {
-            "x.npy": npy_bytes(np.asarray(x[row])),
-            "z.npy": npy_bytes(np.asarray(z[row])),
-            "noise.npy": npy_bytes(np.asarray(noise[row])),
-            "cls": str(label[row]).encode(),
-        }
-        for suffix, data in members.items():
-            info = tarfile.TarInfo(f"{index:012d}_k{draw:03d}.{suffix}")
-            info.size = len(data)
-            padding = bytes(-len(data) % tarfile.BLOCKSIZE)
-            yield info.tobuf(tarfile.USTAR_FORMAT) + data + padding
-    yield bytes(2 * tarfile.BLOCKSIZE)
+def _convert_unit(store: Store, writer: StoreWriter, unit: Unit) -> None:
+    spec = writer.spec
+    base = {name: store.column(name, unit.block) for name in (*spec.image_columns, "label")}
+    unit_writer = writer.unit_writer(unit, base.pop("label"))
+    unit_writer.write_base(base, store.image_names_of(unit.block))
+    for draw in unit.draws:
+        z = np.ascontiguousarray(store.column("z", unit.block, draw))
+        noise = store.column("noise", unit.block, draw) if "noise" in spec.draw_columns else None
+        squared_error = store.files[FileKey("z", unit.block, draw)].squared_error
+        assert squared_error is not None
+        unit_writer.write_stored_draw(draw, z, noise, squared_error)
+    unit_writer.commit()
 
 
 def copy_store(store: Store, out: str, progress: Progress, options: dict[str, Any] | None) -> int:
-    """Copy all files of `store`, with its commit records, to the URL `out`. Returns how many files of columns were
-    written.
+    """Copy all files of a version of a store, with its commit records and the documents of the versions before it, to
+    the URL `out`. Returns how many files of columns were written.
 
-    Files that exist there with the right size are kept at first; at the end all files are read back, and those with
-    wrong bytes are written again. Only then commit records and dataset.json are written, as they tell others that the
-    files can be trusted. If it was interrupted, the same call continues. `progress` gets the bytes of each file of a
-    column twice: when it is in `out`, written by this call or before, and when it was read back. Raises
-    StoreError if the source is damaged, if `out` holds another store, or if the storage returns other bytes than were
-    written.
+    The copy is the version that was opened, also if the source gets a newer one meanwhile. Files that exist there with
+    the right size are kept at first; at the end all files are read back, and those with wrong bytes are written again.
+    Only then commit records and dataset.json are written, as they tell others that the files can be trusted. If it was
+    interrupted, the same call continues. `progress` gets the bytes of each file of a column twice: when it is in `out`,
+    written by this call or before, and when it was read back. Raises StoreError if the source is damaged, if `out`
+    holds something else, or if the storage returns other bytes than were written.
     """
-    faults = store.find_document_faults()
+    check_no_version(out)
+    faults = find_document_faults(store)
     if faults:
         raise StoreError(f"{faults[0].message} (nothing was copied)")
     target = Root(out, options)
@@ -152,8 +132,7 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
         copy_file(key)
         progress(store.files[key].bytes)
 
-    def copy_document(path: str) -> None:
-        data = store.root.read(path, MAX_DOCUMENT_BYTES)
+    def write_document(path: str, data: bytes) -> None:
         target.write(path, data)
         if target.read(path, len(data)) != data:
             raise _untrusted_storage_error(f"{out}/{path}")
@@ -168,16 +147,11 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
         still_damaged = _list_bad_copies(store, target, damaged, lambda _bytes: None, pool)
         if still_damaged:
             raise _untrusted_storage_error(f"{out}/{store.files[still_damaged[0]].path}")
-        commit_files = _list_commit_files(store)
-        if commit_files:
-            # With spec.json and the commit records, the copy can be repaired. The file of the source is not copied,
-            # since it may name draws that are being added.
-            target.write(SPEC_FILE, store.spec.to_json())
-        metadata_files = store.layout.metadata_files(store.spec)
-        list(pool.map(copy_document, [*metadata_files, MANIFEST_FILE, *_list_documents(store), *commit_files]))
-    copy_document(DATASET_FILE)
-    if target.exists(_COPY_FILE):
-        target.delete(_COPY_FILE)
+        for path, data in _read_documents(store):
+            write_document(path, data)
+    write_document(DATASET_FILE, store.document)
+    if target.exists(COPY_FILE):
+        target.delete(COPY_FILE)
     return len(missing) + len(damaged)
 
 
@@ -199,84 +173,125 @@ def _list_bad_copies(
     return [key for key, intact in zip(keys, pool.map(is_intact, keys), strict=True) if not intact]
 
 
-def _list_commit_files(store: Store) -> list[str]:
-    """The files of Σ z² and the commit records of the units of a store; none if the store itself was copied without
-    them."""
-    if not store.root.exists(SPEC_FILE):
-        return []
-    units = []
-    for unit in sorted(list_committed_units(store.root)):
-        is_of_dataset = unit.block < store.spec.blocks and unit.stop <= store.spec.draws
-        if is_of_dataset:  # others are of draws that are being added
-            units.append(unit)
-    sum_z2_files = [unit.sum_z2_file for unit in units if unit.draws]
-    return [*sum_z2_files, *(unit.commit_file for unit in units)]
-
-
-def _list_documents(store: Store) -> list[str]:
-    """The files beside dataset.json and the manifest that lie in the folder of a store."""
-    names = [README_FILE, CROISSANT_FILE]
-    if store.spec.coupling:
-        names.append(SIGMA_F_FILE)
-        if store.spec.coupling.z_scale_sha256:
-            names.append(Z_SCALE_FILE)
+def _read_documents(store: Store) -> Iterator[tuple[str, bytes]]:
+    """Path and content of every file of a store that is to be copied, beside those of columns and dataset.json. What
+    has a hash is checked against it, as the source may have changed since it was opened."""
+    yield from store.layout.metadata_files(store.spec).items()
+    if store.spec.coupling is not None:
+        if store.spec.nfm.z_scale_sha256:
+            yield Z_SCALE_FILE, store.read_document(Z_SCALE_FILE, store.spec.nfm.z_scale_sha256, MAX_DOCUMENT_BYTES)
         if store.cost:
-            names.append(COST_FILE)
-    return names
+            yield COST_FILE, canonical_json(store.cost.model_dump(mode="json"))
+    if is_1_0(store.dataset):
+        yield store.dataset.documents.manifest.path, store.manifest
+        if store.dataset.documents.sigma_f is not None:
+            digest = store.dataset.documents.sigma_f.sha256
+            yield SIGMA_F_NAME, store.read_document(SIGMA_F_NAME, digest, MAX_DOCUMENT_BYTES)
+        for path in (README_FILE, CROISSANT_FILE):
+            yield path, store.root.read(path, MAX_METADATA_BYTES)
+        return
+    yield from _read_commits(store)
+    copied: set[str] = set()
+    for version in range(1, store.dataset.version + 1):
+        path = version_file(version)
+        is_opened = version == store.dataset.version
+        data = store.document if is_opened else store.root.read(path, MAX_METADATA_BYTES)
+        documents = parse_dataset(data, f"{store.url}/{path}").documents
+        for name, file in documents.by_name().items():
+            if file.path not in copied:
+                copied.add(file.path)
+                content = store.read_document(file.path, file.sha256, MAX_DOCUMENT_BYTES)
+                yield file.path, content
+            if is_opened and name in ("readme", "croissant"):
+                root_path = README_FILE if name == "readme" else CROISSANT_FILE
+                yield root_path, store.read_document(file.path, file.sha256, MAX_DOCUMENT_BYTES)
+        yield path, data
+
+
+def _read_commits(store: Store) -> Iterator[tuple[str, bytes]]:
+    """spec.json, and the files of the commit records of a store, the records last; nothing if the store itself was
+    copied without them."""
+    if not store.root.exists(SPEC_FILE):
+        return
+    started = StartedStore(schema_version=SCHEMA_VERSION, spec=store.spec)
+    yield SPEC_FILE, canonical_json(started.model_dump(mode="json"))
+    for unit in sorted(list_committed_units(store.root)):
+        if unit.block >= store.spec.num_blocks or unit.stop > store.spec.num_draws:
+            continue  # of draws that are being added
+        commit = units.read_commit(store.root, store.spec, unit)
+        for record in commit.files:
+            if FileKey(record.column, record.block, record.draw) not in store.files:
+                yield record.path, store.read_document(record.path, record.sha256, record.bytes)
+        yield unit.commit_file, store.root.read(unit.commit_file, units.MAX_COMMIT_BYTES)
 
 
 def _claim_copy(store: Store, target: Root, options: dict[str, Any] | None) -> None:
-    """Write into `target` that it will be a copy of `store`. Raises StoreError if it holds another store, or a part of
-    one."""
+    """Note in `target` that it will be a copy of `store`. Raises StoreError if it holds anything else; a complete copy
+    of the same version may be checked again."""
     if target.exists(DATASET_FILE):
-        existing_id = Store(target.url, options=options).dataset.id
-        if existing_id != store.dataset.id:
+        existing = Store(target.url, options=options)
+        if existing.document != store.document:
             raise StoreError(
-                f"{target.url}: holds store {existing_id[:12]}, expected nothing or {store.dataset.id[:12]}"
+                f"{target.url}: holds store {existing.dataset.id[:12]}, version {existing.dataset.version}; expected "
+                f"nothing, or version {store.dataset.version} of {store.dataset.id[:12]}"
             )
         return
-    claim = canonical_json({"copy of": store.dataset.id})
-    if target.exists(_COPY_FILE):
-        if target.read(_COPY_FILE, MAX_METADATA_BYTES) != claim:
-            raise StoreError(f"{target.url}: holds a part of another store; copy to another URL, or delete it first")
-    elif target.exists(SPEC_FILE):
-        raise StoreError(f"{target.url}: holds a store that is being written; copy to another URL, or delete it first")
-    else:
-        target.write(_COPY_FILE, claim)
+    claim(target, COPY_FILE, sha256(store.document))
 
 
-def repair_store(store: Store, progress: Progress) -> tuple[list[str], list[int]]:
-    """Prepare a damaged store for the command that wrote it, so that it writes exactly the damaged blocks again.
+def repair_store(url: str, progress: Progress, options: dict[str, Any] | None = None) -> tuple[list[str], list[int]]:
+    """Prepare the newest version of a damaged store for the command that wrote it, so that it writes exactly the
+    damaged blocks again.
 
     Deletes the commit records of the units with damaged or missing files, and dataset.json. `progress` gets the bytes
     that were read. Returns the faults, one sentence each, and the damaged blocks; both are empty for a sound store.
-    Raises StoreError if the store cannot be repaired, as it has no commit records or its z_scale.npy is damaged, and
-    StorageError if storage cannot be read.
+    Raises StoreError if the store cannot be repaired, as it has no commit records or its z_scale.npy is damaged or it
+    is of schema 1.0, and StorageError if storage cannot be read.
     """
+    if split_version(url)[1] is not None and not Root(url, options).exists(DATASET_FILE):
+        raise StoreError(f"{url}: got a version; repair {split_version(url)[0]}, the newest")
+    root = Root(url, options)
+    store = None
     try:
-        faults = list(store.find_faults(progress))
+        store = Store(url, options=options)
+        faults = list(find_faults(store, progress))
     except StorageError:
         raise
-    except StoreError as error:  # a damaged manifest is rebuilt from the commit records
-        faults = [Fault(MANIFEST_FILE, str(error))]
+    except StoreError as error:
+        if not root.exists(DATASET_FILE) or not root.exists(SPEC_FILE):
+            raise
+        faults = [Fault(DATASET_FILE, str(error))]
     if not faults:
         return [], []
-    if not store.root.exists(SPEC_FILE):
+    if not root.exists(SPEC_FILE):
         raise StoreError(
-            f"{faults[0].message}. {store.url} has no commit records, without which it cannot be repaired; "
+            f"{faults[0].message}. {root.url} has no commit records, without which it cannot be repaired; "
             "copy it again from its source"
         )
     for fault in faults:
         if fault.file == Z_SCALE_FILE:
             raise StoreError(
-                f"{fault.message}. No commit record holds its values, so {store.url} cannot be repaired; "
+                f"{fault.message}. No commit record holds its values, so {root.url} cannot be repaired; "
                 "copy it again from its source"
             )
-    damaged_files = [fault.file for fault in faults if isinstance(fault.file, FileKey)]
-    for unit in list_committed_units(store.root):
-        if any(unit.contains(key) for key in damaged_files):
-            store.root.delete(unit.commit_file)
+    spec = read_started_spec(url, options)  # raises for schema 1.0, which is not written any more
+    assert spec is not None
+    damaged_files = {fault.file for fault in faults if isinstance(fault.file, FileKey)}
+    damaged_blocks = {key.block for key in damaged_files}
+    messages = [fault.message for fault in faults]
+    # The files that only commit records name were not read yet; if the documents are damaged, no file was.
+    checked_files = store.files.keys() if store is not None else ()
+    for unit in sorted(list_committed_units(root)):
+        if unit.block >= spec.num_blocks or unit.stop > spec.num_draws:
+            continue  # not of this store
+        other_faults = units.find_faults(root, spec, unit, checked_files)
+        messages += other_faults
+        if other_faults or any(unit.contains(key) for key in damaged_files):
+            damaged_blocks.add(unit.block)
+            root.delete(unit.commit_file)
+    if store is not None:
+        root.write(version_file(store.dataset.version), store.document)  # it may be what was damaged
     # Deleted last: after an interruption that deleted only dataset.json, the next run would see all units committed and
     # finalize the damaged store.
-    store.root.delete(DATASET_FILE)
-    return [fault.message for fault in faults], sorted({key.block for key in damaged_files})
+    root.delete(DATASET_FILE)
+    return messages, sorted(damaged_blocks)

@@ -4,9 +4,10 @@ A unit is a block with a range of its draws. The unit with the first draws of a 
 Adding draws to a store adds units and leaves existing files as they are.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.image_names import ImageName, encode_names, max_names_bytes, parse_names
 from nfm.storage_specs.format.layouts import LAYOUTS, Columns
 from nfm.storage_specs.format.manifest import FileKey
-from nfm.storage_specs.format.names import COMMITS_FOLDER, SUM_Z2_FOLDER
+from nfm.storage_specs.format.names import COMMITS_FOLDER, SUMS_FOLDER
 from nfm.storage_specs.format.schema import Commit, FileRecord, Spec
+from nfm.storage_specs.format.sums import NUM_POWERS, ZSums, sum_z
 from nfm.storage_specs.storage.documents import parse_sealed_json, sealed_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import Root, sha256
 from nfm.storage_specs.storage.npy import npy_bytes, npy_header
 
 MAX_COMMIT_BYTES = 1 << 26
-_COMMIT_NAME = re.compile(r"(\d{6,})\.k(\d{3,})-(\d{3,})\.json")
+_COMMIT_NAME = re.compile(r"([0-9]{6,13})\.k([0-9]{3,5})-([0-9]{3,5})\.json")
+Z_SUMS, Z_CLASS_SUMS, NAMES = "z_sums", "z_class_sums", "names"  # in commit records, beside columns
 
 
 @dataclass(frozen=True, order=True)
@@ -46,9 +50,19 @@ class Unit:
         return f"{COMMITS_FOLDER}/{self.name}.json"
 
     @property
-    def sum_z2_file(self) -> str:
-        """Path in the store of Σ z² of the unit's draws."""
-        return f"{SUM_Z2_FOLDER}/{self.name}.npy"
+    def z_sums_file(self) -> str:
+        """Path in the store of the sums over z of the unit's draws, float64 (draws, 4, C, H, W)."""
+        return f"{SUMS_FOLDER}/{self.name}.npy"
+
+    @property
+    def z_class_sums_file(self) -> str:
+        """Path in the store of the sums over z by class of the unit's draws, float64 (draws, classes, 4)."""
+        return f"{SUMS_FOLDER}/{self.name}.class.npy"
+
+    @property
+    def names_file(self) -> str:
+        """Path in the store of the names of the unit's images."""
+        return f"{SUMS_FOLDER}/{self.name}.names.parquet"
 
     @property
     def draws(self) -> range:
@@ -83,11 +97,11 @@ def list_missing_units(spec: Spec, committed: Iterable[Unit]) -> list[Unit]:
     for unit in committed:
         committed_blocks.add(unit.block)
         committed_draws.setdefault(unit.block, set()).update(unit.draws)
-    if spec.draws == 0:
-        return [Unit(block, 0, 0) for block in range(spec.blocks) if block not in committed_blocks]
+    if spec.num_draws == 0:
+        return [Unit(block, 0, 0) for block in range(spec.num_blocks) if block not in committed_blocks]
     units: list[Unit] = []
-    for block in range(spec.blocks):
-        units += _list_missing_runs(block, spec.draws, committed_draws.get(block, set()))
+    for block in range(spec.num_blocks):
+        units += _list_missing_runs(block, spec.num_draws, committed_draws.get(block, set()))
     return units
 
 
@@ -121,27 +135,35 @@ class NonFiniteError(FloatingPointError):
 class UnitWriter:
     """Writes one unit: its files, in any order and from any thread, and then, with `commit`, its commit record.
 
-    `z_scale`, float32 (C, H, W), is the step of int8 z; None for other dtypes.
+    `labels` (rows,) int64 are those of the block; a store without classes has none, and they are ignored. `z_scale`,
+    float32 (C, H, W), is the step of int8 z; None for other dtypes. Raises StoreError if a label is out of range.
     """
 
-    def __init__(self, root: Root, spec: Spec, unit: Unit, z_scale: NDArray[np.float32] | None) -> None:
-        self.root, self.spec, self.unit, self.z_scale = root, spec, unit, z_scale
+    def __init__(
+        self, root: Root, spec: Spec, unit: Unit, labels: NDArray[np.int64], z_scale: NDArray[np.float32] | None
+    ) -> None:
+        self.root, self.spec, self.unit, self.labels, self.z_scale = root, spec, unit, labels, z_scale
         self.layout = LAYOUTS[spec.layout]
         self._files: dict[FileKey, FileRecord] = {}
-        self._sum_z2: dict[int, NDArray[np.float64]] = {}  # by draw
-        self._labels: NDArray[np.int64] | None = None
+        self._sums: dict[int, ZSums] = {}  # by draw
+        if spec.has_labels:
+            spec.check_labels(labels, f"{root.url} block {unit.block}")
 
-    def write_base(self, columns: Columns) -> None:
-        """Write x (rows, C, H, W) uint8 and label (rows,) int64, if they belong to this unit.
-
-        It has to be called for every unit, as the commit record counts the labels. Raises StoreError if a label is out
-        of range.
-        """
-        self._labels = columns["label"]
-        self.spec.check_labels(self._labels, f"{self.root.url} block {self.unit.block}")
-        if self.unit.has_base:
-            for kind in self.layout.base_kinds:
-                self._write_column_file(FileKey(kind, self.unit.block), columns)
+    def write_base(self, columns: Columns, names: Sequence[ImageName] | None = None) -> None:
+        """Write x (rows, C, H, W) in the dtype of the spec, and where the spec has it x_mirrored, with the labels, if
+        they belong to this unit. `names` say where the images come from, exactly if the spec asks for names."""
+        if not self.unit.has_base:
+            return
+        assert (names is not None) == self.spec.names
+        if self.spec.has_labels:
+            columns = columns | {"label": self.labels}
+        for column in self.layout.base_columns(self.spec):
+            if column in self.spec.image_columns:
+                assert columns[column].shape == (self.spec.rows_of(self.unit.block), *self.spec.shape)
+            self._write_column_file(FileKey(column, self.unit.block), columns)
+        if names is not None:
+            start = self.unit.block * self.spec.block_rows
+            self._write_file(FileKey(NAMES, self.unit.block), self.unit.names_file, encode_names(start, names))
 
     def write_draw(self, draw: int, z: NDArray[np.float32], noise: NDArray[Any] | None) -> None:
         """Encode and write one draw.
@@ -150,15 +172,15 @@ class UnitWriter:
         dtype of the spec, or None if the store does not hold the noise. Raises NonFiniteError, before anything of this
         draw is written, if some z is not finite or too large for its dtype.
         """
-        coupling = self.spec.coupling
-        assert coupling is not None and z.dtype == np.float32
-        stored = codecs.encode_z(z, coupling.z_dtype, self.z_scale)
-        decoded = codecs.decode_z(stored, coupling.z_dtype, self.z_scale)
+        dtype = self.spec.nfm.z_dtype
+        assert z.dtype == np.float32
+        stored = codecs.encode_z(z, dtype, self.z_scale)
+        decoded = codecs.decode_z(stored, dtype, self.z_scale)
         if not (np.isfinite(z).all() and codecs.all_finite(stored)):
             magnitude = np.maximum(np.abs(z), np.abs(decoded)).reshape(len(z), -1).max(axis=1)  # NaN stays NaN
             bad_rows = np.flatnonzero(~(magnitude < codecs.MAX_MAGNITUDE))
             bad_images = self.spec.indices(self.unit.block)[bad_rows].tolist()
-            raise NonFiniteError(bad_images, draw, coupling.z_dtype)
+            raise NonFiniteError(bad_images, draw, dtype)
         squared_error = float(np.square(decoded.astype(np.float64) - z).sum())
         self.write_stored_draw(draw, stored, noise, squared_error)
 
@@ -166,19 +188,19 @@ class UnitWriter:
         """Like `write_draw`, for z that is in its stored form already, such as z of another store. `squared_error` is
         Σ (z as stored - z as the teacher gave it)²."""
         spec, block = self.spec, self.unit.block
-        assert spec.coupling is not None and draw in self.unit.draws
-        planes: Columns = {"z": z}
+        assert draw in self.unit.draws
+        columns: Columns = {"z": z}
         if noise is not None:
-            planes["noise"] = noise
-        assert tuple(planes) == spec.planes
-        for name, plane in planes.items():
-            assert plane.shape == (spec.rows_of(block), *spec.shape)
-            assert plane.dtype == spec.dtype(name) and codecs.all_finite(plane)
-            self._write_column_file(FileKey(name, block, draw), {name: plane}, squared_error if name == "z" else None)
-        # Σ z² of the *stored* values, in float64 and draw by draw. So σ_f needs no second pass over the data, anybody
-        # can check it from the files, and it has the same bits however the draws were spread over units.
-        decoded = codecs.decode_z(z, spec.coupling.z_dtype, self.z_scale)
-        self._sum_z2[draw] = np.square(decoded.astype(np.float64)).sum(axis=0)
+            columns["noise"] = noise
+        assert tuple(columns) == spec.draw_columns
+        for name, values in columns.items():
+            assert values.shape == (spec.rows_of(block), *spec.shape)
+            assert values.dtype == spec.dtype(name) and codecs.all_finite(values)
+            self._write_column_file(FileKey(name, block, draw), {name: values}, squared_error if name == "z" else None)
+        # Sums over the *stored* values, draw by draw. So σ_f needs no second pass over the data, anybody can check it
+        # from the files, and it has the same bits however the draws were spread over units.
+        decoded = codecs.decode_z(z, spec.nfm.z_dtype, self.z_scale)
+        self._sums[draw] = sum_z(spec, decoded, self.labels)
 
     def _write_column_file(self, key: FileKey, columns: Columns, squared_error: float | None = None) -> None:
         """Encode and write one file of a column."""
@@ -200,20 +222,23 @@ class UnitWriter:
         )
 
     def commit(self, seconds: float = 0.0, device: str = "") -> Commit:
-        """Write Σ z² and then the commit record: the unit is complete. `seconds` is the time that the teacher took on
-        `device`."""
-        unit = self.unit
-        assert self._labels is not None and set(self._sum_z2) == set(unit.draws)
+        """Write the sums over z and then the commit record: the unit is complete. `seconds` is the time that the
+        teacher took on `device`."""
+        unit, spec = self.unit, self.spec
+        assert set(self._sums) == set(unit.draws)
         if unit.draws:
-            sum_z2 = np.stack([self._sum_z2[draw] for draw in unit.draws])
-            self._write_file(FileKey("sum_z2", unit.block), unit.sum_z2_file, npy_bytes(sum_z2))
-        counts = Counter(self._labels.tolist())
+            by_dimension = np.stack([self._sums[draw].by_dimension for draw in unit.draws])
+            self._write_file(FileKey(Z_SUMS, unit.block), unit.z_sums_file, npy_bytes(by_dimension))
+            if spec.has_labels:
+                by_class = np.stack([self._sums[draw].by_class for draw in unit.draws])
+                self._write_file(FileKey(Z_CLASS_SUMS, unit.block), unit.z_class_sums_file, npy_bytes(by_class))
+        counts = Counter(self.labels.tolist()) if spec.has_labels else Counter[int]()
         commit = Commit(
-            lineage=self.spec.lineage,
+            lineage=spec.lineage,
             block=unit.block,
             first=unit.first,
             stop=unit.stop,
-            rows=self.spec.rows_of(unit.block),
+            rows=spec.rows_of(unit.block),
             files=[self._files[key] for key in sorted(self._files, key=lambda key: (key.column, key.draw))],
             label_counts={str(label): counts[label] for label in sorted(counts)},
             seconds=seconds,
@@ -226,13 +251,18 @@ class UnitWriter:
 def read_commit(root: Root, spec: Spec, unit: Unit) -> Commit:
     """The commit record of a unit. Raises StoreError if it is missing, damaged, or of another store than `spec`."""
     name = f"{root.url}/{unit.commit_file}"
-    if unit.block >= spec.blocks or unit.stop > spec.draws:
+    if unit.block >= spec.num_blocks or unit.stop > spec.num_draws:
         raise StoreError(f"{name}: it was written for another store; delete {root.url} and encode again")
     commit = parse_sealed_json(Commit, root.read(unit.commit_file, MAX_COMMIT_BYTES), name)
     if commit.lineage != spec.lineage or Unit(commit.block, commit.first, commit.stop) != unit:
         raise StoreError(f"{name}: it was written for another store; delete {root.url} and encode again")
-    files = {FileKey(file.column, file.block, file.draw): (file.path, file.bytes) for file in commit.files}
-    if files != _expected_files(spec, unit) or len(commit.files) != len(files):
+    files = {FileKey(file.column, file.block, file.draw): file for file in commit.files}
+    expected_sizes = _expected_files(spec, unit)
+    is_expected = len(commit.files) == len(files) and files.keys() == expected_sizes.keys()
+    for key, file in files.items() if is_expected else ():
+        path, size = expected_sizes[key]
+        is_expected &= file.path == path and (file.bytes == size or (file.column == NAMES and file.bytes < size))
+    if not is_expected:
         raise StoreError(f"{name}: its files are not those of its unit; the record is damaged")
     labels = [int(label) if label.isdecimal() else -1 for label in commit.label_counts]
     if commit.rows != spec.rows_of(unit.block) or not all(0 <= label < spec.num_classes for label in labels):
@@ -241,34 +271,68 @@ def read_commit(root: Root, spec: Spec, unit: Unit) -> Commit:
 
 
 def _expected_files(spec: Spec, unit: Unit) -> dict[FileKey, tuple[str, int]]:
-    """Path and size in bytes of every file of a unit."""
+    """Path and size in bytes of every file of a unit. The size of a file of names is an upper bound."""
     layout, rows = LAYOUTS[spec.layout], spec.rows_of(unit.block)
-    keys = [FileKey(kind, unit.block) for kind in layout.base_kinds] if unit.has_base else []
-    keys += [FileKey(kind, unit.block, draw) for kind in spec.planes for draw in unit.draws]
+    keys = [FileKey(column, unit.block) for column in layout.base_columns(spec)] if unit.has_base else []
+    keys += [FileKey(column, unit.block, draw) for column in spec.draw_columns for draw in unit.draws]
     files: dict[FileKey, tuple[str, int]] = {}
     for key in keys:
         path = layout.file_path(key.column, key.block, key.draw)
         files[key] = (path, layout.file_size(spec, key.column, rows))
-    if unit.draws:
-        header = npy_header(np.dtype("<f8"), (len(unit.draws), *spec.shape))
-        files[FileKey("sum_z2", unit.block)] = (unit.sum_z2_file, len(header) + 8 * len(unit.draws) * spec.dim)
+    for column, path, shape in _sums_files(spec, unit):
+        files[FileKey(column, unit.block)] = (path, len(npy_header(np.dtype("<f8"), shape)) + 8 * math.prod(shape))
+    if unit.has_base and spec.names:
+        files[FileKey(NAMES, unit.block)] = (unit.names_file, max_names_bytes(rows))
     return files
 
 
-def read_sum_z2(root: Root, spec: Spec, commit: Commit) -> dict[int, NDArray[np.float64]]:
-    """Σ z² over the rows of a block, by draw, float64 (C, H, W) each. Raises StoreError if the file is not the one that
-    was committed."""
-    record = next(file for file in commit.files if file.column == "sum_z2")
+def _sums_files(spec: Spec, unit: Unit) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, path and shape of the float64 files with the sums over z of a unit."""
+    num_draws = len(unit.draws)
+    if num_draws == 0:
+        return []
+    files: list[tuple[str, str, tuple[int, ...]]] = [
+        (Z_SUMS, unit.z_sums_file, (num_draws, NUM_POWERS, *spec.shape)),
+    ]
+    if spec.has_labels:
+        files.append((Z_CLASS_SUMS, unit.z_class_sums_file, (num_draws, spec.num_classes, NUM_POWERS)))
+    return files
+
+
+def _read_committed(root: Root, commit: Commit, column: str) -> bytes:
+    """The content of a file of a unit. Raises StoreError if the file is not the one that was committed."""
+    record = next(file for file in commit.files if file.column == column)
     data = root.read(record.path, record.bytes)
     if len(data) != record.bytes or sha256(data) != record.sha256:
         raise StoreError(f"{root.url}/{record.path}: its sha256 is not the committed one; run the same command again")
-    num_values = spec.dim * (commit.stop - commit.first)
-    values = np.frombuffer(data[-8 * num_values :], "<f8")  # without the header, whose size `read_commit` checked
-    return dict(zip(range(commit.first, commit.stop), values.reshape(-1, *spec.shape), strict=True))
+    return data
 
 
-def find_faults(root: Root, spec: Spec, unit: Unit) -> list[str]:
-    """What is wrong with a committed unit, one sentence for each damaged file; all of them are read.
+def read_z_sums(root: Root, spec: Spec, commit: Commit) -> dict[int, ZSums]:
+    """The sums over z of a unit, by draw. Raises StoreError if a file is not the one that was committed."""
+    unit = Unit(commit.block, commit.first, commit.stop)
+    arrays: list[NDArray[np.float64]] = []
+    for column, _, shape in _sums_files(spec, unit):
+        data = _read_committed(root, commit, column)  # without its header, whose size `read_commit` checked
+        arrays.append(np.frombuffer(data[-8 * math.prod(shape) :], "<f8").reshape(shape))
+    by_dimension = arrays[0]
+    by_class = arrays[1] if spec.has_labels else np.zeros((len(unit.draws), 0, NUM_POWERS))
+    return {draw: ZSums(by_dimension[i], by_class[i]) for i, draw in enumerate(unit.draws)}
+
+
+def read_image_names(root: Root, spec: Spec, commit: Commit) -> list[ImageName]:
+    """The names of the images of a unit that holds them. Raises StoreError if the file is not the one that was
+    committed."""
+    first_index, rows = commit.block * spec.block_rows, spec.rows_of(commit.block)
+    data = _read_committed(root, commit, NAMES)
+    return parse_names(
+        data, first_index, rows, f"{root.url}/{Unit(commit.block, commit.first, commit.stop).names_file}"
+    )
+
+
+def find_faults(root: Root, spec: Spec, unit: Unit, checked_files: Container[FileKey] = ()) -> list[str]:
+    """What is wrong with a committed unit, one sentence for each damaged file; all of them are read, but for those in
+    `checked_files`.
 
     Raises StorageError if the storage cannot be read, which says nothing about the files.
     """
@@ -280,6 +344,8 @@ def find_faults(root: Root, spec: Spec, unit: Unit) -> list[str]:
         return [str(error)]
     faults: list[str] = []
     for record in commit.files:
+        if FileKey(record.column, record.block, record.draw) in checked_files:
+            continue
         try:
             if sha256(root.read(record.path, record.bytes)) != record.sha256:
                 faults.append(f"{root.url}/{record.path}: its bytes are not the committed ones")

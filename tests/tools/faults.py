@@ -94,7 +94,7 @@ class Soak:
         clean = str(folder / "clean")
         spec, _ = output_spec(self.config, Store(self.samples), self.teacher, clean)
         writer = StoreWriter(clean, spec)
-        self.num_units = spec.blocks
+        self.num_units = spec.num_blocks
         writer.initialize()
         encoder = UnitEncoder(self.samples, self.teacher, clean, spec.model_dump(mode="json"))
         for unit in writer.list_missing_units():

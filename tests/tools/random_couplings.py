@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nfm.storage_specs.format.codecs import ZDtype
-from nfm.storage_specs.format.schema import CouplingSpec, LayoutName, NoiseSpec, Spec, TeacherSpec
+from nfm.storage_specs.format.schema import LayoutName, NetworkSpec, NfmCoupling, NoiseSpec, PixelSpec, Spec
 from nfm.storage_specs.storage.files import sha256
 from nfm.storage_specs.storage.npy import npy_bytes
 from nfm.storage_specs.writing.writer import StoreWriter
@@ -30,17 +30,21 @@ def random_coupling_spec(
         rows=rows,
         block_rows=block_rows,
         shape=shape,
+        x=PixelSpec(dtype="uint8"),
+        views=["plain"],
         num_classes=len(class_names),
         class_names=list(class_names),
+        names=False,
         preprocessing={},
-        coupling=CouplingSpec(
+        coupling=NfmCoupling(
+            kind="nfm",
             draws=draws,
             eta=0.1,
             precision="fp32",
             z_dtype=z_dtype,
             z_scale_sha256=z_scale_sha256,
             noise=NoiseSpec(law="philox-as241-v1", seed=0, dtype="float16", stored=False),
-            teacher=TeacherSpec(architecture={}, sha256="0" * 64, training={}),
+            teacher=NetworkSpec(architecture={}, sha256="0" * 64, training={}),
             source="0" * 64,
         ),
     )
@@ -65,7 +69,7 @@ def write_random_couplings(
     spec = random_coupling_spec(layout, shape, rows, draws, z_dtype, z_scale_sha256)
     writer = StoreWriter(url, spec)
     writer.initialize(z_scale)
-    for block in range(spec.blocks):
+    for block in range(spec.num_blocks):
         block_rows = spec.rows_of(block)
         x = rng.integers(0, 256, (block_rows, *shape), dtype=np.uint8)
         z = rng.standard_normal((draws, block_rows, *shape), dtype=np.float32)

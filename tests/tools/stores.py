@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nfm.storage_specs.format.schema import LayoutName, Spec
+from nfm.storage_specs.format.schema import LayoutName, PixelSpec, Spec
 
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("webdataset", "zarr")
 
@@ -21,8 +21,11 @@ def sample_spec(layout: LayoutName = "webdataset", rows: int = 70) -> Spec:
         rows=rows,
         block_rows=32,
         shape=(1, 4, 4),
+        x=PixelSpec(dtype="uint8"),
+        views=["plain"],
         num_classes=3,
         class_names=["a", "b", "c"],
+        names=False,
         preprocessing={"resize": "none"},
     )
 

@@ -1,0 +1,232 @@
+"""Checking that a store is what its documents say: every file is read, and what follows from the files is computed
+again."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.dataset import is_1_0, parse_dataset
+from nfm.storage_specs.format.layouts import Columns
+from nfm.storage_specs.format.manifest import FileKey
+from nfm.storage_specs.format.names import (
+    CROISSANT_FILE,
+    DATASET_FILE,
+    MAX_DOCUMENT_BYTES,
+    MAX_METADATA_BYTES,
+    README_FILE,
+    TAGS_FOLDER,
+    Z_SCALE_FILE,
+    version_file,
+)
+from nfm.storage_specs.format.noise import standard_normal
+from nfm.storage_specs.format.sums import NUM_POWERS, ZSums, sigma_f, sum_z
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.versions import list_tags, list_versions, open_document
+from nfm.storage_specs.storage.errors import StorageError, StoreError
+from nfm.storage_specs.storage.files import IO_THREADS, map_file
+
+SUM_TOLERANCE = 1e-9  # of sums in float64, relative to the sum of the magnitudes
+SIGMA_F_TOLERANCE = 1e-6  # relative
+
+
+class Fault(NamedTuple):
+    """Something that is wrong with a store."""
+
+    file: FileKey | str  # the file of a column that is damaged or missing, or the name of another file of the store
+    message: str  # one sentence, with the URL of the file
+
+
+class ExaminedFile(NamedTuple):
+    """What was found in one file of a column."""
+
+    key: FileKey
+    fault: str  # a sentence on what is wrong with it, or ""
+    labels: NDArray[np.int64] | None = None  # (rows,), of a file that holds them
+    sums: ZSums | None = None  # of a file of z
+
+
+def find_faults(store: Store, progress: Callable[[int], None] = lambda _bytes: None) -> Iterator[Fault]:
+    """Everything that is wrong with a store.
+
+    Reads all files from where they are (not from the cache) and checks size, sha256, structure, labels and their
+    counts, that all numbers are finite, and in each file of noise that its first row is that of the noise law. σ_f and
+    the sums over z are computed again. `progress` gets the number of bytes of each file that was read. Raises
+    StorageError if storage cannot be read.
+    """
+    faults_of_documents = find_document_faults(store)
+    yield from faults_of_documents
+    spec = store.spec
+    labels = np.full(spec.rows, -1, dtype=np.int64)
+    sums = ZSums.zero(spec)
+    is_sound = not faults_of_documents
+    with ThreadPoolExecutor(IO_THREADS, "nfm-verify") as pool:
+        base_keys = [key for key in store.files if key.draw < 0]
+        draw_keys = [key for key in store.files if key.draw >= 0]
+        for keys in (base_keys, draw_keys):  # labels are known before the z that are added up by label
+            for examined in pool.map(lambda key: _examine_file(store, key, labels), keys):
+                key = examined.key
+                progress(store.files[key].bytes)
+                fault = examined.fault
+                if examined.labels is not None:
+                    start = key.block * spec.block_rows
+                    labels[start : start + len(examined.labels)] = examined.labels
+                    fault = fault or _compare_label_counts(store, key, examined.labels)
+                if examined.sums is not None:
+                    sums.add(examined.sums)
+                if fault:
+                    is_sound = False
+                    yield Fault(key, fault)
+    if is_sound and spec.coupling is not None:
+        yield from _compare_sums(store, sums)
+
+
+def _examine_file(store: Store, key: FileKey, labels: NDArray[np.int64]) -> ExaminedFile:
+    """Read one file of a column. `labels` (N,) are those of all rows, for a file of z."""
+    record, spec = store.files[key], store.spec
+    try:
+        if store.root.local:
+            data = store.use_local_file(key, map_file)
+        else:
+            data = np.frombuffer(store.root.read(record.path, record.bytes), np.uint8)
+        columns = store.parse_columns(key, data, sha256_checked=False)
+        if key.column == "noise":
+            _check_noise(store, key, columns)
+    except StorageError:
+        raise
+    except StoreError as error:
+        return ExaminedFile(key, str(error))
+    if key.column != "z":
+        return ExaminedFile(key, "", labels=columns.get("label"))
+    try:
+        z = codecs.decode_z(columns["z"], spec.nfm.z_dtype, store.z_scale)
+    except StoreError:  # a damaged scale is a fault of a document
+        return ExaminedFile(key, "")
+    start = key.block * spec.block_rows
+    return ExaminedFile(key, "", sums=sum_z(spec, z, labels[start : start + len(z)]))
+
+
+def _check_noise(store: Store, key: FileKey, columns: Columns) -> None:
+    """Raise StoreError unless the first row of a file of noise is that of the law."""
+    spec = store.spec
+    index = spec.indices(key.block)[:1]
+    expected = standard_normal(spec.nfm.noise.seed, index, key.draw, spec.shape).astype(spec.dtype("noise"))
+    if columns["noise"][:1].tobytes() != expected.tobytes():
+        raise StoreError(
+            f"{store.url}/{store.files[key].path}: the noise of image {index[0]} is not that of law "
+            f"{spec.nfm.noise.law} with seed {spec.nfm.noise.seed}; the store is not what its spec says"
+        )
+
+
+def _compare_label_counts(store: Store, key: FileKey, labels: NDArray[np.int64]) -> str:
+    """A sentence if the labels in a file are not those of the manifest, or ""."""
+    values, counts = np.unique(labels, return_counts=True)
+    if store.label_counts[key.block] == dict(zip(values.tolist(), counts.tolist(), strict=True)):
+        return ""
+    manifest = store.dataset.documents.manifest.path
+    return f"{store.url}/{manifest}: its label counts are not those of {store.files[key].path}"
+
+
+def _compare_sums(store: Store, sums: ZSums) -> Iterator[Fault]:
+    """Faults of σ_f and of the sums over z, against those of the files."""
+    spec, documents = store.spec, store.dataset.documents
+    assert documents.sigma_f is not None
+    if not np.allclose(store.sigma_f, sigma_f(spec, sums), rtol=SIGMA_F_TOLERANCE, atol=0):
+        path = documents.sigma_f.path
+        yield Fault(path, f"{store.url}/{path}: it is not the root mean square of z; the store is not what it says")
+    stored = store.z_sums
+    if stored is None:
+        return
+    num_pairs = spec.rows * spec.num_draws
+    rms = np.sqrt(sums.by_dimension[1] / num_pairs)
+    powers = np.arange(1, NUM_POWERS + 1)
+    scale = num_pairs * rms ** powers[:, None, None, None]
+    assert documents.z_sums is not None
+    if (np.abs(stored.by_dimension - sums.by_dimension) > SUM_TOLERANCE * scale).any():
+        path = documents.z_sums.path
+        yield Fault(path, f"{store.url}/{path}: they are not the sums over z; the store is not what it says")
+    scale_of_class = num_pairs * spec.dim * rms.max() ** powers
+    if (np.abs(stored.by_class - sums.by_class) > SUM_TOLERANCE * scale_of_class).any():
+        assert documents.z_class_sums is not None
+        path = documents.z_class_sums.path
+        yield Fault(path, f"{store.url}/{path}: they are not the sums over z by class; the store is not what it says")
+
+
+def find_document_faults(store: Store) -> list[Fault]:
+    """What is wrong with the files beside those of columns, and beside those without which no Store can be opened.
+    Raises StorageError if storage cannot be read."""
+    faults: list[Fault] = []
+
+    def check(path: str, read: Callable[[], object]) -> None:
+        try:
+            read()
+        except StorageError:
+            raise
+        except StoreError as error:
+            faults.append(Fault(path, str(error)))
+
+    def compare(path: str, expected: bytes, what: str) -> None:
+        if store.root.read(path, len(expected)) != expected:
+            raise StoreError(f"{store.url}/{path}: it is not {what}; repair or copy the store")
+
+    documents = store.dataset.documents.by_name()
+    if store.spec.coupling is not None:
+        check(documents["sigma_f"].path, lambda: store.sigma_f)
+        check(Z_SCALE_FILE, lambda: store.z_scale)
+    is_newest = is_1_0(store.dataset)
+    if not is_1_0(store.dataset):
+        if "z_sums" in documents:
+            check(documents["z_sums"].path, lambda: store.z_sums)
+        if "names" in documents:
+            check(documents["names"].path, lambda: store.image_names)
+        versions = list_versions(store.root)
+        is_newest = store.root.exists(DATASET_FILE) and versions[-1:] == [store.dataset.version]
+        for name, path in (("readme", README_FILE), ("croissant", CROISSANT_FILE)):
+            card = documents[name]
+
+            def compare_card(path: str = path, of_version: str = card.path, digest: str = card.sha256) -> None:
+                data = store.read_document(of_version, digest, MAX_DOCUMENT_BYTES)
+                if is_newest:
+                    compare(path, data, f"{of_version}, the card of the newest version")
+
+            check(path, compare_card)
+        if is_newest:
+            path = version_file(store.dataset.version)
+            check(path, lambda: compare(path, store.document, f"{DATASET_FILE} of the same version"))
+        check(version_file(store.dataset.version), lambda: _check_history(store))
+        for tag in list_tags(store.root):
+            check(f"{TAGS_FOLDER}/{tag}.json", lambda tag=tag: open_document(f"{store.url}@{tag}", store.options))  # type: ignore[misc]
+    if is_newest:  # the metadata files of Zarr are those of the newest version
+        for metadata_path, expected in store.layout.metadata_files(store.spec).items():
+
+            def compare_metadata(path: str = metadata_path, expected: bytes = expected) -> None:
+                compare(path, expected, "the metadata of this spec")
+
+            check(metadata_path, compare_metadata)
+    return faults
+
+
+def _check_history(store: Store) -> None:
+    """Raise StoreError unless there are all versions before this one, each the parent of the next."""
+    parent = store.dataset.parent
+    for version in range(store.dataset.version - 1, 0, -1):
+        name = f"{store.url}/{version_file(version)}"
+        earlier = parse_dataset(store.root.read(version_file(version), MAX_METADATA_BYTES), name)
+        if (earlier.version, earlier.id) != (version, parent):
+            raise StoreError(f"{name}: it is not the parent that version {version + 1} names; the file is damaged")
+        parent = earlier.parent
+    if parent is not None:
+        raise StoreError(f"{store.url}/{version_file(1)}: got a parent, and version 1 has none; the file is damaged")
+
+
+def describe_weak_promises(store: Store) -> Iterable[str]:
+    """What the schema of a store leaves unproved, one sentence each; nothing for the newest schema."""
+    if is_1_0(store.dataset):
+        yield (
+            f"{store.url}: schema 1.0: its id does not cover σ_f, label counts and rounding errors, so whoever changed "
+            "them could keep the id. They were compared with the files as far as they follow from them. "
+            "nfm store convert writes the store as schema 1.1"
+        )

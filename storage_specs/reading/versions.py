@@ -1,0 +1,125 @@
+"""Versions of a store by URL: `URL` is the newest, `URL@v3` version 3, and `URL@name` the one with the tag `name`."""
+
+import re
+from typing import Any, NamedTuple
+
+from nfm.storage_specs.format.dataset import parse_dataset
+from nfm.storage_specs.format.names import DATASET_FILE, MAX_METADATA_BYTES, TAGS_FOLDER, VERSIONS_FOLDER, version_file
+from nfm.storage_specs.format.schema import Dataset, Tag
+from nfm.storage_specs.storage.documents import parse_json
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import Root
+
+_VERSION = re.compile(r"v([1-9][0-9]{0,5})")
+TAG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_TAG_BYTES = 4096
+
+
+class OpenedDocument(NamedTuple):
+    """The document of one version of a store."""
+
+    root: Root
+    path: str  # of the document
+    data: bytes
+    dataset: Dataset
+
+
+def split_version(url: str) -> tuple[str, str | None]:
+    """The URL of a store, and what follows the last @ of its last component, if that can name a version."""
+    base, at, reference = url.rstrip("/").rpartition("@")
+    if at and base and not base.endswith("/") and TAG_NAME.fullmatch(reference):
+        return base, reference
+    return url, None
+
+
+def check_no_version(url: str) -> None:
+    """Raise StoreError if a URL to write to names a version, which never changes."""
+    base, reference = split_version(url)
+    if reference is not None and _VERSION.fullmatch(reference):
+        raise StoreError(f"{url}: got a version to write to, which never changes; give {base}")
+
+
+def open_document(url: str, options: dict[str, Any] | None) -> OpenedDocument:
+    """Read the document of the version that a URL names. A folder whose own name has an @ is found as well.
+
+    Raises StoreError if there is no such store or version, or if its document is damaged.
+    """
+    base, reference = split_version(url)
+    if reference is not None:
+        literal = Root(url, options)
+        if not literal.exists(DATASET_FILE):
+            return _open_reference(Root(base, options), reference)
+    root = Root(url, options)
+    if not root.exists(DATASET_FILE):
+        raise _no_store_error(root)
+    return _read_document(root, DATASET_FILE)
+
+
+def _read_document(root: Root, path: str) -> OpenedDocument:
+    data = root.read(path, MAX_METADATA_BYTES)
+    return OpenedDocument(root, path, data, parse_dataset(data, f"{root.url}/{path}"))
+
+
+def _open_reference(root: Root, reference: str) -> OpenedDocument:
+    """The document of the version with this number or tag."""
+    match = _VERSION.fullmatch(reference)
+    if match:
+        return _open_version(root, int(match[1]))
+    path = f"{TAGS_FOLDER}/{reference}.json"
+    if not root.exists(path):
+        existing = f"its tags are {', '.join(list_tags(root)) or 'none'}"
+        raise StoreError(f"{root.url}@{reference}: got a tag that the store does not have; {existing}")
+    tag = parse_json(Tag, root.read(path, MAX_TAG_BYTES), f"{root.url}/{path}")
+    opened = _open_version(root, tag.version)
+    if opened.dataset.id != tag.id:
+        raise StoreError(f"{root.url}/{path}: its id is not that of version {tag.version}; the file is damaged")
+    return opened
+
+
+def _open_version(root: Root, version: int) -> OpenedDocument:
+    path = version_file(version)
+    if not root.exists(path):
+        versions = list_versions(root)
+        existing = f"versions 1 to {versions[-1]}" if versions else "no numbered versions"
+        raise StoreError(f"{root.url}@v{version}: got a version that the store does not have; it has {existing}")
+    opened = _read_document(root, path)
+    if opened.dataset.version != version:
+        raise StoreError(f"{root.url}/{path}: got version {opened.dataset.version}; the file is damaged")
+    return opened
+
+
+def _no_store_error(root: Root) -> StoreError:
+    """The error for a URL without dataset.json. It names the stores in the subfolders "train" and "val"."""
+    splits = [name for name in ("train", "val") if root.exists(f"{name}/{DATASET_FILE}")]
+    if splits:
+        urls = " or ".join(f"{root.url}/{name}" for name in splits)
+        return StoreError(f"{root.url}: got a folder of stores, expected one of them: {urls}")
+    return StoreError(
+        f"{root.url}: no dataset.json; expected a complete store there (if its job was interrupted, run it again)"
+    )
+
+
+def list_versions(root: Root) -> list[int]:
+    """The numbers of the versions of a store, in order; none in a store of schema 1.0."""
+    matches = (re.fullmatch(r"([0-9]{4,7})\.json", name) for name in root.list_names(VERSIONS_FOLDER))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def list_tags(root: Root) -> list[str]:
+    """The tags of a store, in order."""
+    names = (name.removesuffix(".json") for name in root.list_names(TAGS_FOLDER) if name.endswith(".json"))
+    return [name for name in names if TAG_NAME.fullmatch(name)]
+
+
+def find_version(url: str, content_id: str, options: dict[str, Any] | None = None) -> str:
+    """The URL of the newest version of a store whose id is `content_id`; `url` itself if it names a version, or if its
+    newest version has that id, or if none has it. Raises StoreError as `open_document` does."""
+    if split_version(url)[1] is not None:
+        return url
+    opened = open_document(url, options)
+    if opened.dataset.id == content_id:
+        return url
+    for version in reversed(list_versions(opened.root)):
+        if _open_version(opened.root, version).dataset.id == content_id:
+            return f"{opened.root.url}@v{version}"
+    return url

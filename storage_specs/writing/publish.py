@@ -1,0 +1,210 @@
+"""Publishing versions of a store. A version never changes once its document, `versions/000N.json`, is written; what
+stands in the folder of the store itself are copies of the newest one's documents."""
+
+from dataclasses import dataclass
+
+from nfm.storage_specs.format.card import readme
+from nfm.storage_specs.format.croissant import croissant
+from nfm.storage_specs.format.dataset import is_1_0, layout_of, parse_dataset
+from nfm.storage_specs.format.names import (
+    CROISSANT_FILE,
+    DATASET_FILE,
+    LEASE_FILE,
+    MANIFEST_NAME,
+    MAX_DOCUMENT_BYTES,
+    MAX_METADATA_BYTES,
+    NAMES_FILE,
+    README_FILE,
+    SIGMA_F_NAME,
+    TAGS_FOLDER,
+    Z_CLASS_SUMS_NAME,
+    Z_SUMS_NAME,
+    version_file,
+    version_folder,
+)
+from nfm.storage_specs.format.schema import (
+    SCHEMA_VERSION,
+    Attribution,
+    Dataset,
+    DocumentFile,
+    Documents,
+    FileRecord,
+    Spec,
+    Tag,
+    content_id,
+)
+from nfm.storage_specs.reading.store import Store, sum_totals
+from nfm.storage_specs.reading.versions import TAG_NAME, list_versions
+from nfm.storage_specs.storage.documents import canonical_json, parse_json
+from nfm.storage_specs.storage.errors import StorageError, StoreError
+from nfm.storage_specs.storage.files import Root, sha256
+from nfm.storage_specs.storage.lease import Lease
+
+_NO_FILE = DocumentFile(path="", sha256="0" * 64)  # in place of a card while the cards are made
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a version consists of beside its number and attribution. The files are as bytes; None where the spec has no
+    such file."""
+
+    spec: Spec
+    files: list[FileRecord]  # in the order of the manifest
+    label_counts: list[dict[int, int]]  # of each block
+    manifest: bytes
+    names_sha256: str | None
+    sigma_f: bytes | None
+    z_sums: bytes | None
+    z_class_sums: bytes | None
+
+    def id(self) -> str:
+        """The content id."""
+        files = {"sigma_f": self.sigma_f, "z_sums": self.z_sums, "z_class_sums": self.z_class_sums}
+        derived = {name: sha256(data) for name, data in files.items() if data is not None}
+        if self.names_sha256 is not None:
+            derived["names"] = self.names_sha256
+        return content_id(self.spec, self.files, self.label_counts, derived)
+
+
+def publish(root: Root, content: Content, attribution: Attribution, inherited: Attribution) -> Dataset:
+    """Make a version of this content the newest, and return its document. It is the existing newest version if that has
+    the same content and attribution and its files are intact; else one with the next number.
+
+    Its attribution is that of the version before, or for the first version `inherited`, with every field that
+    `attribution` gives.
+    """
+    versions = list_versions(root)
+    previous = _read_newest_version(root, versions)
+    attribution = (previous.attribution if previous else inherited).updated(attribution)
+    is_same = previous is not None and (previous.id, previous.attribution) == (content.id(), attribution)
+    if previous is not None and is_same and _is_intact(root, previous):
+        return _publish_documents(root, previous)
+    number = versions[-1] + 1 if versions else 1
+    folder = version_folder(number)
+
+    def write(name: str, data: bytes | None) -> DocumentFile | None:
+        if data is None:
+            return None
+        root.write(f"{folder}/{name}", data)
+        return DocumentFile(path=f"{folder}/{name}", sha256=sha256(data))
+
+    manifest = write(MANIFEST_NAME, content.manifest)
+    assert manifest is not None
+    names = None
+    if content.names_sha256 is not None:
+        names = DocumentFile(path=NAMES_FILE, sha256=content.names_sha256)
+    documents = Documents(
+        manifest=manifest,
+        readme=_NO_FILE,
+        croissant=_NO_FILE,
+        names=names,
+        sigma_f=write(SIGMA_F_NAME, content.sigma_f),
+        z_sums=write(Z_SUMS_NAME, content.z_sums),
+        z_class_sums=write(Z_CLASS_SUMS_NAME, content.z_class_sums),
+    )
+    dataset = Dataset(
+        schema_version=SCHEMA_VERSION,
+        id=content.id(),
+        version=number,
+        parent=previous.id if previous else None,
+        spec=content.spec,
+        totals=sum_totals(content.spec, content.files, content.label_counts),
+        records={},
+        documents=documents,
+        attribution=attribution,
+    )
+    dataset = dataset.model_copy(update={"records": layout_of(dataset).describe_records(content.spec)})
+    return _publish_documents(root, _write_version(root, dataset))
+
+
+def _read_newest_version(root: Root, versions: list[int]) -> Dataset | None:
+    """The newest version whose document can be read."""
+    for version in reversed(versions):
+        path = version_file(version)
+        try:
+            return parse_dataset(root.read(path, MAX_METADATA_BYTES), f"{root.url}/{path}")
+        except StorageError:
+            raise
+        except StoreError:
+            continue  # damaged; the next number is free in any case
+    return None
+
+
+def _is_intact(root: Root, dataset: Dataset) -> bool:
+    """Whether all files of a version beside those of columns have their sha256."""
+    for file in dataset.documents.by_name().values():
+        try:
+            if sha256(root.read(file.path, MAX_DOCUMENT_BYTES)) != file.sha256:
+                return False
+        except StorageError:
+            raise
+        except StoreError:
+            return False
+    return True
+
+
+def _write_version(root: Root, dataset: Dataset) -> Dataset:
+    """Write the cards and then the document of a new version, whose other files are written. Returns the document with
+    the cards."""
+    folder = version_folder(dataset.version)
+    cards: dict[str, DocumentFile] = {}
+    for name, path, data in (
+        ("readme", f"{folder}/{README_FILE}", readme(dataset).encode()),
+        ("croissant", f"{folder}/{CROISSANT_FILE}", canonical_json(croissant(dataset))),
+    ):
+        root.write(path, data)
+        cards[name] = DocumentFile(path=path, sha256=sha256(data))
+    documents = dataset.documents.model_copy(update=cards)
+    dataset = dataset.model_copy(update={"documents": documents})
+    root.write(version_file(dataset.version), canonical_json(dataset.model_dump(mode="json")))
+    return dataset
+
+
+def _publish_documents(root: Root, dataset: Dataset) -> Dataset:
+    """Make an existing version the newest: copy its cards and, last, its document to the folder of the store."""
+    for path, card in ((README_FILE, dataset.documents.readme), (CROISSANT_FILE, dataset.documents.croissant)):
+        root.write(path, root.read(card.path, MAX_DOCUMENT_BYTES))
+    root.write(DATASET_FILE, root.read(version_file(dataset.version), MAX_METADATA_BYTES))
+    return dataset
+
+
+def annotate_store(store: Store, attribution: Attribution) -> Dataset:
+    """Publish a version with the fields that `attribution` gives, which shares all files of columns. Returns its
+    document; if nothing changes, that of the newest version.
+
+    Raises StoreError for a store of schema 1.0, for a version that is not the newest, and while the store is being
+    written.
+    """
+    if is_1_0(store.dataset):
+        raise StoreError(
+            f"{store.url}: got a store of schema 1.0, which has no attribution; nfm store convert it first"
+        )
+    with Lease(store.url, LEASE_FILE):
+        newest = Store(store.url, options=store.options).dataset
+        if newest != store.dataset:
+            raise StoreError(f"{store.version_url}: got an older version; annotate {store.url}, the newest")
+        updated = newest.attribution.updated(attribution)
+        if updated == newest.attribution:
+            return newest
+        number = max(list_versions(store.root)) + 1
+        version = newest.model_copy(update={"attribution": updated, "version": number, "parent": newest.id})
+        return _publish_documents(store.root, _write_version(store.root, version))
+
+
+def tag_version(store: Store, name: str) -> None:
+    """Give the version of `store` a name. Raises StoreError if another version has it, if it is no name for a tag, or
+    for a store of schema 1.0."""
+    if is_1_0(store.dataset):
+        raise StoreError(f"{store.url}: got a store of schema 1.0, which has no versions; nfm store convert it first")
+    if not TAG_NAME.fullmatch(name) or (name[0] == "v" and name[1:].isdecimal()):
+        raise StoreError(
+            f"got tag {name!r}; expected at most 64 letters, digits, '.', '_' and '-', and not the name of a version"
+        )
+    path = f"{TAGS_FOLDER}/{name}.json"
+    tag = Tag(version=store.dataset.version, id=store.dataset.id)
+    if store.root.exists(path):
+        existing = parse_json(Tag, store.root.read(path, MAX_METADATA_BYTES), f"{store.url}/{path}")
+        if existing != tag:
+            raise StoreError(f"{store.url}: tag {name} is version {existing.version}; a tag stays, choose another name")
+        return
+    store.root.write(path, canonical_json(tag.model_dump(mode="json")))
