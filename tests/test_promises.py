@@ -1,0 +1,310 @@
+"""A store is what it says: changed documents, files and scales are noticed by every reader and command."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nfm.stages.errors import StageError
+from nfm.stages.reencode import verify_by_reencoding
+from nfm.storage_specs.format.dataset import content_id, parse_dataset
+from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.manifest import FILE_SCHEMA, parse_file_records, parse_label_counts, parse_manifest
+from nfm.storage_specs.format.schema import LayoutName, Spec
+from nfm.storage_specs.reading import rows as rows_module
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.stream import CouplingStream
+from nfm.storage_specs.reading.verify import find_faults
+from nfm.storage_specs.storage.documents import canonical_json
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import Root, sha256
+from nfm.storage_specs.storage.npy import npy_bytes
+from nfm.storage_specs.writing.transfer import convert_store, copy_store
+from nfm.storage_specs.writing.tuples import export_tuples
+from nfm.storage_specs.writing.writer import StoreWriter
+from tests.tools.random_couplings import write_random_couplings
+from tests.tools.small_run import Run, encode_in_process
+from tests.tools.stores import LAYOUT_NAMES, damage, edit, flip, ignore_progress, sample_spec, tree
+
+SHAPE = (1, 4, 4)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    write_random_couplings(f"{tmp_path}/store", "webdataset", SHAPE, rows=70, draws=2)
+    return tmp_path / "store"
+
+
+def change_document(store: Path, **changes: Any) -> None:
+    """Change dataset.json and the same document in versions/, and keep the id."""
+    for path in ("dataset.json", "versions/0001.json"):
+        damage(store, path, edit(**changes))
+
+
+def reseal(store: Path) -> None:
+    """Make hashes and id agree with the files again, as somebody would who changed them on purpose."""
+    data = (store / "dataset.json").read_bytes()
+    document = json.loads(data)
+    for file in document["documents"].values():
+        if file is not None:
+            file["sha256"] = sha256((store / file["path"]).read_bytes())
+    dataset = parse_dataset(canonical_json(document), "resealed")
+    layout, name = LAYOUTS[dataset.spec.layout], "manifest"
+    manifest = (store / dataset.documents.manifest.path).read_bytes()
+    table = parse_manifest(manifest, dataset.spec, layout, FILE_SCHEMA, name)
+    files = parse_file_records(table, dataset.spec, layout, name)
+    label_counts = parse_label_counts(table, dataset.spec, name)
+    document["id"] = content_id(dataset, list(files.values()), label_counts)
+    for path in ("dataset.json", "versions/0001.json"):
+        (store / path).write_bytes(canonical_json(document))
+
+
+USERS: dict[str, Callable[[str, str], object]] = {
+    "open": lambda url, out: Store(url),
+    "stream": lambda url, out: next(CouplingStream(url, 8, seed=0)),
+    "verify": lambda url, out: list(find_faults(Store(url))),
+    "convert": lambda url, out: convert_store(Store(url), out, "zarr", ignore_progress, None),
+    "copy": lambda url, out: copy_store(Store(url), out, ignore_progress, None),
+    "export": lambda url, out: export_tuples(Store(url), out, ignore_progress, None),
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "class names": {"spec__class_names": ["a", "b", "d"]},
+    "η": {"spec__coupling__eta": 0.2},
+    "source": {"spec__coupling__source": "1" * 64},
+    "teacher": {"spec__coupling__teacher__sha256": "1" * 64},
+    "seed": {"spec__coupling__noise__seed": 1},
+    "preprocessing": {"spec__preprocessing": {"resize": "other"}},
+    "σ_f": {"documents__sigma_f__sha256": "1" * 64},
+    "sums": {"documents__z_sums__sha256": "1" * 64},
+    "label counts": {"totals__label_counts": {"0": 70}},
+    "bytes": {"totals__bytes": 1},
+    "rounding error": {"totals__z_rms_error": 0.0},
+}
+
+
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_document_with_the_old_id_is_refused(store: Path, tmp_path: Path, user: str, change: str) -> None:
+    change_document(store, **CHANGES[change])
+    with pytest.raises(StoreError, match="its id is not that of its spec and files|its totals are not those"):
+        USERS[user](str(store), f"{tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_derived_file_is_computed_again(store: Path) -> None:
+    """Hashes and id agree, but the values are not those of z."""
+    url, version = str(store), store / "versions/0001"
+    for name, change in (
+        ("sigma_f.npy", lambda values: values * np.float32(1000)),
+        ("sigma_f.npy", lambda values: values * np.float32(1.001)),
+        ("z_sums.npy", lambda values: values * 1.001),
+        ("z_sums.npy", lambda values: values[::-1]),
+        ("z_class_sums.npy", lambda values: values[::-1]),
+    ):
+        original = (version / name).read_bytes()
+        (version / name).write_bytes(npy_bytes(np.ascontiguousarray(change(np.load(version / name)))))
+        reseal(store)
+        faults = list(find_faults(Store(url)))
+        assert [fault.file for fault in faults] == [f"versions/0001/{name}"]
+        assert "the store is not what it says" in faults[0].message
+        (version / name).write_bytes(original)
+        reseal(store)
+        assert list(find_faults(Store(url))) == []
+
+
+def test_noise_that_is_not_that_of_the_law_is_a_fault(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.couplings["webdataset"], tmp_path / "store")
+    change_document(tmp_path / "store", spec__coupling__noise__seed=5)
+    reseal(tmp_path / "store")
+    messages = [fault.message for fault in find_faults(Store(f"{tmp_path}/store"))]
+    assert messages and all("is not that of law philox-as241-v1 with seed 5" in message for message in messages)
+
+
+def store_of_other_z(run: Run, out: str, z_of: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Spec:
+    """Write a store with the documents of `run`'s couplings and another z."""
+    source = Store(run.couplings["webdataset"])
+    writer = StoreWriter(out, source.spec)
+    writer.initialize()
+    for unit in writer.list_missing_units():
+        unit_writer = writer.unit_writer(unit, source.column("label", unit.block))
+        unit_writer.write_base({"x": source.column("x", unit.block)}, source.image_names_of(unit.block))
+        for draw in unit.draws:
+            z = z_of(source.z(unit.block, draw)).astype(np.float32)
+            unit_writer.write_draw(draw, z, source.column("noise", unit.block, draw))
+        unit_writer.commit()
+    writer.finalize()
+    return source.spec
+
+
+@pytest.mark.parametrize(
+    "z_of",
+    [
+        lambda z: np.random.default_rng(0).standard_normal(z.shape),
+        lambda z: z * 1.01,
+        lambda z: z[::-1],
+        lambda z: np.full_like(z, 1e-3),
+        lambda z: z + 60000 * (np.arange(z.size).reshape(z.shape) == 0),
+    ],
+)
+def test_random_numbers_in_place_of_z_are_not_called_sound(run: Run, tmp_path: Path, z_of: Any) -> None:
+    store_of_other_z(run, f"{tmp_path}/store", z_of)
+    store = Store(f"{tmp_path}/store")
+    assert list(find_faults(store)) == [], "only the teacher can tell"
+    with pytest.raises(StoreError, match="the store is not what its spec says"):
+        verify_by_reencoding(store, run.teacher, store.spec.rows * store.spec.num_draws, seed=0)
+
+
+def test_no_scale_of_the_store_makes_random_numbers_sound(run: Run, tmp_path: Path) -> None:
+    """σ_f = 1e19 shrank every difference, when differences were measured in σ_f."""
+    store_of_other_z(run, f"{tmp_path}/store", lambda z: np.random.default_rng(0).standard_normal(z.shape))
+    sigma_f = np.full(Store(f"{tmp_path}/store").spec.shape, 1e19, np.float32)
+    (tmp_path / "store/versions/0001/sigma_f.npy").write_bytes(npy_bytes(sigma_f))
+    reseal(tmp_path / "store")
+    with pytest.raises(StoreError, match="the store is not what its spec says"):
+        verify_by_reencoding(Store(f"{tmp_path}/store"), run.teacher, 4, seed=0)
+
+
+@pytest.mark.parametrize("factor", [1e-4, 0.2, 30.0])
+def test_no_scale_of_int8_makes_other_z_sound(run: Run, tmp_path: Path, factor: float) -> None:
+    """With a small scale many z are clipped, with a large one most are 0."""
+    config = run.config.model_copy(update={"encode": run.config.encode.model_copy(update={"z_dtype": "int8"})})
+    encode_in_process(config, f"{run.samples}/train", run.teacher, f"{tmp_path}/sound", "webdataset")
+    sound = Store(f"{tmp_path}/sound")
+    assert verify_by_reencoding(sound, run.teacher, 40, seed=0) < 0.04
+    assert sound.z_scale is not None
+    scale = sound.z_scale * np.float32(factor)
+    coupling = sound.spec.nfm.model_copy(update={"z_scale_sha256": sha256(npy_bytes(scale))})
+    writer = StoreWriter(f"{tmp_path}/other", sound.spec.model_copy(update={"coupling": coupling}))
+    writer.initialize(scale)
+    for unit in writer.list_missing_units():
+        unit_writer = writer.unit_writer(unit, sound.column("label", unit.block))
+        unit_writer.write_base({"x": sound.column("x", unit.block)}, sound.image_names_of(unit.block))
+        for draw in unit.draws:
+            unit_writer.write_draw(draw, sound.z(unit.block, draw), sound.column("noise", unit.block, draw))
+        unit_writer.commit()
+    writer.finalize()
+    with pytest.raises(StoreError, match="the store is not what its spec says"):
+        verify_by_reencoding(Store(f"{tmp_path}/other"), run.teacher, 40, seed=0)
+
+
+def test_another_eta_or_teacher_is_not_sound(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.couplings["webdataset"], tmp_path / "store")
+    change_document(tmp_path / "store", spec__coupling__eta=0.31)
+    reseal(tmp_path / "store")
+    with pytest.raises(StoreError, match=r"got η = 0\.31, expected 0\.3"):
+        verify_by_reencoding(Store(f"{tmp_path}/store"), run.teacher, 4, seed=0)
+    change_document(tmp_path / "store", spec__coupling__teacher__sha256="1" * 64)
+    reseal(tmp_path / "store")
+    with pytest.raises(StageError, match="another teacher than the one that encoded"):
+        verify_by_reencoding(Store(f"{tmp_path}/store"), run.teacher, 4, seed=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("harm", ["deleted", "flipped"])
+def test_a_resumed_conversion_reads_back_what_it_wrote_before(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: LayoutName, harm: str
+) -> None:
+    if layout == "webdataset":
+        convert_store(Store(str(store)), f"{tmp_path}/zarr", "zarr", ignore_progress, None)
+        store = tmp_path / "zarr"
+    out = tmp_path / "out"
+    original = StoreWriter.finalize
+
+    def interrupt(*arguments: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StoreWriter, "finalize", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert_store(Store(str(store)), str(out), layout, ignore_progress, None)
+    monkeypatch.setattr(StoreWriter, "finalize", original)
+    path = "z/k001/000001.tar" if layout == "webdataset" else "columns.zarr/z/c/1/1/0/0/0"
+    if harm == "deleted":
+        (out / path).unlink()
+    else:
+        damage(out, path, flip(900))
+    convert_store(Store(str(store)), str(out), layout, ignore_progress, None)
+    assert list(find_faults(Store(str(out)))) == []
+
+
+@pytest.mark.parametrize("harm", ["deleted", "flipped", "truncated"])
+def test_a_resumed_export_reads_back_what_it_wrote_before(store: Path, tmp_path: Path, harm: str) -> None:
+    out = tmp_path / "out"
+    export_tuples(Store(str(store)), str(out), ignore_progress, None)
+    complete = tree(str(out))
+    (out / "README.md").unlink()
+    path = "k001/000001.tar"
+    if harm == "deleted":
+        (out / path).unlink()
+    else:
+        damage(out, path, flip(900) if harm == "flipped" else lambda data: data[:-512])
+    export_tuples(Store(str(store)), str(out), ignore_progress, None)
+    assert tree(str(out)) == complete
+
+
+def test_storage_that_loses_what_is_written_is_not_trusted(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Root.write
+
+    def write(root: Root, path: str, data: bytes) -> None:
+        original(root, path, data[:-1] + b"x" if path.endswith(("k001/000001.tar", "/1/1/0/0/0")) else data)
+
+    monkeypatch.setattr(Root, "write", write)
+    with pytest.raises(StoreError, match="the storage is not to be trusted"):
+        export_tuples(Store(str(store)), f"{tmp_path}/tuples", ignore_progress, None)
+    with pytest.raises(StoreError, match="the storage is not to be trusted"):
+        copy_store(Store(str(store)), f"{tmp_path}/copy", ignore_progress, None)
+    with pytest.raises(StoreError, match="the storage is not to be trusted"):
+        convert_store(Store(str(store)), f"{tmp_path}/zarr", "zarr", ignore_progress, None)
+
+
+OCCUPANTS: dict[str, Callable[[Path, Path], object]] = {
+    "a complete store": lambda store, out: write_random_couplings(str(out), "webdataset", SHAPE, 40, 1, seed=1),
+    "a store that is being written": lambda store, out: StoreWriter(str(out), sample_spec()).initialize(),
+    "an unfinished copy": lambda store, out: Root(str(out)).write("copy.json", canonical_json({"of": "0" * 64})),
+    "tuples": lambda store, out: Root(str(out)).write("export.json", canonical_json({"of": "0" * 64})),
+}
+
+
+def write_samples(url: str) -> None:
+    """Start a store of samples."""
+    StoreWriter(url, sample_spec(rows=30)).initialize()
+
+
+@pytest.mark.parametrize("occupant", OCCUPANTS)
+@pytest.mark.parametrize("command", ["convert", "copy", "export", "write"])
+def test_a_folder_of_something_else_is_refused(store: Path, tmp_path: Path, occupant: str, command: str) -> None:
+    out = tmp_path / "out"
+    OCCUPANTS[occupant](store, out)
+    before = tree(str(out))
+    commands = USERS | {"write": lambda store, out: write_samples(out)}
+    with pytest.raises(StoreError, match=r"out: holds .*(write to another URL|expected nothing|Write to another URL)"):
+        commands[command](str(store), str(out))
+    assert tree(str(out)) == before
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_files_replaced_after_their_check_are_checked_again(
+    store: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    """Many files make the reader unmap some; when they are mapped again, they may be other files."""
+    monkeypatch.setattr(rows_module, "MAX_MAPPED_FILES", 2)
+    if not fast:
+        monkeypatch.setattr("nfm.storage_specs.reading.column.supports_region", lambda placement: False)
+    stream = CouplingStream(str(store), batch_size=10, seed=0, window_blocks=1)
+    for _ in range(14):  # two epochs: every file of some draw was checked
+        next(stream)
+    for path in store.glob("z/*/*.tar"):
+        changed = bytearray(path.read_bytes())
+        changed[700] ^= 1
+        replacement = path.with_suffix(".new")
+        replacement.write_bytes(changed)
+        replacement.replace(path)
+    with pytest.raises(StoreError, match="its sha256 is not the one in the manifest"):
+        list(itertools.islice(stream, 28))
+    stream.close()
