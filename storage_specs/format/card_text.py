@@ -65,28 +65,30 @@ def title(spec: Spec) -> str:
     return f"{spec.kind.capitalize()}: {spec.rows} images {'×'.join(map(str, spec.shape))}, {classes}"
 
 
+def teacher_name(spec: Spec) -> str:
+    """The name of the teacher's architecture."""
+    return str(spec.nfm.teacher.architecture.get("name", "unnamed"))
+
+
 def describe_meaning(spec: Spec, sigma_f_path: str | None, escape: Escape) -> list[str]:
     """Sentences that say what x, the labels and z are, however they are stored. `escape` makes names that came with the
     store into text of the card."""
     if isinstance(spec.x, LatentSpec):
         x = spec.x
-        bits = (
-            " (the upper 16 bits of float32: (value.astype('<u4') << 16).view('<f4'))" if x.dtype == "bfloat16" else ""
-        )
+        bits = ", the upper 16 bits of float32: (value.astype('<u4') << 16).view('<f4')"
         lines = [
-            f"x is latents in {x.dtype}{bits}; (x - {x.shift}) * {x.scale} is the data.",
+            f"x is latents, stored as {x.dtype}{bits if x.dtype == 'bfloat16' else ''}.",
+            f"(x - {x.shift}) * {x.scale} is the data.",
             f"x itself is what the decoder {escape(x.decoder.name)} takes; its weights have sha256 {x.decoder.sha256}.",
         ]
     else:
         lines = ["x is uint8; x / 127.5 - 1 is the data in [-1, 1]."]
     lines.append("label is the index of the class." if spec.has_labels else "The images have no labels.")
     if spec.coupling is not None:
-        nfm = spec.nfm
-        teacher = escape(str(nfm.teacher.architecture.get("name")))
         f_arguments = "x + η·ε′, label" if spec.has_labels else "x + η·ε′"
         lines += [
-            f"z = f({f_arguments}) is the raw output of a {teacher} teacher "
-            f"for {nfm.draws} draws of ε′ per image, η = {nfm.eta}.",
+            f"z = f({f_arguments}) is the raw output of a teacher, {escape(teacher_name(spec))}, "
+            f"for {spec.num_draws} draws of ε′ per image, η = {spec.nfm.eta}.",
             f"Divide z by `{sigma_f_path}` to train a student on it.",
             Z_IS_THE_IMAGE,
         ]
