@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from nfm.models.tarflow import TarFlow
+from nfm.stages.checkpoint import load_any_network
 from nfm.stages.errors import StageError
 from nfm.stages.reencode import verify_by_reencoding
 from nfm.storage_specs.format.dataset import content_id, parse_dataset
 from nfm.storage_specs.format.layouts import LAYOUTS
 from nfm.storage_specs.format.manifest import FILE_SCHEMA, parse_file_records, parse_label_counts, parse_manifest
+from nfm.storage_specs.format.pixels import to_uint8
 from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.reading import rows as rows_module
 from nfm.storage_specs.reading.store import Store
@@ -202,6 +206,21 @@ def test_another_eta_or_teacher_is_not_sound(run: Run, tmp_path: Path) -> None:
     reseal(tmp_path / "store")
     with pytest.raises(StageError, match="another teacher than the one that encoded"):
         verify_by_reencoding(Store(f"{tmp_path}/store"), run.teacher, 4, seed=0)
+
+
+def test_z_with_its_teacher_and_noise_is_the_image(run: Run) -> None:
+    """Decoding float16 z and taking η·ε′ away gives back every pixel, so a store without x would protect nothing."""
+    store = Store(run.couplings["webdataset"])
+    assert store.spec.nfm.z_dtype == "float16"
+    teacher = load_any_network(run.teacher)
+    assert isinstance(teacher, TarFlow)
+    for block in range(store.spec.num_blocks):
+        label = torch.from_numpy(store.column("label", block))
+        for draw in range(store.spec.num_draws):
+            noisy = teacher.decode(torch.from_numpy(store.z(block, draw)), label)
+            noise = torch.from_numpy(store.column("noise", block, draw).astype(np.float32))
+            pixels = to_uint8(noisy - store.spec.nfm.eta * noise)
+            assert np.array_equal(pixels, store.column("x", block))
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
