@@ -7,7 +7,6 @@ import json
 import os
 import re
 import string
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,28 +21,17 @@ from nfm.storage_specs.format import codecs
 from nfm.storage_specs.format.card import readme, summarize
 from nfm.storage_specs.format.card_text import Z_IS_THE_IMAGE, escape_markdown, printable, quote_yaml
 from nfm.storage_specs.format.croissant import croissant
-from nfm.storage_specs.format.image_names import ImageName
-from nfm.storage_specs.format.schema import (
-    Attribution,
-    Dataset,
-    DecoderSpec,
-    LatentSpec,
-    LayoutName,
-    NetworkSpec,
-    NfmCoupling,
-    NoiseSpec,
-    PixelSpec,
-    Spec,
-)
+from nfm.storage_specs.format.schema import Attribution, Dataset, LayoutName
 from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.storage.files import sha256
-from nfm.storage_specs.storage.npy import npy_bytes
+from nfm.storage_specs.writing.publish import annotate_store
 from nfm.storage_specs.writing.tuples import export_tuples
-from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.small_run import Run
+from tests.tools.store_cases import Case, write_case
 from tests.tools.stores import LAYOUT_NAMES, ignore_progress
 
-SHAPE = (1, 4, 4)
+# Of rdflib and pandas, on how mlcroissant calls them.
+pytestmark = pytest.mark.filterwarnings("ignore:ConjunctiveGraph is deprecated", "ignore:The inplace keyword")
+
 CLASSES = ["a", "b", "c"]
 HOSTILE = (
     "# h\r\n---\n```\n<script>x</script> [a](http://b.c) ![i](j) 'p' \"q\" \\ {r} *s* _t_ &amp; www.u.v | - w"
@@ -56,81 +44,6 @@ KNOWN = Attribution(
     source_url="https://example.org/images",
     notes="For research only.",
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """Which store to write; by default, couplings of pixels with labels, whose noise is stored."""
-
-    layout: LayoutName = "webdataset"
-    samples: bool = False
-    labels: bool = True
-    latents: codecs.FloatDtype | None = None
-    mirrored: bool = False
-    names: bool = False
-    noise_stored: bool = True
-    z_dtype: codecs.ZDtype = "float16"
-    class_names: tuple[str, ...] = tuple(CLASSES)
-    teacher: str = "tarflow"
-    decoder: str = "vae"
-
-    def spec(self, z_scale: NDArray[np.float32]) -> Spec:
-        coupling = NfmCoupling(
-            kind="nfm",
-            draws=2,
-            eta=0.1,
-            precision="fp32",
-            z_dtype=self.z_dtype,
-            z_scale_sha256=sha256(npy_bytes(z_scale)) if self.z_dtype == "int8" else None,
-            noise=NoiseSpec(law="philox-as241-v1", seed=7, dtype="float16", stored=self.noise_stored),
-            teacher=NetworkSpec(architecture={"name": self.teacher}, sha256="1" * 64, training={"images": 640}),
-            source="2" * 64,
-        )
-        decoder = DecoderSpec(name=self.decoder, architecture={}, sha256="3" * 64)
-        return Spec(
-            kind="samples" if self.samples else "couplings",
-            layout=self.layout,
-            rows=70,
-            block_rows=32,
-            shape=SHAPE,
-            x=LatentSpec(dtype=self.latents, scale=0.5, shift=-0.25, decoder=decoder)
-            if self.latents
-            else PixelSpec(dtype="uint8"),
-            views=["plain", "mirrored"] if self.mirrored else ["plain"],
-            num_classes=len(self.class_names) if self.labels else 0,
-            class_names=list(self.class_names) if self.labels else [],
-            names=self.names,
-            preprocessing={"resize": "none"},
-            coupling=None if self.samples else coupling,
-        )
-
-
-def write(url: Path, case: Case, attribution: Attribution = Attribution()) -> Store:  # noqa: B008  (it is immutable)
-    """Write the store of a case, with random values."""
-    rng = np.random.default_rng(0)
-    z_scale = rng.uniform(0.03, 0.05, SHAPE).astype("<f4")
-    spec = case.spec(z_scale)
-    writer = StoreWriter(str(url), spec)
-    writer.initialize(z_scale if case.z_dtype == "int8" and not case.samples else None)
-    for block in range(spec.num_blocks):
-        rows = spec.rows_of(block)
-        base: dict[str, Any] = {"label": spec.indices(block) % max(1, spec.num_classes)}
-        if not spec.has_labels:
-            base["label"] = np.full(rows, -1)
-        for column in spec.image_columns:
-            base[column] = rng.integers(0, 256, (rows, *SHAPE), dtype=np.uint8)
-            if case.latents is not None:
-                base[column] = codecs.encode_float(rng.standard_normal((rows, *SHAPE), np.float32), case.latents)
-        z = noise = None
-        if not case.samples:
-            z = rng.standard_normal((2, rows, *SHAPE), np.float32)
-            noise = rng.standard_normal((2, rows, *SHAPE), np.float32).astype("<f2") if case.noise_stored else None
-        names = [ImageName(f"i{index}.png", "4" * 64) for index in spec.indices(block)] if case.names else None
-        writer.write_block(block, base, z, noise, names)
-    writer.finalize(attribution=attribution)
-    return Store(str(url))
-
-
 CASES = [
     *(Case(layout, samples=samples) for layout in LAYOUT_NAMES for samples in (False, True)),
     *(Case(layout, labels=False, names=True, noise_stored=False) for layout in LAYOUT_NAMES),
@@ -175,10 +88,6 @@ def values_of(store: Store, name: str, draw: int = -1) -> NDArray[Any]:
     return np.concatenate([store.column(name, block, draw) for block in range(store.spec.num_blocks)])
 
 
-def keys(rows: Any) -> list[str]:
-    return [row["__key__"] for row in rows]
-
-
 @pytest.mark.parametrize("attribution", [Attribution(), KNOWN], ids=["unknown", "known"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_mlcroissant_has_no_complaint(
@@ -186,7 +95,7 @@ def test_mlcroissant_has_no_complaint(
 ) -> None:
     from absl import logging
 
-    store = write(tmp_path / "store", case, attribution)
+    store = write_case(tmp_path / "store", case, attribution)
     folders = [tmp_path / "store"]
     if not case.samples:
         export_tuples(store, str(tmp_path / "tuples"), ignore_progress, None)
@@ -217,7 +126,7 @@ def test_mlcroissant_has_no_complaint(
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_croissant_covers_every_file_and_states_its_origin(mlc: Any, tmp_path: Path, layout: LayoutName) -> None:
-    store = write(tmp_path, Case(layout, names=True), KNOWN)
+    store = write_case(tmp_path, Case(layout, names=True), KNOWN)
     document = json.loads((tmp_path / "croissant.json").read_text())
     patterns = [
         file["includes"] for file in document["distribution"] if "includes" in file and "containedIn" not in file
@@ -239,8 +148,21 @@ def test_croissant_covers_every_file_and_states_its_origin(mlc: Any, tmp_path: P
     assert document["version"] == "1.0.0" and document["identifier"] == store.dataset.id
 
 
+def test_a_new_version_has_cards_of_its_own(tmp_path: Path) -> None:
+    write_case(tmp_path, Case())
+    first = (tmp_path / "README.md").read_text()
+    annotated = annotate_store(Store(str(tmp_path)), KNOWN)
+    card, document = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "croissant.json").read_text())
+    assert (annotated.version, document["version"]) == (2, "2.0.0")
+    assert "Version 2: " in card and "Jane Doe" in card and "Jane Doe" not in first
+    assert (tmp_path / "versions/0001/README.md").read_text() == first
+    assert "prov:wasRevisionOf" not in document  # the content is the same
+    changed = annotated.model_copy(update={"parent": "5" * 64})
+    assert croissant(changed)["prov:wasRevisionOf"]["@id"] == "urn:nfm:" + "5" * 64
+
+
 def test_mlcroissant_reads_tuples_as_our_reader_reads_the_store(mlc: Any, tmp_path: Path) -> None:
-    store = write(tmp_path / "store", Case(mirrored=True))
+    store = write_case(tmp_path / "store", Case(mirrored=True))
     export_tuples(store, str(tmp_path / "tuples"), ignore_progress, None)
     records = list(mlc.Dataset(tmp_path / "tuples" / "croissant.json").records("pairs"))
     by_key = {record["pairs/key"].decode(): record for record in records}
@@ -260,7 +182,7 @@ def test_mlcroissant_reads_tuples_as_our_reader_reads_the_store(mlc: Any, tmp_pa
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_datasets_loads_each_column_of_a_webdataset_store(load: Any, tmp_path: Path, streaming: bool) -> None:
-    store = write(tmp_path / "store", Case(latents="float32", mirrored=True, z_dtype="float32"))
+    store = write_case(tmp_path / "store", Case(latents="float32", mirrored=True, z_dtype="float32"))
     expected_keys = [f"{index:012d}" for index in range(70)]
     for config, column, draw in (
         ("x", "x", -1),
@@ -269,7 +191,7 @@ def test_datasets_loads_each_column_of_a_webdataset_store(load: Any, tmp_path: P
         ("noise-k000", "noise", 0),
     ):
         rows = list(load(store.url, config, split="train", streaming=streaming))
-        assert keys(rows) == expected_keys
+        assert [row["__key__"] for row in rows] == expected_keys
         values = np.array([row[f"{column}.npy"] for row in rows])
         assert np.array_equal(values, values_of(store, column, draw))
         expected_columns = {f"{column}.npy", "__key__", "__url__"} | ({"cls"} if config == "x" else set())
@@ -285,15 +207,15 @@ def test_datasets_loads_each_column_of_a_webdataset_store(load: Any, tmp_path: P
 def test_datasets_loads_samples_and_tuples_in_one_call(
     load: Any, tmp_path: Path, labels: bool, streaming: bool
 ) -> None:
-    samples = write(tmp_path / "samples", Case(samples=True, labels=labels))
+    samples = write_case(tmp_path / "samples", Case(samples=True, labels=labels))
     rows = list(load(samples.url, split="train", streaming=streaming))
     assert np.array_equal(np.array([row["x.npy"] for row in rows]), values_of(samples, "x"))
     assert set(rows[0]) == {"x.npy", "__key__", "__url__"} | ({"cls"} if labels else set())
 
-    store = write(tmp_path / "store", Case(labels=labels, noise_stored=False))
+    store = write_case(tmp_path / "store", Case(labels=labels, noise_stored=False))
     export_tuples(store, str(tmp_path / "tuples"), ignore_progress, None)
     rows = list(load(str(tmp_path / "tuples"), split="train", streaming=streaming))
-    assert keys(rows) == [f"{index:012d}_k{draw:03d}" for draw in range(2) for index in range(70)]
+    assert [row["__key__"] for row in rows] == [f"{index:012d}_k{draw:03d}" for draw in range(2) for index in range(70)]
     assert set(rows[0]) == {"x.npy", "z.npy", "noise.npy", "__key__", "__url__"} | ({"cls"} if labels else set())
     for draw in range(2):
         of_draw = rows[70 * draw : 70 * (draw + 1)]
@@ -309,7 +231,7 @@ def test_datasets_loads_nothing_from_a_zarr_store(load: Any, tmp_path: Path, sam
     """Without a card it takes zarr.json for the data."""
     from datasets.exceptions import DataFilesNotFoundError
 
-    store = write(tmp_path / "store", Case("zarr", samples=samples))
+    store = write_case(tmp_path / "store", Case("zarr", samples=samples))
     for streaming in (False, True):
         with pytest.raises(DataFilesNotFoundError):
             load(store.url, streaming=streaming)
@@ -329,7 +251,7 @@ def code_blocks(card: str) -> list[str]:
 def test_the_code_in_a_readme_reads_the_store(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
-    store = write(tmp_path / "store", case)
+    store = write_case(tmp_path / "store", case)
     spec = store.spec
     x = store.column("x", 0).astype(np.float32)
     if case.latents is not None:
@@ -372,12 +294,12 @@ def test_the_code_in_a_readme_reads_the_store(
 def test_cards_say_that_z_is_the_image(tmp_path: Path) -> None:
     for layout in LAYOUT_NAMES:
         folder = tmp_path / layout
-        store = write(folder, Case(layout))
+        store = write_case(folder, Case(layout))
         export_tuples(store, f"{folder}-tuples", ignore_progress, None)
         for where in (folder, Path(f"{folder}-tuples")):
             assert Z_IS_THE_IMAGE in (where / "README.md").read_text().splitlines()
             assert Z_IS_THE_IMAGE in json.loads((where / "croissant.json").read_text())["description"]
-        samples = write(Path(f"{folder}-samples"), Case(layout, samples=True))
+        samples = write_case(Path(f"{folder}-samples"), Case(layout, samples=True))
         assert Z_IS_THE_IMAGE not in readme(samples.dataset) + json.dumps(croissant(samples.dataset))
 
 
@@ -407,7 +329,7 @@ def test_front_matter_has_the_licence(dataset: Dataset, licence: str | None, exp
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The document of a coupling store."""
-    return write(tmp_path_factory.mktemp("store"), Case()).dataset
+    return write_case(tmp_path_factory.mktemp("store"), Case()).dataset
 
 
 @pytest.mark.parametrize(
@@ -447,15 +369,24 @@ def test_texts_of_a_store_stay_text(mlc: Any, tmp_path: Path) -> None:
     """A card with hostile texts is the card with plain ones, with their escaped form in place of names, and has the
     texts of the attribution in an indented code block, in which nothing is Markdown."""
     plain_case = Case(latents="float16", teacher="plain", decoder="plain")
-    plain = write(tmp_path / "plain", plain_case, KNOWN)
+    plain = write_case(tmp_path / "plain", plain_case, KNOWN)
     case = Case(latents="float16", class_names=(HOSTILE, "b", "c"), teacher=HOSTILE, decoder=HOSTILE)
     texts = Attribution(licence=HOSTILE, citation=HOSTILE, creator=HOSTILE, source_url=HOSTILE, notes=HOSTILE)
-    hostile = write(tmp_path / "hostile", case, texts)
+    hostile = write_case(tmp_path / "hostile", case, texts)
     for suffix in ("", "-tuples"):
         if suffix:
             export_tuples(plain, str(tmp_path / "plain-tuples"), ignore_progress, None)
             export_tuples(hostile, str(tmp_path / "hostile-tuples"), ignore_progress, None)
-        _, plain_markdown, _ = markdown_of(tmp_path / f"plain{suffix}", plain)
+        _, plain_markdown, plain_attribution = markdown_of(tmp_path / f"plain{suffix}", plain)
+        assert plain_attribution == [
+            "    licence     CC-BY-4.0",
+            "    creator     Jane Doe",
+            "    source url  https://example.org/images",
+            "    citation    @article{a,",
+            "                  title = {x}",
+            "                }",
+            "    notes       For research only.",
+        ]
         metadata, markdown, attribution = markdown_of(tmp_path / f"hostile{suffix}", hostile)
         assert markdown.count(escape_markdown(HOSTILE)) == 2
         assert markdown.replace(escape_markdown(HOSTILE), "plain") == plain_markdown
@@ -473,8 +404,7 @@ def test_texts_of_a_store_stay_text(mlc: Any, tmp_path: Path) -> None:
 
 def test_escapes() -> None:
     assert escape_markdown("a_b <c> [d](e)\n`f` www.g") == r"a\_b \<c\> \[d\]\(e\) \`f\` www\.g"
-    punctuation = string.punctuation
-    assert escape_markdown(punctuation) == "".join(f"\\{char}" for char in punctuation)
+    assert escape_markdown(string.punctuation) == "".join(f"\\{char}" for char in string.punctuation)
     assert printable("a\tb\x1b[0m\u202ec é😀") == "a b\ufffd[0m\ufffdc é😀"
 
 
@@ -496,7 +426,7 @@ def test_summary(tmp_path: Path, dataset: Dataset) -> None:
     assert row(second, "source url") == "https://example.org/images"
     assert row(second, "citation") == "@article{a,"
     assert "\n              title = {x}\n" in summarize(second, sigma_f_rms=1.0)
-    latents = write(tmp_path / "latents", Case(latents="bfloat16", mirrored=True, labels=False)).dataset
+    latents = write_case(tmp_path / "latents", Case(latents="bfloat16", mirrored=True, labels=False)).dataset
     assert row(latents, "x") == "bfloat16 latents, (value - -0.25) * 0.5; decoder vae 333333333333"
     assert row(latents, "views") == "plain, mirrored"
     assert row(latents, "labels") == "none"
