@@ -409,7 +409,7 @@ def content_id(
     label_counts: Iterable[Mapping[int, int]],
     derived: Mapping[str, str],
 ) -> str:
-    """Identity of a store's content. It is the sha256 of the canonical JSON of an object with
+    """Identity of a store's content: the sha256 of JSON (sorted keys, no spaces, ASCII) of an object with
 
     - "spec": the spec;
     - "files": column, draw, block, sha256 and squared error of each file, in the order of the manifest;
@@ -422,7 +422,8 @@ def content_id(
         "label_counts": [[[label, counts[label]] for label in sorted(counts)] for counts in label_counts],
         "derived": dict(derived),
     }
-    return hashlib.sha256(canonical_json(document)).hexdigest()
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_schema_version(data: bytes, name: str) -> tuple[int, int]:
