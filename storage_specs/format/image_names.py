@@ -2,11 +2,12 @@
 source, and the sha256 of the bytes that it was decoded from."""
 
 import io
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nfm.storage_specs.storage.errors import StoreError
@@ -27,16 +28,22 @@ def max_names_bytes(rows: int) -> int:
     return (1 << 16) + rows * (MAX_NAME_BYTES + 128)
 
 
-def encode_names(first_index: int, names: Iterable[ImageName]) -> bytes:
-    """A file of names, of images with consecutive indices from `first_index`."""
-    rows = [{"index": index, "name": name, "sha256": sha256} for index, (name, sha256) in enumerate(names, first_index)]
+def make_table(first_index: int, names: Sequence[ImageName]) -> pa.Table:
+    """The table of images with consecutive indices from `first_index`."""
+    indices = range(first_index, first_index + len(names))
+    columns = {"index": indices, "name": [name.name for name in names], "sha256": [name.sha256 for name in names]}
+    return pa.table({name: list(values) for name, values in columns.items()}, schema=NAMES_SCHEMA)
+
+
+def encode_names(table: pa.Table) -> bytes:
+    """A file of names. The same rows give the same bytes, also if the table was put together from parts."""
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=NAMES_SCHEMA), buffer, compression="zstd")
+    pq.write_table(table.combine_chunks(), buffer, compression="zstd")
     return buffer.getvalue()
 
 
-def parse_names(data: bytes, first_index: int, rows: int, name: str) -> list[ImageName]:
-    """The names in a file of so many images with consecutive indices from `first_index`.
+def parse_names(data: bytes, first_index: int, rows: int, name: str) -> pa.Table:
+    """The table in a file of the names of so many images, with consecutive indices from `first_index`.
 
     Raises StoreError with the file's `name` if it holds another table, or if its values would take more memory than
     names can.
@@ -55,11 +62,18 @@ def parse_names(data: bytes, first_index: int, rows: int, name: str) -> list[Ima
         raise StoreError(f"{name}: not a Parquet file: {error}") from error
     if table.num_rows != rows or table.nbytes > max_names_bytes(rows):  # whatever the metadata said
         raise StoreError(f"{name}: got {table.num_rows} rows of {table.nbytes} bytes, {expected}")
-    if table["index"].to_pylist() != list(range(first_index, first_index + rows)):
+    if table["index"].null_count or not np.array_equal(table["index"].to_numpy(), np.arange(rows) + first_index):
         raise StoreError(f"{name}: got other indices, {expected}")
-    names: list[ImageName] = []
-    for text, digest in zip(table["name"].to_pylist(), table["sha256"].to_pylist(), strict=True):
-        if not text or len(text.encode()) > MAX_NAME_BYTES or not re.fullmatch("[0-9a-f]{64}", digest or ""):
-            raise StoreError(f"{name}: got name {str(text)[:60]!r} with sha256 {str(digest)[:70]!r}, {expected}")
-        names.append(ImageName(text, digest))
-    return names
+    name_bytes = pc.binary_length(table["name"])
+    is_valid = pc.and_(
+        pc.and_(pc.greater(name_bytes, 0), pc.less_equal(name_bytes, MAX_NAME_BYTES)),
+        pc.match_substring_regex(table["sha256"], "^[0-9a-f]{64}$"),
+    )
+    if not pc.all(pc.fill_null(is_valid, False)).as_py():
+        raise StoreError(f"{name}: got a name or a sha256 that is none, {expected}")
+    return table
+
+
+def list_names(table: pa.Table) -> list[ImageName]:
+    """The rows of a table of names."""
+    return [ImageName(*row) for row in zip(table["name"].to_pylist(), table["sha256"].to_pylist(), strict=True)]

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
 from nfm.storage_specs.format.dataset import check_kind_is_supported, content_id, is_1_0, layout_of
-from nfm.storage_specs.format.image_names import ImageName, max_names_bytes, parse_names
+from nfm.storage_specs.format.image_names import ImageName, list_names, max_names_bytes, parse_names
 from nfm.storage_specs.format.layouts import Columns
 from nfm.storage_specs.format.manifest import (
     FILE_SCHEMA,
@@ -174,8 +175,9 @@ class Store:
         return codecs.parse_positive_npy(data, self.spec.shape, f"{self.url}/{Z_SCALE_FILE}")
 
     @cached_property
-    def image_names(self) -> list[ImageName] | None:
-        """Where each image comes from, in the order of rows; None if the store does not say."""
+    def image_names(self) -> pa.Table | None:
+        """Where each image comes from: index, name and sha256 of its source bytes, in the order of rows; None if the
+        store does not say."""
         file = self.dataset.documents.names
         if file is None:
             return None
@@ -183,11 +185,10 @@ class Store:
         return parse_names(data, 0, self.spec.rows, f"{self.url}/{file.path}")
 
     def image_names_of(self, block: int) -> list[ImageName] | None:
-        """`image_names` of the rows of a block."""
+        """Where the images of a block come from, in the order of rows; None if the store does not say."""
         if self.image_names is None:
             return None
-        start = block * self.spec.block_rows
-        return self.image_names[start : start + self.spec.rows_of(block)]
+        return list_names(self.image_names.slice(block * self.spec.block_rows, self.spec.rows_of(block)))
 
     def local_path(self, key: FileKey) -> Path:
         """A local path of a file: the file itself, or its copy in the cache, which is made if there is none. Another

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
-from nfm.storage_specs.format.image_names import ImageName, encode_names, max_names_bytes, parse_names
+from nfm.storage_specs.format.image_names import ImageName, encode_names, make_table, max_names_bytes, parse_names
 from nfm.storage_specs.format.layouts import LAYOUTS, Columns
 from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.names import COMMITS_FOLDER, SUMS_FOLDER
@@ -163,7 +164,9 @@ class UnitWriter:
             self._write_column_file(FileKey(column, self.unit.block), columns)
         if names is not None:
             start = self.unit.block * self.spec.block_rows
-            self._write_file(FileKey(NAMES, self.unit.block), self.unit.names_file, encode_names(start, names))
+            self._write_file(
+                FileKey(NAMES, self.unit.block), self.unit.names_file, encode_names(make_table(start, names))
+            )
 
     def write_draw(self, draw: int, z: NDArray[np.float32], noise: NDArray[Any] | None) -> None:
         """Encode and write one draw.
@@ -320,7 +323,7 @@ def read_z_sums(root: Root, spec: Spec, commit: Commit) -> dict[int, ZSums]:
     return {draw: ZSums(by_dimension[i], by_class[i]) for i, draw in enumerate(unit.draws)}
 
 
-def read_image_names(root: Root, spec: Spec, commit: Commit) -> list[ImageName]:
+def read_image_names(root: Root, spec: Spec, commit: Commit) -> pa.Table:
     """The names of the images of a unit that holds them. Raises StoreError if the file is not the one that was
     committed."""
     first_index, rows = commit.block * spec.block_rows, spec.rows_of(commit.block)

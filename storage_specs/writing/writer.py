@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
@@ -236,16 +237,10 @@ class StoreWriter:
         draws."""
         derived: dict[str, bytes] = {}
         if self.spec.names:
-            with_names = [commit for commit in commits if commit.first == 0]
-            by_block = dict(
-                zip(
-                    (commit.block for commit in with_names),
-                    pool.map(lambda commit: units.read_image_names(self.root, self.spec, commit), with_names),
-                    strict=True,
-                )
-            )
-            all_names = (name for block in range(self.spec.num_blocks) for name in by_block[block])
-            derived[NAMES_FILE] = encode_names(0, all_names)
+            with_names = {commit.block: commit for commit in commits if commit.first == 0}
+            in_order = [with_names[block] for block in range(self.spec.num_blocks)]
+            tables = pool.map(lambda commit: units.read_image_names(self.root, self.spec, commit), in_order)
+            derived[NAMES_FILE] = encode_names(pa.concat_tables(tables))
         if self.spec.coupling:
             sums = self._add_sums(commits, pool)
             scale = sigma_f(self.spec, sums)
