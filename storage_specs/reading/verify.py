@@ -73,8 +73,9 @@ def find_faults(store: Store, progress: Callable[[int], None] = lambda _bytes: N
                 fault = examined.fault
                 if examined.labels is not None:
                     start = key.block * spec.block_rows
-                    labels[start : start + len(examined.labels)] = examined.labels
-                    fault = fault or _compare_label_counts(store, key, examined.labels)
+                    known_labels = labels[start : start + len(examined.labels)]
+                    fault = fault or _compare_labels(store, key, examined.labels, known_labels)
+                    known_labels[:] = examined.labels
                 if examined.sums is not None:
                     sums.add(examined.sums)
                 if fault:
@@ -106,7 +107,10 @@ def _examine_file(store: Store, key: FileKey, labels: NDArray[np.int64]) -> Exam
     except StoreError:  # a damaged scale is a fault of a document
         return ExaminedFile(key, "")
     start = key.block * spec.block_rows
-    return ExaminedFile(key, "", sums=sum_z(spec, z, labels[start : start + len(z)]))
+    labels_of_block = labels[start : start + len(z)]
+    if spec.has_labels and (labels_of_block < 0).any():  # the file that holds them is damaged
+        return ExaminedFile(key, "")
+    return ExaminedFile(key, "", sums=sum_z(spec, z, labels_of_block))
 
 
 def _check_noise(store: Store, key: FileKey, columns: Columns) -> None:
@@ -121,13 +125,16 @@ def _check_noise(store: Store, key: FileKey, columns: Columns) -> None:
         )
 
 
-def _compare_label_counts(store: Store, key: FileKey, labels: NDArray[np.int64]) -> str:
-    """A sentence if the labels in a file are not those of the manifest, or ""."""
+def _compare_labels(store: Store, key: FileKey, labels: NDArray[np.int64], known_labels: NDArray[np.int64]) -> str:
+    """A sentence if the labels in a file are not those of the manifest, or not the known ones of another file of the
+    same rows; else "". Unknown labels are -1."""
+    path = f"{store.url}/{store.files[key].path}"
     values, counts = np.unique(labels, return_counts=True)
-    if store.label_counts[key.block] == dict(zip(values.tolist(), counts.tolist(), strict=True)):
-        return ""
-    manifest = store.dataset.documents.manifest.path
-    return f"{store.url}/{manifest}: its label counts are not those of {store.files[key].path}"
+    if store.label_counts[key.block] != dict(zip(values.tolist(), counts.tolist(), strict=True)):
+        return f"{store.url}/{store.dataset.documents.manifest.path}: its label counts are not those of {path}"
+    if ((known_labels >= 0) & (known_labels != labels)).any():
+        return f"{path}: its labels are not those of the plain view; the store is not what it says"
+    return ""
 
 
 def _compare_sums(store: Store, sums: ZSums) -> Iterator[Fault]:

@@ -67,6 +67,7 @@ class Kind:
     names: bool = False
     rows: int = 11
     block_rows: int = 4
+    seed: int = 10
 
     def spec(self, layout: LayoutName) -> Spec:
         """The spec of such a store."""
@@ -102,7 +103,7 @@ class Kind:
     @cache  # noqa: B019  (kinds are few and small)
     def values(self) -> Values:
         """The values of such a store, which depend on nothing else. One z lies beyond what int8 holds."""
-        rng = np.random.default_rng(10)
+        rng = np.random.default_rng(self.seed)
         shape = (self.rows, *self.shape)
         x, x_mirrored = rng.integers(0, 256, shape, dtype=np.uint8), None
         if self.x is not None:

@@ -26,6 +26,13 @@ def _tar_files(folder: Path) -> dict[str, list[list[Path]]]:
     return files
 
 
+def _merge(columns: Columns, index: list[int], labels: list[int]) -> None:
+    """Note the keys and the labels of a column, and of a draw, which must be the same in all."""
+    for name, values in (("index", index), ("label", labels)):
+        if values:
+            assert columns.setdefault(name, np.array(values)).tolist() == values
+
+
 def read_by_tarfile(folder: Path) -> Columns:
     """The columns of a WebDataset store."""
     columns: Columns = {}
@@ -46,10 +53,7 @@ def read_by_tarfile(folder: Path) -> Columns:
                         assert suffix == f"{column}.npy"
                         rows[-1].append(np.load(io.BytesIO(content.read()), allow_pickle=False))
                         index.append(int(key))
-            if column == "x":
-                columns["index"] = np.array(index)
-                if labels:
-                    columns["label"] = np.array(labels)
+            _merge(columns, index, labels)
         values = np.array(rows)
         columns[column] = values if column in ("z", "noise") else values[0]
     return columns
@@ -65,10 +69,9 @@ def read_by_webdataset(folder: Path) -> Columns:
         ]
         values = np.array([[sample[f"{column}.npy"] for sample in of_draw] for of_draw in samples])
         columns[column] = values if column in ("z", "noise") else values[0]
-        if column == "x":
-            columns["index"] = np.array([int(sample["__key__"]) for sample in samples[0]])
-            if "cls" in samples[0][0]:
-                columns["label"] = np.array([sample["cls"] for sample in samples[0]])
+        for of_draw in samples:
+            index = [int(sample["__key__"]) for sample in of_draw]
+            _merge(columns, index, [sample["cls"] for sample in of_draw if "cls" in sample])
     return columns
 
 
