@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.storage_specs.format.card import croissant, summarize
+from nfm.storage_specs.format.card import summarize
 from nfm.storage_specs.format.codecs import INT8_RANGE, ZDtype, all_finite, decode_z, encode_z, int8_scale
+from nfm.storage_specs.format.croissant import croissant
 from nfm.storage_specs.format.schema import NoiseDtype
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
+from nfm.storage_specs.reading.verify import find_faults
 from tests.tools.random_couplings import write_random_couplings
 from tests.tools.small_run import Run, encode_in_process
 
@@ -96,7 +98,7 @@ def test_a_store_of_each_dtype_streams_what_it_holds(run: Run, tmp_path: Path, d
         "webdataset",
     )
     store, exact = Store(str(tmp_path / "store")), Store(str(tmp_path / "exact"))
-    assert list(store.find_faults()) == []
+    assert list(find_faults(store)) == []
     batch = next(CouplingStream(store.url, 64, seed=0))
     for i, (index, draw) in enumerate(zip(batch.index.tolist(), batch.draw.tolist(), strict=True)):
         block, row = divmod(index, store.spec.block_rows)
@@ -106,8 +108,8 @@ def test_a_store_of_each_dtype_streams_what_it_holds(run: Run, tmp_path: Path, d
         z = raw.astype(np.float32)
         if dtype == "int8":
             z = z * np.load(f"{store.url}/z_scale.npy")
-        assert np.array_equal(batch.z[i].numpy(), z / np.load(f"{store.url}/sigma_f.npy"))
-    blocks, draws = range(store.spec.blocks), range(store.spec.draws)
+        assert np.array_equal(batch.z[i].numpy(), z / np.load(f"{store.url}/versions/0001/sigma_f.npy"))
+    blocks, draws = range(store.spec.num_blocks), range(store.spec.num_draws)
     error = np.concatenate([(store.z(b, k) - exact.z(b, k)).ravel() for b in blocks for k in draws]).astype(np.float64)
     assert store.dataset.totals.z_rms_error == pytest.approx(np.sqrt((error**2).mean()), rel=1e-9, abs=0)
 
@@ -123,9 +125,10 @@ def test_derived_noise_is_the_stored_noise(run: Run, tmp_path: Path, dtype: Nois
         )
         stores.append(Store(url))
     stored, derived = stores
-    assert not (tmp_path / "derived" / "noise").exists()
-    for block in range(stored.spec.blocks):
-        for draw in range(stored.spec.draws):
+    assert (tmp_path / "stored/columns.zarr/noise").exists()
+    assert not (tmp_path / "derived/columns.zarr/noise").exists()
+    for block in range(stored.spec.num_blocks):
+        for draw in range(stored.spec.num_draws):
             stored_noise = stored.column("noise", block, draw)
             derived_noise = derived.column("noise", block, draw)
             assert stored_noise.dtype == derived_noise.dtype == np.dtype(dtype)

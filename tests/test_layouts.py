@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nfm.storage_specs.format.layouts import LAYOUTS
 from nfm.storage_specs.format.noise import standard_normal
 from nfm.storage_specs.format.pixels import to_float
-from nfm.storage_specs.format.schema import LayoutName, Spec
+from nfm.storage_specs.format.schema import LayoutName, PixelSpec, Spec
 from nfm.storage_specs.format.webdataset import tar_headers
 from nfm.storage_specs.reading.store import Store
 from tests.tools.small_run import Run
@@ -26,7 +26,7 @@ LAYOUT_NAMES: tuple[LayoutName, ...] = ("webdataset", "zarr")
 
 
 def concatenate_blocks(store: Store, column: str, draw: int = -1) -> NDArray[Any]:
-    return np.concatenate([store.column(column, block, draw) for block in range(store.spec.blocks)])
+    return np.concatenate([store.column(column, block, draw) for block in range(store.spec.num_blocks)])
 
 
 def test_headers_are_those_of_tarfile() -> None:
@@ -41,7 +41,7 @@ def test_both_layouts_hold_the_same_values(run: Run) -> None:
     webdataset, zarr_store = (Store(run.couplings[layout]) for layout in LAYOUT_NAMES)
     for column in ("x", "label", "index"):
         assert np.array_equal(concatenate_blocks(webdataset, column), concatenate_blocks(zarr_store, column))
-    for draw in range(webdataset.spec.draws):
+    for draw in range(webdataset.spec.num_draws):
         for column in ("z", "noise"):
             assert np.array_equal(
                 concatenate_blocks(webdataset, column, draw), concatenate_blocks(zarr_store, column, draw)
@@ -77,7 +77,7 @@ def test_stock_webdataset_reads_pairs_by_zipping_two_files(run: Run) -> None:
 
 def test_stock_zarr_reads_the_group(run: Run) -> None:
     store = Store(run.couplings["zarr"])
-    group = zarr.open_group(store.url, mode="r")
+    group = zarr.open_group(f"{store.url}/columns.zarr", mode="r")
     for column in ("x", "label", "index"):
         array = group[column]
         assert isinstance(array, zarr.Array)
@@ -85,17 +85,17 @@ def test_stock_zarr_reads_the_group(run: Run) -> None:
     for column in ("z", "noise"):
         array = group[column]
         assert isinstance(array, zarr.Array)
-        assert array.shape == (store.spec.draws, store.spec.rows, *store.spec.shape)
-        for draw in range(store.spec.draws):
+        assert array.shape == (store.spec.num_draws, store.spec.rows, *store.spec.shape)
+        for draw in range(store.spec.num_draws):
             assert np.array_equal(np.asarray(array[draw]), concatenate_blocks(store, column, draw))
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_manifest_lists_every_file_with_its_sha256(run: Run, layout: LayoutName) -> None:
     url = Path(run.couplings[layout])
-    rows = pq.read_table(url / "manifest.parquet").to_pylist()
+    rows = pq.read_table(url / "versions" / "0001" / "manifest.parquet").to_pylist()
     data = [path for path in url.rglob("*") if path.is_file() and path.parent != url and path.name != "zarr.json"]
-    assert {str(path.relative_to(url)) for path in data if not {"commits", "sum_z2"} & set(path.parts)} == {
+    assert {str(path.relative_to(url)) for path in data if not {"commits", "sums", "versions"} & set(path.parts)} == {
         row["path"] for row in rows
     }
     for row in rows:
@@ -110,17 +110,16 @@ def test_the_tuple_is_what_the_teacher_did(run: Run, layout: LayoutName) -> None
 
     store, samples = Store(run.couplings[layout]), Store(f"{run.samples}/train")
     teacher, _ = load_teacher(run.teacher)
-    assert store.spec.coupling is not None
     assert np.array_equal(concatenate_blocks(store, "x"), concatenate_blocks(samples, "x"))
     assert np.array_equal(concatenate_blocks(store, "label"), samples.labels())
     for index in (0, 31, 32, store.spec.rows - 1):
         block, row = divmod(index, store.spec.block_rows)
-        for draw in range(store.spec.draws):
+        for draw in range(store.spec.num_draws):
             noise = store.column("noise", block, draw)[row]
             drawn = standard_normal(0, np.array([index]), draw, store.spec.shape)[0]
             assert np.array_equal(noise, drawn.astype(np.float16))
             x = to_float(store.column("x", block)[row])
-            noisy = x + store.spec.coupling.eta * torch.from_numpy(noise.astype(np.float32))
+            noisy = x + store.spec.nfm.eta * torch.from_numpy(noise.astype(np.float32))
             y = torch.tensor([store.column("label", block)[row]])
             with torch.no_grad():
                 z = teacher(noisy[None], y).z[0].numpy()
@@ -129,7 +128,7 @@ def test_the_tuple_is_what_the_teacher_did(run: Run, layout: LayoutName) -> None
 
 def test_sigma_f_is_the_rms_of_all_z(run: Run) -> None:
     store = Store(run.couplings["webdataset"])
-    z = np.stack([concatenate_blocks(store, "z", draw) for draw in range(store.spec.draws)]).astype(np.float64)
+    z = np.stack([concatenate_blocks(store, "z", draw) for draw in range(store.spec.num_draws)]).astype(np.float64)
     np.testing.assert_allclose(store.sigma_f, np.sqrt((z**2).mean(axis=(0, 1))), rtol=1e-6)
 
 
@@ -142,12 +141,15 @@ def test_round_trip_of_any_number_of_rows(layout: LayoutName, rows: int) -> None
         rows=rows,
         block_rows=32,
         shape=(3, 5, 7),
+        x=PixelSpec(dtype="uint8"),
+        views=["plain"],
         num_classes=1000,
         class_names=[str(i) for i in range(1000)],
+        names=False,
         preprocessing={},
     )
     rng = np.random.default_rng(0)
-    for block in range(spec.blocks):
+    for block in range(spec.num_blocks):
         num_rows = spec.rows_of(block)
         written: dict[str, NDArray[Any]] = {
             "x": rng.integers(0, 256, (num_rows, 3, 5, 7), dtype=np.uint8),
@@ -156,7 +158,7 @@ def test_round_trip_of_any_number_of_rows(layout: LayoutName, rows: int) -> None
         if block == 0:
             written["x"][:] = 0  # a chunk of fill values still has its place
         read: dict[str, NDArray[Any]] = {}
-        for kind in LAYOUTS[layout].base_kinds:
+        for kind in LAYOUTS[layout].base_columns(spec):
             data = LAYOUTS[layout].encode_file(spec, kind, block, written)
             assert data == LAYOUTS[layout].encode_file(spec, kind, block, written)
             assert len(data) == LAYOUTS[layout].file_size(spec, kind, num_rows)
