@@ -62,8 +62,8 @@ class Member:
 
 
 class WebDatasetLayout:
-    """A file is a tar whose records, one for each row, are `<index>.x.npy` and, with labels, `<index>.cls`; or
-    `<index>.x_mirrored.npy`, `<index>.z.npy` or `<index>.noise.npy`. See `Layout` for the methods."""
+    """A file is a tar whose records, one for each row, are `<index>.x.npy` or `<index>.x_mirrored.npy`, with labels also
+    `<index>.cls`; or `<index>.z.npy`; or `<index>.noise.npy`. See `Layout` for the methods."""
 
     def base_columns(self, spec: Spec) -> tuple[str, ...]:
         return spec.image_columns
@@ -76,7 +76,7 @@ class WebDatasetLayout:
         dtype = spec.dtype(column)
         header = npy_header(dtype, spec.shape)
         members = [Member(f"{column}.npy", column, header, spec.dim * dtype.itemsize, start=0)]
-        if column == "x" and spec.has_labels:
+        if column in spec.image_columns and spec.has_labels:
             members.append(Member("cls", "label", b"", LABEL_DIGITS, start=members[0].end))
         return members
 
@@ -126,7 +126,7 @@ class WebDatasetLayout:
                 columns["label"] = _parse_labels(records[:, member.value_start : member.padding_start])
             else:
                 columns[column] = _strided_rows(data, len(index), spec, column, member.value_start, records.shape[1])
-        if column == "x":
+        if column in spec.image_columns:
             columns["index"] = index  # the names in the tar headers, which were compared above
         return columns
 

@@ -219,8 +219,8 @@ class RowReader:
         image_columns = self.spec.image_columns
         keys: list[FileKey] = []
         for block in blocks.tolist():
-            # The labels of the WebDataset layout are in the files of x, so x is read also for its mirrored view.
-            unread = image_columns[1:] if view_of_block[block] == 0 else ()
+            view = image_columns[view_of_block[block]] if len(image_columns) > 1 else "x"
+            unread = set(image_columns) - {view}
             keys += [FileKey(column, block) for column in self._base_columns if column not in unread]
             if self.z is not None:
                 keys.append(FileKey("z", block, int(draw_of_block[block])))
