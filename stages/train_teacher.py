@@ -88,7 +88,7 @@ def train_teacher(config: TeacherConfig, samples: str, out: str) -> dict[str, An
         with Progress("build the network", enabled=world.is_first_rank):
             torch.manual_seed(config.train.seed)
             network = teacher_network(config, train)
-        stream = open_stream(train.url, "samples", config.train, world)
+        stream = open_stream(train.version_url, "samples", config.train, world)
         trainer = Trainer(
             "train-teacher",
             network,
@@ -114,7 +114,7 @@ def held_out_nll(model: nn.Module, store: Store, eta: float, device: torch.devic
     images = min(store.spec.rows, VAL_IMAGES)
     total = 0.0
     with progress.step("validate", VAL_DRAWS * images, "image") as step:
-        batch = next(CouplingStream(store.url, batch_size=images, seed=0, view="samples"))
+        batch = next(CouplingStream(store.version_url, batch_size=images, seed=0, view="samples"))
         for _ in range(VAL_DRAWS):
             for x, y in zip(batch.x.split(VAL_BATCH), batch.label.split(VAL_BATCH), strict=True):
                 noisy = x + eta * torch.randn(x.shape, generator=generator)
