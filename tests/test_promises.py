@@ -1,7 +1,6 @@
 """A store is what it says: changed documents, files and scales are noticed by every reader and command."""
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,6 @@ from nfm.models.tarflow import TarFlow
 from nfm.stages.checkpoint import load_any_network
 from nfm.stages.errors import StageError
 from nfm.stages.reencode import verify_by_reencoding
-from nfm.storage_specs.format.dataset import content_id, parse_dataset
-from nfm.storage_specs.format.layouts import LAYOUTS
-from nfm.storage_specs.format.manifest import FILE_SCHEMA, parse_file_records, parse_label_counts, parse_manifest
 from nfm.storage_specs.format.pixels import to_uint8
 from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.reading import rows as rows_module
@@ -33,7 +29,7 @@ from nfm.storage_specs.writing.tuples import export_tuples
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.random_couplings import write_random_couplings
 from tests.tools.small_run import Run, encode_in_process
-from tests.tools.stores import LAYOUT_NAMES, damage, edit, flip, ignore_progress, sample_spec, tree
+from tests.tools.stores import LAYOUT_NAMES, damage, edit, flip, ignore_progress, reseal, sample_spec, tree
 
 SHAPE = (1, 4, 4)
 
@@ -48,24 +44,6 @@ def change_document(store: Path, **changes: Any) -> None:
     """Change dataset.json and the same document in versions/, and keep the id."""
     for path in ("dataset.json", "versions/0001.json"):
         damage(store, path, edit(**changes))
-
-
-def reseal(store: Path) -> None:
-    """Make hashes and id agree with the files again, as somebody would who changed them on purpose."""
-    data = (store / "dataset.json").read_bytes()
-    document = json.loads(data)
-    for file in document["documents"].values():
-        if file is not None:
-            file["sha256"] = sha256((store / file["path"]).read_bytes())
-    dataset = parse_dataset(canonical_json(document), "resealed")
-    layout, name = LAYOUTS[dataset.spec.layout], "manifest"
-    manifest = (store / dataset.documents.manifest.path).read_bytes()
-    table = parse_manifest(manifest, dataset.spec, layout, FILE_SCHEMA, name)
-    files = parse_file_records(table, dataset.spec, layout, name)
-    label_counts = parse_label_counts(table, dataset.spec, name)
-    document["id"] = content_id(dataset, list(files.values()), label_counts)
-    for path in ("dataset.json", "versions/0001.json"):
-        (store / path).write_bytes(canonical_json(document))
 
 
 USERS: dict[str, Callable[[str, str], object]] = {

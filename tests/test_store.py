@@ -13,12 +13,13 @@ from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
+from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.storage.errors import OutageError, StoreError
 from nfm.storage_specs.storage.files import Root, check_relative_path, sha256
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.random_couplings import write_random_couplings
 from tests.tools.small_run import Run
-from tests.tools.stores import LAYOUT_NAMES, block_of, damage, edit, flip, sample_spec, tree
+from tests.tools.stores import LAYOUT_NAMES, block_of, damage, edit, flip, reseal, sample_spec, tree
 
 
 def write(url: str, spec: Spec, blocks: list[int]) -> StoreWriter:
@@ -61,20 +62,20 @@ def test_labels_outside_the_range_are_not_written(tmp_path: Path) -> None:
     columns["label"] = columns["label"] + 1
     with pytest.raises(StoreError, match="got label 3, expected 0 to 2"):
         writer.write_block(0, columns, None, None)
-    assert len(writer.list_missing_units()) == writer.spec.blocks
+    assert len(writer.list_missing_units()) == writer.spec.num_blocks
 
 
 def test_z_that_is_not_finite_is_not_written(run: Run, tmp_path: Path) -> None:
     store = Store(run.couplings["webdataset"])
     writer = StoreWriter(str(tmp_path), store.spec)
     writer.initialize()
-    shape = (store.spec.draws, store.spec.rows_of(0), *store.spec.shape)
+    shape = (store.spec.num_draws, store.spec.rows_of(0), *store.spec.shape)
     z, noise = np.ones(shape, np.float32), np.zeros(shape, np.float16)
     base = {"x": store.column("x", 0), "label": store.column("label", 0)}
     for bad in (np.inf, np.nan, 70_000.0):  # the last is finite, but not as float16
         z[1, 7, 0, 3, 3] = bad
         with pytest.raises(FloatingPointError, match="z of image 7, draw 1, .*draw was not written"):
-            writer.write_block(0, base, z, noise)
+            writer.write_block(0, base, z, noise, store.image_names_of(0))
     written = set(tree(str(tmp_path)))
     assert not any("k001" in path for path in written)
     assert {path for path in written if path.startswith("commits/")} == {"commits/spec.json"}
@@ -85,16 +86,26 @@ BROKEN = {
     "overlong file": ("x/000001.tar", lambda data: data + b"\0" * 512, "overlong"),
     "empty file": ("x/000001.tar", lambda data: b"", "got 0 bytes"),
     "one bit": ("x/000001.tar", flip(5), "sha256"),
-    "manifest": ("manifest.parquet", flip(40), "manifest.parquet.*sha256"),
+    "manifest": ("versions/0001/manifest.parquet", flip(40), "manifest.parquet.*sha256"),
     "not json": ("dataset.json", lambda data: b"hello", "schema_version"),
     "future version": ("dataset.json", edit(schema_version="2.0"), "install nfm 2.x"),
     "huge shape": ("dataset.json", edit(spec__shape=[3, 1 << 20, 1 << 20]), "bytes a row"),
     "negative rows": ("dataset.json", edit(spec__rows=-1), "spec.rows"),
     "more rows than files": ("dataset.json", edit(spec__rows=700), "expected the 22 of"),
-    "absurdly many rows": ("dataset.json", edit(spec__rows=1 << 47, spec__block_rows=1), "expected the"),
+    "absurdly many rows": ("dataset.json", edit(spec__rows=1 << 47, spec__block_rows=1), "spec.rows"),
+    "very many rows": ("dataset.json", edit(spec__rows=10**12, spec__block_rows=1), "expected the 1000000000000 of"),
     "label counts of no class": ("dataset.json", edit(totals__label_counts={"99": 1}), "class 99"),
     "another shape": ("dataset.json", edit(spec__shape=[1, 4, 8]), "records"),
     "unknown key": ("dataset.json", edit(spec__secret=1), "secret"),
+    "other totals": ("dataset.json", edit(totals__bytes=1), "dataset.json: its totals are not those of the manifest"),
+    "other id": ("dataset.json", edit(id="0" * 64), "dataset.json: its id is not that of its spec and files"),
+    "other class names": ("dataset.json", edit(spec__class_names=["a", "b", "d"]), "its id is not that of"),
+    "a document elsewhere": (
+        "dataset.json",
+        edit(documents__readme__path="../README.md"),
+        "documents.readme: got path",
+    ),
+    "a document of z": ("dataset.json", edit(documents__sigma_f={"path": "x", "sha256": "0" * 64}), "got documents"),
 }
 
 
@@ -135,47 +146,60 @@ def test_the_structure_is_checked_whatever_the_hashes_say(
 def test_verify_finds_one_flipped_bit_in_any_file(run: Run, tmp_path: Path, layout: LayoutName) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run.couplings[layout], copy)
-    assert list(Store(str(copy)).find_faults()) == []
+    assert list(find_faults(Store(str(copy)))) == []
     path = LAYOUTS[layout].file_path("z", 2, 1)
     damage(copy, path, flip(700))
-    ((_, fault),) = Store(str(copy)).find_faults()
+    ((_, fault),) = find_faults(Store(str(copy)))
     assert path in fault
     assert "sha256" in fault
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-4], lambda data: data.replace(b"<f4", b"|O8")])
 def test_a_sigma_f_that_is_none_is_refused(run: Run, tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Also by a store whose hashes agree with it: nothing is unpickled, nothing allocated by its own word."""
-    copy = tmp_path / "copy"
+    """Also by a store whose hashes agree with it: nothing is unpickled, nothing allocated by its own word. A hash that
+    agrees while the id does not is refused before."""
+    copy, path = tmp_path / "copy", "versions/0001/sigma_f.npy"
     shutil.copytree(run.couplings["webdataset"], copy)
-    damage(copy, "sigma_f.npy", change)
+    damage(copy, path, change)
     with pytest.raises(StoreError, match=r"sigma_f\.npy.*sha256"):
         CouplingStream(str(copy), 8, 0)
-    damage(copy, "dataset.json", edit(sigma_f_sha256=sha256((copy / "sigma_f.npy").read_bytes())))
+    damage(copy, "dataset.json", edit(documents__sigma_f__sha256=sha256((copy / path).read_bytes())))
+    with pytest.raises(StoreError, match=r"its id is not that of its spec and files"):
+        CouplingStream(str(copy), 8, 0)
+    reseal(copy)
     with pytest.raises(StoreError, match=r"sigma_f\.npy: expected an npy file"):
         CouplingStream(str(copy), 8, 0)
 
 
 def test_verify_reads_what_is_not_in_the_manifest_too(run: Run, tmp_path: Path) -> None:
+    """Every document, the copies of those of the newest version, and the metadata of stock readers. What the id covers
+    is refused at opening."""
     changes: dict[str, Callable[[bytes], bytes]] = {
-        "sigma_f.npy": flip(200),
-        "z/zarr.json": lambda data: b"{}",
-        "dataset.json": edit(id="0" * 64),
+        "names.parquet": flip(200),
+        "columns.zarr/zarr.json": lambda data: b"{}",
+        "columns.zarr/z/zarr.json": lambda data: b"{}",
+        "README.md": flip(200),
+        "croissant.json": flip(200),
+        "versions/0001.json": edit(id="0" * 64),
+        "versions/0001/sigma_f.npy": flip(200),
+        "versions/0001/z_sums.npy": flip(200),
+        "versions/0001/z_class_sums.npy": flip(200),
     }
     for path, change in changes.items():
         copy = tmp_path / path.replace("/", "-")
         shutil.copytree(run.couplings["zarr"], copy)
         damage(copy, path, change)
-        ((_, fault),) = Store(str(copy)).find_faults()
-        assert path in fault
+        faults = list(find_faults(Store(str(copy))))
+        assert faults and all(path in fault.message for fault in faults), path
 
 
 def test_a_damaged_scale_is_found_behind_a_damaged_sigma_f(tmp_path: Path) -> None:
     write_random_couplings(str(tmp_path), "webdataset", (1, 4, 4), 40, draws=1, z_dtype="int8")
-    for name in ("sigma_f.npy", "z_scale.npy"):
+    names = ["versions/0001/sigma_f.npy", "z_scale.npy"]
+    for name in names:
         damage(tmp_path, name, flip(150))
-    faults = list(Store(str(tmp_path)).find_faults())
-    assert [fault.file for fault in faults] == ["sigma_f.npy", "z_scale.npy"]
+    faults = list(find_faults(Store(str(tmp_path))))
+    assert [fault.file for fault in faults] == names
     assert all(str(fault.file) in fault.message for fault in faults)
 
 
@@ -184,7 +208,7 @@ def test_storage_that_is_away_is_no_fault_of_a_store(monkeypatch: pytest.MonkeyP
     url = "memory://away"
     write_random_couplings(url, "zarr", (1, 4, 4), 40, draws=1)
     original = Root.read
-    for away in ("sigma_f.npy", "z/zarr.json", "z/c/0/1/0/0/0"):
+    for away in ("versions/0001/sigma_f.npy", "columns.zarr/z/zarr.json", "columns.zarr/z/c/0/1/0/0/0"):
 
         def read(self: Root, path: str, max_bytes: int, away: str = away) -> bytes:
             if path == away:
@@ -193,7 +217,7 @@ def test_storage_that_is_away_is_no_fault_of_a_store(monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(Root, "read", read)
         with pytest.raises(OutageError, match=away):
-            list(Store(url).find_faults())
+            list(find_faults(Store(url)))
     Root(url).fs.rm("/away", recursive=True)
 
 

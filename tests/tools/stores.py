@@ -1,14 +1,29 @@
-"""Stores for tests: small ones of known values, their bytes, and ways to damage them."""
+"""Stores for tests: small ones of known values, their bytes, and ways to damage and to forge them."""
 
+import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from nfm.storage_specs.format.schema import LayoutName, PixelSpec, Spec
+from nfm.storage_specs.format.layouts import LAYOUTS
+from nfm.storage_specs.format.schema import (
+    DERIVED_DOCUMENTS,
+    FileRecord,
+    LayoutName,
+    PixelSpec,
+    Spec,
+    content_id,
+)
+from nfm.storage_specs.reading.store import sum_totals
+from nfm.storage_specs.storage.documents import canonical_json
+from nfm.storage_specs.storage.files import sha256
 
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("webdataset", "zarr")
 
@@ -83,6 +98,43 @@ def edit(**changes: Any) -> Callable[[bytes], bytes]:
         return json.dumps(document).encode()
 
     return apply
+
+
+def sealed_document(files: Mapping[str, Any]) -> bytes:
+    """The dataset.json of a store with these files, by path, whose records, totals, hashes and id agree with them: what
+    somebody writes who changed files on purpose.
+
+    What is not bytes among the files, and a manifest whose rows no store can have, keep the hashes, totals and id that
+    files["dataset.json"] has.
+    """
+    document = json.loads(files["dataset.json"])
+    spec = Spec.model_validate_json(json.dumps(document["spec"]))
+    document["records"] = LAYOUTS[spec.layout].describe_records(spec)
+    documents = {name: file for name, file in document["documents"].items() if file is not None}
+    for file in documents.values():
+        data = files.get(file["path"])
+        if isinstance(data, bytes):
+            file["sha256"] = sha256(data)
+    derived = {name: file["sha256"] for name, file in documents.items() if name in DERIVED_DOCUMENTS}
+    try:
+        rows = pq.read_table(io.BytesIO(files[documents["manifest"]["path"]])).to_pylist()
+        records = [
+            FileRecord.model_validate({field: row[field] for field in FileRecord.model_fields}, strict=True)
+            for row in rows
+        ]
+        label_counts = [dict(row["label_counts"]) for row in rows[: spec.num_blocks]]
+        document["totals"] = sum_totals(spec, records, label_counts).model_dump(mode="json")
+        document["id"] = content_id(spec, records, label_counts, derived)
+    except (pa.ArrowException, OSError, UnicodeDecodeError, ValidationError, KeyError, TypeError):
+        pass  # not the rows of a manifest, so no id agrees with them
+    return canonical_json(document)
+
+
+def reseal(folder: Path) -> None:
+    """Make records, totals, hashes and id of a store with one version agree with its files."""
+    data = sealed_document(tree(str(folder)))
+    for path in ("dataset.json", "versions/0001.json"):
+        (folder / path).write_bytes(data)
 
 
 def ignore_progress(_done: int) -> None:
