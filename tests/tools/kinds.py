@@ -4,7 +4,7 @@ obvious way."""
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from typing import Any
 
@@ -199,19 +199,18 @@ KINDS = {
 
 
 def all_kinds() -> dict[str, Kind]:
-    """Every combination of what kinds differ in."""
+    """Every combination of dtypes, views, labels and stored noise; half of them with names."""
     kinds: dict[str, Kind] = {}
     z_dtypes: tuple[ZDtype | None, ...] = (None, "float32", "float16", "bfloat16", "int8")
     x_dtypes: tuple[FloatDtype | None, ...] = (None, "float32", "float16", "bfloat16")
-    for z, x, views, classes, names, stored in product(
-        z_dtypes, x_dtypes, (PLAIN, BOTH), (0, 3), (False, True), (False, True)
-    ):
+    for z, x, views, classes, stored in product(z_dtypes, x_dtypes, (PLAIN, BOTH), (0, 3), (False, True)):
         if z is None and stored:
             continue
-        words = (z or "samples", x or "pixels", f"{len(views)}views", f"{classes}classes")
-        flags = ("names" if names else "", "stored" if stored else "")
-        name = "-".join(word for word in (*words, *flags) if word)
-        kinds[name] = Kind(z, stored, x=x, views=views, classes=classes, names=names, shape=(2, 3, 4), rows=7)
+        words = (z or "samples", x or "pixels", "-".join(views), f"{classes}-classes", *(["stored"] if stored else []))
+        names = (views == BOTH) != (classes == 0)
+        kinds["-".join(words)] = Kind(
+            z, stored, x=x, views=views, classes=classes, names=names, shape=(2, 3, 4), rows=7
+        )
     return kinds
 
 
@@ -288,6 +287,14 @@ class SlowReader:
     stored: bool
     window_blocks: int | None
 
+    @cached_property
+    def _z(self) -> NDArray[Any]:
+        """z of all rows and draws, (K, N, C, H, W)."""
+        if self.stored:
+            return stored_z(self.spec, self.values)
+        assert self.sigma_f is not None
+        return read_z(self.spec, self.values) / self.sigma_f
+
     def sample(self, number: int, source: int = 0) -> Sample:
         """The sample with this number."""
         spec = self.spec
@@ -297,11 +304,10 @@ class SlowReader:
         cycle = spec.num_draws if self.pairs else len(spec.views)
         turn = int(choose_epoch_draws(spec.num_blocks, cycle, self.seed, epoch)[index // spec.block_rows])
         x, z = stored_x(self.values, spec.views[turn % len(spec.views)])[index], None
-        if self.pairs:
-            z = stored_z(spec, self.values)[turn, index]
         if not self.stored:
             x = scaled_x(spec, x)
-            z = read_z(spec, self.values)[turn, index] / self.sigma_f if self.pairs else None
+        if self.pairs:
+            z = self._z[turn, index]
         return Sample(x, z, int(self.values.label[index]), index, turn if self.pairs else -1, source)
 
 
