@@ -61,7 +61,9 @@ REFLOW = {
 
 
 @pytest.mark.parametrize("coupling", [SEMIDISCRETE, REFLOW], ids=["semidiscrete", "reflow"])
-def test_couplings_that_only_the_schema_has_are_refused_with_one_line(tmp_path: Path, coupling: dict[str, Any]) -> None:
+def test_couplings_that_only_the_schema_has_are_refused_with_one_line(
+    write: WrittenKinds, tmp_path: Path, coupling: dict[str, Any]
+) -> None:
     message = rf"got a coupling of kind '{coupling['kind']}'; this nfm reads and writes 'nfm' alone"
     url = f"{tmp_path}/store"
     shutil.copytree(write("pairs-float16-stored", "zarr"), url)
