@@ -155,12 +155,12 @@ def write_block(writer: StoreWriter, values: Values, block: int) -> None:
 
 
 def write_draws(writer: StoreWriter, values: Values, unit: Unit) -> None:
-    """Write the draws of a unit of known values, with x if they are the first."""
-    assert values.z is not None and values.noise is not None
+    """Write the draws of a unit of known values, with x if they are the first, or if there are none."""
     rows = rows_of(writer.spec, unit.block)
     unit_writer = writer.unit_writer(unit, values.label[rows])
     unit_writer.write_base(base_columns(values, rows), None if values.names is None else values.names[rows])
     for draw in unit.draws:
+        assert values.z is not None and values.noise is not None
         noise = values.noise[draw, rows] if "noise" in writer.spec.draw_columns else None
         unit_writer.write_draw(draw, values.z[draw, rows], noise)
     unit_writer.commit(0.5, "CPU")
