@@ -1,6 +1,7 @@
 """A picture of a store: some of its images, and its z beside the normal distribution."""
 
 import io
+from typing import Any
 
 import matplotlib as mpl
 
@@ -8,7 +9,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
+from nfm.storage_specs.format.codecs import decode_float
+from nfm.storage_specs.format.schema import PixelSpec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import split_url
 
@@ -34,7 +38,7 @@ def plot_store(store: Store, out: str) -> None:
 
 def _plot_images(axes: Axes, store: Store) -> None:
     """A grid of the first images, with a white pixel between them."""
-    images = store.column("x", 0)[: ROWS * COLUMNS]
+    images = _to_pixels(store, store.column("x", 0)[: ROWS * COLUMNS])
     channels, height, width = store.spec.shape
     grid = np.full((ROWS * (height + 1), COLUMNS * (width + 1), 3), 255, dtype=np.uint8)
     for i, image in enumerate(images):
@@ -44,7 +48,18 @@ def _plot_images(axes: Axes, store: Store) -> None:
         grid[top : top + height, left : left + width] = np.moveaxis(pixels, 0, -1)
     axes.imshow(grid)
     axes.set_axis_off()
-    axes.set_title(f"x, {len(images)} of {store.spec.rows}")
+    name = "x" if isinstance(store.spec.x, PixelSpec) else "x (latents, not decoded)"
+    axes.set_title(f"{name}, {len(images)} of {store.spec.rows}")
+
+
+def _to_pixels(store: Store, stored: NDArray[Any]) -> NDArray[np.uint8]:
+    """Stored x (rows, C, H, W) as pixels; of latents, from their least to their largest value here."""
+    if isinstance(store.spec.x, PixelSpec):
+        return stored
+    values = decode_float(stored, store.spec.x.dtype)
+    least, largest = float(values.min()), float(values.max())
+    pixels: NDArray[np.uint8] = np.rint((values - least) * (255 / max(largest - least, 1e-30))).astype(np.uint8)
+    return pixels
 
 
 def _plot_z(axes: Axes, store: Store) -> None:
