@@ -1,5 +1,6 @@
 """Reading a store: its spec, and the columns of any block as arrays that map the files."""
 
+import math
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from nfm.storage_specs.format.manifest import (
 )
 from nfm.storage_specs.format.names import COST_FILE, MAX_METADATA_BYTES, Z_SCALE_FILE
 from nfm.storage_specs.format.noise import standard_normal
-from nfm.storage_specs.format.schema import Cost, Dataset, FileRecord, Kind, PixelSpec, Spec, Totals
+from nfm.storage_specs.format.schema import Cost, Dataset, DocumentFile, FileRecord, Kind, PixelSpec, Spec, Totals
 from nfm.storage_specs.format.sums import NUM_POWERS, ZSums
 from nfm.storage_specs.reading.versions import open_document
 from nfm.storage_specs.storage.cache import Cache
@@ -152,18 +153,22 @@ class Store:
         by_dimension, by_class = self.dataset.documents.z_sums, self.dataset.documents.z_class_sums
         if by_dimension is None:
             return None
-        sums = ZSums.zero(self.spec)
-        for file, values in ((by_dimension, sums.by_dimension), (by_class, sums.by_class)):
-            if file is not None:
-                data = self.read_document(file.path, file.sha256, 4096 + values.nbytes)
-                header = npy_header(np.dtype("<f8"), values.shape)
-                if not data.startswith(header) or len(data) != len(header) + values.nbytes:
-                    raise StoreError(f"{self.url}/{file.path}: expected float64 of shape {values.shape}")
-                values[...] = np.frombuffer(data, "<f8", offset=len(header)).reshape(values.shape)
-                if not np.isfinite(values).all():
-                    raise StoreError(f"{self.url}/{file.path}: it holds values that are not finite")
-        assert len(sums.by_dimension) == NUM_POWERS
-        return sums
+        sums_of_classes = np.zeros((0, NUM_POWERS))
+        if by_class is not None:
+            sums_of_classes = self._read_sums(by_class, (self.spec.num_classes, NUM_POWERS))
+        return ZSums(self._read_sums(by_dimension, (NUM_POWERS, *self.spec.shape)), sums_of_classes)
+
+    def _read_sums(self, file: DocumentFile, shape: tuple[int, ...]) -> NDArray[np.float64]:
+        """The array in a file of sums over z. Raises StoreError if it has another shape, or values that are not
+        finite."""
+        header, num_bytes = npy_header(np.dtype("<f8"), shape), 8 * math.prod(shape)
+        data = self.read_document(file.path, file.sha256, len(header) + num_bytes)
+        if not data.startswith(header) or len(data) != len(header) + num_bytes:
+            raise StoreError(f"{self.url}/{file.path}: expected float64 of shape {shape}")
+        values: NDArray[np.float64] = np.frombuffer(data, "<f8", offset=len(header)).reshape(shape)
+        if not np.isfinite(values).all():
+            raise StoreError(f"{self.url}/{file.path}: it holds values that are not finite")
+        return values
 
     @cached_property
     def z_scale(self) -> NDArray[np.float32] | None:

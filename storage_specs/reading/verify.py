@@ -59,9 +59,9 @@ def find_faults(store: Store, progress: Callable[[int], None] = lambda _bytes: N
     """
     faults_of_documents = find_document_faults(store)
     yield from faults_of_documents
-    spec = store.spec
-    labels = np.full(spec.rows, -1, dtype=np.int64)
-    sums = ZSums.zero(spec)
+    # Nothing is allocated by what the spec says alone: these grow with the files that are found.
+    labels: dict[int, NDArray[np.int64]] = {}  # by block
+    sums: ZSums | None = None
     is_sound = not faults_of_documents
     with ThreadPoolExecutor(IO_THREADS, "nfm-verify") as pool:
         base_keys = [key for key in store.files if key.draw < 0]
@@ -72,21 +72,21 @@ def find_faults(store: Store, progress: Callable[[int], None] = lambda _bytes: N
                 progress(store.files[key].bytes)
                 fault = examined.fault
                 if examined.labels is not None:
-                    start = key.block * spec.block_rows
-                    known_labels = labels[start : start + len(examined.labels)]
-                    fault = fault or _compare_labels(store, key, examined.labels, known_labels)
-                    known_labels[:] = examined.labels
-                if examined.sums is not None:
+                    fault = fault or _compare_labels(store, key, examined.labels, labels.get(key.block))
+                    labels[key.block] = examined.labels.copy()
+                if examined.sums is not None and sums is not None:
                     sums.add(examined.sums)
+                elif examined.sums is not None:
+                    sums = examined.sums
                 if fault:
                     is_sound = False
                     yield Fault(key, fault)
-    if is_sound and spec.coupling is not None:
+    if is_sound and sums is not None:
         yield from _compare_sums(store, sums)
 
 
-def _examine_file(store: Store, key: FileKey, labels: NDArray[np.int64]) -> ExaminedFile:
-    """Read one file of a column. `labels` (N,) are those of all rows, for a file of z."""
+def _examine_file(store: Store, key: FileKey, labels: dict[int, NDArray[np.int64]]) -> ExaminedFile:
+    """Read one file of a column. `labels` are those of each block, (rows,), for a file of z."""
     record, spec = store.files[key], store.spec
     try:
         if store.root.local:
@@ -106,10 +106,9 @@ def _examine_file(store: Store, key: FileKey, labels: NDArray[np.int64]) -> Exam
         z = codecs.decode_z(columns["z"], spec.nfm.z_dtype, store.z_scale)
     except StoreError:  # a damaged scale is a fault of a document
         return ExaminedFile(key, "")
-    start = key.block * spec.block_rows
-    labels_of_block = labels[start : start + len(z)]
-    if spec.has_labels and (labels_of_block < 0).any():  # the file that holds them is damaged
+    if spec.has_labels and key.block not in labels:  # the file that holds them is damaged
         return ExaminedFile(key, "")
+    labels_of_block = labels.get(key.block, np.full(len(z), -1, dtype=np.int64))
     return ExaminedFile(key, "", sums=sum_z(spec, z, labels_of_block))
 
 
@@ -125,14 +124,16 @@ def _check_noise(store: Store, key: FileKey, columns: Columns) -> None:
         )
 
 
-def _compare_labels(store: Store, key: FileKey, labels: NDArray[np.int64], known_labels: NDArray[np.int64]) -> str:
+def _compare_labels(
+    store: Store, key: FileKey, labels: NDArray[np.int64], known_labels: NDArray[np.int64] | None
+) -> str:
     """A sentence if the labels in a file are not those of the manifest, or not the known ones of another file of the
-    same rows; else "". Unknown labels are -1."""
+    same rows; else ""."""
     path = f"{store.url}/{store.files[key].path}"
     values, counts = np.unique(labels, return_counts=True)
     if store.label_counts[key.block] != dict(zip(values.tolist(), counts.tolist(), strict=True)):
         return f"{store.url}/{store.dataset.documents.manifest.path}: its label counts are not those of {path}"
-    if ((known_labels >= 0) & (known_labels != labels)).any():
+    if known_labels is not None and not np.array_equal(known_labels, labels):
         return f"{path}: its labels are not those of the plain view; the store is not what it says"
     return ""
 
@@ -189,8 +190,9 @@ def find_document_faults(store: Store) -> list[Fault]:
             check(documents["z_sums"].path, lambda: store.z_sums)
         if "names" in documents:
             check(documents["names"].path, lambda: store.image_names)
-        versions = list_versions(store.root)
-        is_newest = store.root.exists(DATASET_FILE) and versions[-1:] == [store.dataset.version]
+        is_newest = (
+            store.root.exists(DATASET_FILE) and max(list_versions(store.root), default=0) <= store.dataset.version
+        )
         for name, path in (("readme", README_FILE), ("croissant", CROISSANT_FILE)):
             card = documents[name]
 

@@ -70,6 +70,8 @@ def _open_reference(root: Root, reference: str) -> OpenedDocument:
         existing = f"its tags are {', '.join(list_tags(root)) or 'none'}"
         raise StoreError(f"{root.url}@{reference}: got a tag that the store does not have; {existing}")
     tag = parse_json(Tag, root.read(path, MAX_TAG_BYTES), f"{root.url}/{path}")
+    if not root.exists(version_file(tag.version)):
+        raise StoreError(f"{root.url}/{path}: got version {tag.version}, which is missing; the file is damaged")
     opened = _open_version(root, tag.version)
     if opened.dataset.id != tag.id:
         raise StoreError(f"{root.url}/{path}: its id is not that of version {tag.version}; the file is damaged")
