@@ -9,17 +9,20 @@ import pytest
 import webdataset as wds
 
 from nfm.pipeline.encode_job import encode_couplings
-from nfm.stages.encode import verify_by_reencoding
+from nfm.stages.reencode import verify_by_reencoding
+from nfm.storage_specs.format.image_names import ImageName
 from nfm.storage_specs.format.layouts import Columns
 from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import Root
-from nfm.storage_specs.writing.transfer import convert_store, copy_store, export_tuples, repair_store
+from nfm.storage_specs.writing.transfer import convert_store, copy_store, repair_store
+from nfm.storage_specs.writing.tuples import export_tuples
 from nfm.storage_specs.writing.units import UnitWriter
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.random_couplings import write_random_couplings
-from tests.tools.small_run import Run
+from tests.tools.small_run import Run, encode_in_process
 from tests.tools.stores import LAYOUT_NAMES, content, damage, edit, flip, ignore_progress, tree
 
 OTHER: dict[LayoutName, LayoutName] = {"webdataset": "zarr", "zarr": "webdataset"}
@@ -29,7 +32,7 @@ OTHER: dict[LayoutName, LayoutName] = {"webdataset": "zarr", "zarr": "webdataset
 def test_converting_and_converting_back_gives_the_same_bytes(run: Run, tmp_path: Path, layout: LayoutName) -> None:
     converted, back = f"{tmp_path}/converted", f"{tmp_path}/back"
     convert_store(Store(run.couplings[layout]), converted, OTHER[layout], ignore_progress, None)
-    assert list(Store(converted).find_faults()) == []
+    assert list(find_faults(Store(converted))) == []
     assert Store(converted).dataset.id == Store(run.couplings[OTHER[layout]]).dataset.id, "as if encoded in that layout"
     convert_store(Store(converted), back, layout, ignore_progress, None)
     assert content(back) == content(run.couplings[layout])
@@ -40,17 +43,17 @@ def test_a_conversion_continues_where_it_stopped(run: Run, tmp_path: Path, monke
     out, written = str(tmp_path), []
     original = UnitWriter.write_base
 
-    def failing(self: UnitWriter, columns: Columns) -> None:
+    def failing(self: UnitWriter, columns: Columns, names: list[ImageName] | None) -> None:
         written.append(self.unit.block)
         if len(written) == 3:
             raise OSError(28, "No space left on device")
-        original(self, columns)
+        original(self, columns, names)
 
     monkeypatch.setattr(UnitWriter, "write_base", failing)
     with pytest.raises(OSError, match="No space"):
         convert_store(Store(run.couplings["webdataset"]), out, "zarr", ignore_progress, None)
     convert_store(Store(run.couplings["webdataset"]), out, "zarr", ignore_progress, None)
-    assert written == [0, 1, 2, *range(2, Store(out).spec.blocks)]
+    assert written == [0, 1, 2, *range(2, Store(out).spec.num_blocks)]
     assert Store(out).dataset.id == Store(run.couplings["zarr"]).dataset.id
 
 
@@ -116,42 +119,56 @@ def test_a_copy_over_another_store_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="holds store"):
         copy_store(Store(run.couplings["webdataset"]), str(tmp_path), ignore_progress, None)
     (tmp_path / "dataset.json").unlink()
-    with pytest.raises(StoreError, match="being written"):
+    with pytest.raises(StoreError, match="holds a store that is being written"):
         copy_store(Store(run.couplings["webdataset"]), str(tmp_path), ignore_progress, None)
 
 
 def test_an_interrupted_copy_is_never_called_complete(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at any write: no commit record names a file that was not read back, and a copy of another store to the
-    same URL is refused."""
-    store, out = Store(run.couplings["webdataset"]), str(tmp_path / "out")
-    writes: list[str] = []
-    original = Root.write
+    """Killed at any kind of write: no commit record names a file that was not read back, a copy of another store to the
+    same URL is refused, and the same call continues."""
+    store, original = Store(run.couplings["webdataset"]), Root.write
+    last_commit = max(path for path in tree(store.url) if path.startswith("commits/0"))
+    last_file = list(store.files.values())[-1].path
+    versions = ("versions/0001/manifest.parquet", "versions/0001.json", "README.md", "dataset.json")
+    for number, stop_at in enumerate((last_file, "commits/spec.json", last_commit, *versions)):
+        out = tmp_path / str(number)
 
-    def failing(self: Root, path: str, data: bytes) -> None:
-        writes.append(path)
-        if len(writes) > 40:
-            raise OSError(28, "No space left on device")
-        original(self, path, data)
+        def failing(self: Root, path: str, data: bytes, stop_at: str = stop_at) -> None:
+            if path == stop_at:
+                raise OSError(28, "No space left on device")
+            original(self, path, data)
 
-    monkeypatch.setattr(Root, "write", failing)
-    with pytest.raises(OSError, match="No space"):
-        copy_store(store, out, ignore_progress, None)
-    monkeypatch.undo()
-    assert not (tmp_path / "out" / "commits").exists() and not (tmp_path / "out" / "dataset.json").exists()
-    with pytest.raises(StoreError, match="part of another store"):
-        copy_store(Store(run.couplings["zarr"]), out, ignore_progress, None)
-    copy_store(store, out, ignore_progress, None)
-    assert tree(out) == tree(store.url)
+        with monkeypatch.context() as patch:
+            patch.setattr(Root, "write", failing)
+            with pytest.raises(OSError, match="No space"):
+                copy_store(store, str(out), ignore_progress, None)
+        assert not (out / "dataset.json").exists()
+        assert (out / "commits").exists() <= (stop_at not in (last_file, "commits/spec.json"))
+        with pytest.raises(StoreError, match="holds an unfinished copy of a store"):
+            copy_store(Store(run.couplings["zarr"]), str(out), ignore_progress, None)
+        with pytest.raises(StoreError, match="holds (an unfinished copy of a store|a store that is being written)"):
+            export_tuples(store, str(out), ignore_progress, None)
+        copy_store(store, str(out), ignore_progress, None)
+        assert tree(str(out)) == tree(store.url)
 
 
-@pytest.mark.parametrize("name", ["sigma_f.npy", "dataset.json"])
+@pytest.mark.parametrize("name", ["sigma_f.npy", "z_sums.npy", "z_class_sums.npy", "README.md", "croissant.json"])
 def test_damaged_documents_are_not_copied(run: Run, tmp_path: Path, name: str) -> None:
     source = tmp_path / "source"
     shutil.copytree(run.couplings["webdataset"], source)
-    damage(source, name, flip(300) if name == "sigma_f.npy" else edit(id="0" * 64))
-    with pytest.raises(StoreError, match=rf"{name}.*nothing was copied"):
+    damage(source, f"versions/0001/{name}", flip(300))
+    with pytest.raises(StoreError, match=rf"versions/0001/{name}.*nothing was copied"):
+        copy_store(Store(str(source)), f"{tmp_path}/out", ignore_progress, None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_document_that_differs_from_its_version_is_not_copied(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(run.couplings["webdataset"], source)
+    damage(source, "dataset.json", edit(attribution__notes="not what was published"))
+    with pytest.raises(StoreError, match=r"versions/0001\.json: .*nothing was copied"):
         copy_store(Store(str(source)), f"{tmp_path}/out", ignore_progress, None)
     assert not (tmp_path / "out").exists()
 
@@ -175,7 +192,7 @@ def test_repair_queues_the_bad_blocks_and_the_job_writes_them_again(
     files = {(key.column, key.block, key.draw): record.path for key, record in store.files.items()}
     damage(tmp_path, files["z", 2, 1], flip(700))
     (tmp_path / files["x", 4, -1]).unlink()
-    faults, blocks = repair_store(store, ignore_progress)
+    faults, blocks = repair_store(store.url, ignore_progress)
     assert blocks == [2, 4]
     assert {path for path in (files["z", 2, 1], files["x", 4, -1]) if any(path in fault for fault in faults)} == {
         files["z", 2, 1],
@@ -187,36 +204,59 @@ def test_repair_queues_the_bad_blocks_and_the_job_writes_them_again(
     encode_couplings(config, f"{run.samples}/train", run.teacher, str(tmp_path))
     assert content(store.url) == before
     assert Store(str(tmp_path)).dataset.id == Store(run.couplings[layout]).dataset.id
-    assert repair_store(Store(str(tmp_path)), ignore_progress) == ([], [])
+    assert repair_store(str(tmp_path), ignore_progress) == ([], [])
 
 
 def test_repair_of_a_broken_manifest_needs_no_block(run: Run, tmp_path: Path) -> None:
+    """The commit records have all that it held. Version 1 stays what it is; version 2 has the same content and id."""
     shutil.copytree(run.couplings["zarr"], tmp_path, dirs_exist_ok=True)
-    before = tree(str(tmp_path))
-    damage(tmp_path, "manifest.parquet", flip(40))
-    damage(tmp_path, "z/zarr.json", lambda data: b"{}")
-    faults, blocks = repair_store(Store(str(tmp_path)), ignore_progress)
-    assert len(faults) == 1 and blocks == []
-    StoreWriter(str(tmp_path), Store(run.couplings["zarr"]).spec).finalize()
-    assert tree(str(tmp_path)) == before
+    before, sound = tree(str(tmp_path)), Store(run.couplings["zarr"])
+    damage(tmp_path, "versions/0001/manifest.parquet", flip(40))
+    damage(tmp_path, "columns.zarr/z/zarr.json", lambda data: b"{}")
+    faults, blocks = repair_store(str(tmp_path), ignore_progress)
+    assert len(faults) == 1 and "manifest.parquet" in faults[0] and blocks == []
+    StoreWriter(str(tmp_path), sound.spec).finalize()
+    repaired = Store(str(tmp_path))
+    assert list(find_faults(repaired)) == []
+    assert repaired.dataset.id == repaired.dataset.parent == sound.dataset.id
+    after = tree(str(tmp_path))
+    assert after["versions/0002/manifest.parquet"] == before["versions/0001/manifest.parquet"]
+    unchanged = before.keys() - {"dataset.json", "README.md", "croissant.json", "versions/0001/manifest.parquet"}
+    assert {path: after[path] for path in unchanged} == {path: before[path] for path in unchanged}
+
+
+def test_repair_reads_every_file_when_documents_are_damaged(run: Run, tmp_path: Path) -> None:
+    """Nothing that a damaged document says is used: the files are compared with the commit records."""
+    shutil.copytree(run.couplings["webdataset"], tmp_path, dirs_exist_ok=True)
+    before = content(str(tmp_path))
+    damage(tmp_path, "dataset.json", lambda data: data[:100])
+    damage(tmp_path, "z/k001/000002.tar", flip(700))
+    damage(tmp_path, "noise/k002/000003.tar", flip(70))
+    (tmp_path / "sums/000004.k000-003.npy").unlink()
+    faults, blocks = repair_store(str(tmp_path), ignore_progress)
+    assert blocks == [2, 3, 4] and len(faults) == 4
+    for unit in StoreWriter(str(tmp_path), Store(run.couplings["webdataset"]).spec).list_missing_units():
+        assert unit.block in blocks
+    encode_in_process(run.config, f"{run.samples}/train", run.teacher, str(tmp_path), "webdataset")
+    assert content(str(tmp_path)) == before
 
 
 def test_repair_without_commit_records_says_what_to_do(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.couplings["zarr"], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "commits")
-    damage(tmp_path, "manifest.parquet", flip(40))
+    damage(tmp_path, "versions/0001/manifest.parquet", flip(40))
     with pytest.raises(StoreError, match="copy it again from its source"):
-        repair_store(Store(str(tmp_path)), ignore_progress)
+        repair_store(str(tmp_path), ignore_progress)
     assert (tmp_path / "dataset.json").exists()
 
 
 def test_repair_without_a_sound_scale_says_what_to_do(tmp_path: Path) -> None:
     """Also behind another fault: dataset.json stays, as no command could write it again."""
     write_random_couplings(str(tmp_path), "webdataset", (1, 4, 4), 40, draws=1, z_dtype="int8")
-    for name in ("sigma_f.npy", "z_scale.npy"):
+    for name in ("versions/0001/sigma_f.npy", "z_scale.npy"):
         damage(tmp_path, name, flip(150))
     with pytest.raises(StoreError, match=r"z_scale\.npy: its sha256 .* cannot be repaired; copy it again"):
-        repair_store(Store(str(tmp_path)), ignore_progress)
+        repair_store(str(tmp_path), ignore_progress)
     assert (tmp_path / "dataset.json").exists()
 
 
@@ -225,13 +265,14 @@ def test_encoding_again_finds_z_that_is_not_the_teachers(run: Run, tmp_path: Pat
     assert verify_by_reencoding(store, run.teacher, 40, seed=0) < 5e-3
     writer = StoreWriter(str(tmp_path), store.spec)
     writer.initialize()
-    for block in range(store.spec.blocks):
-        z = np.stack([store.z(block, draw) for draw in range(store.spec.draws)])
-        noise = np.stack([store.column("noise", block, draw) for draw in range(store.spec.draws)])
+    for block in range(store.spec.num_blocks):
+        z = np.stack([store.z(block, draw) for draw in range(store.spec.num_draws)])
+        noise = np.stack([store.column("noise", block, draw) for draw in range(store.spec.num_draws)])
         base = {"x": store.column("x", block), "label": store.column("label", block)}
-        writer.write_block(block, base, z[::-1] if block == 1 else z, noise)  # the draws of a block mixed up
+        names = store.image_names_of(block)
+        writer.write_block(block, base, z[::-1] if block == 1 else z, noise, names)  # the draws of a block mixed up
     writer.finalize()
     mixed_up = Store(str(tmp_path))
-    assert list(mixed_up.find_faults()) == [], "only the teacher can tell"
+    assert list(find_faults(mixed_up)) == [], "only the teacher can tell"
     with pytest.raises(StoreError, match="is not what its spec says"):
-        verify_by_reencoding(mixed_up, run.teacher, store.spec.rows * store.spec.draws, seed=0)
+        verify_by_reencoding(mixed_up, run.teacher, store.spec.rows * store.spec.num_draws, seed=0)

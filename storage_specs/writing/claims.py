@@ -13,19 +13,19 @@ _CLAIMS = {
 }
 
 
-def check_unclaimed(root: Root, ignored: str | None = None) -> None:
-    """Raise StoreError if a folder holds something of these, but for the file `ignored`."""
+def check_unclaimed(root: Root) -> None:
+    """Raise StoreError if a folder holds something of these."""
     for path, description in _CLAIMS.items():
-        if path != ignored and root.exists(path):
+        if root.exists(path):
             raise StoreError(f"{root.url}: holds {description} ({path}); write to another URL, or delete it first")
 
 
 def claim(root: Root, path: str, store_id: str) -> None:
-    """Note in the file `path` that a folder will hold a copy or an export of a store. Raises StoreError if it holds
-    anything else, or that of another store."""
-    check_unclaimed(root, ignored=path)
+    """Note in the file `path` that a folder will hold a copy or an export of a store, if an earlier call did not: then
+    what else the folder holds came with that. Raises StoreError if it holds anything else, or that of another store."""
     content = canonical_json({"of": store_id})
     if not root.exists(path):
+        check_unclaimed(root)
         root.write(path, content)
     elif root.read(path, MAX_METADATA_BYTES) != content:
         raise StoreError(f"{root.url}: holds {_CLAIMS[path]}, another one; write to another URL, or delete it first")

@@ -258,7 +258,7 @@ def repair_store(url: str, progress: Progress, options: dict[str, Any] | None = 
     except StorageError:
         raise
     except StoreError as error:
-        if not root.exists(DATASET_FILE) or not root.exists(SPEC_FILE):
+        if not root.exists(DATASET_FILE):
             raise
         faults = [Fault(DATASET_FILE, str(error))]
     if not faults:
