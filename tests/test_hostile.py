@@ -28,21 +28,28 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from nfm.storage_specs.format.image_names import NAMES_SCHEMA, ImageName
 from nfm.storage_specs.format.layouts import LAYOUTS
 from nfm.storage_specs.format.manifest import FILE_SCHEMA, expected_keys
-from nfm.storage_specs.format.schema import LayoutName, Spec, content_id
+from nfm.storage_specs.format.noise import standard_normal
+from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.format.webdataset import WebDatasetLayout
 from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
-from nfm.storage_specs.storage.documents import canonical_json, parse_json
+from nfm.storage_specs.reading.verify import find_faults
+from nfm.storage_specs.storage.documents import parse_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import sha256
 from nfm.storage_specs.storage.npy import npy_bytes, npy_header
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.tools.stores import LAYOUT_NAMES, block_of, sample_spec, tree
+from tests.tools.stores import LAYOUT_NAMES, block_of, sample_spec, sealed_document, tree
 
-DOCUMENTS = ("dataset.json", "manifest.parquet", "sigma_f.npy")
+VERSION = "versions/0001"
+MANIFEST, SIGMA_F = f"{VERSION}/manifest.parquet", f"{VERSION}/sigma_f.npy"
+DOCUMENTS = ("dataset.json", MANIFEST, SIGMA_F)  # without which no stream opens a store
+SUMS = (f"{VERSION}/z_sums.npy", f"{VERSION}/z_class_sums.npy")
+CARDS = ("README.md", "croissant.json", f"{VERSION}/README.md", f"{VERSION}/croissant.json")
 MIB = 1 << 20
 FOLDER = tempfile.TemporaryDirectory(prefix="nfm-hostile-")
 Files = dict[str, Any]  # path → bytes; None: no file; int: that many zeros; or Callable[[Path], object]
@@ -79,17 +86,18 @@ def sound_files(layout: LayoutName, side: int = 4) -> Files:
     noise = {"law": "philox-as241-v1", "seed": 7, "dtype": "float16", "stored": True}
     teacher = {"architecture": {"name": "none"}, "sha256": "a" * 64, "training": {"images": 1, "rate": 0.5}}
     coupling = {"draws": 2, "eta": 0.1, "z_dtype": "float16", "z_scale_sha256": None, "source": "b" * 64}
-    coupling |= {"precision": "fp32"}
-    document = sample_spec(layout).model_dump() | {"kind": "couplings", "shape": (1, side, side)}
+    coupling |= {"kind": "nfm", "precision": "fp32"}
+    document = sample_spec(layout).model_dump() | {"kind": "couplings", "shape": (1, side, side), "names": True}
     spec = Spec.model_validate(document | {"coupling": coupling | {"noise": noise, "teacher": teacher}})
     rng, writer = np.random.default_rng(0), StoreWriter(f"{FOLDER.name}/{layout}{side}", spec)
     writer.initialize()
-    for block in range(spec.blocks):
-        z, drawn = rng.standard_normal((2, 2, spec.rows_of(block), *spec.shape), dtype=np.float32)
-        writer.write_block(block, block_of(spec, block), z, drawn.astype(np.float16))
+    for block in range(spec.num_blocks):
+        z = rng.standard_normal((2, spec.rows_of(block), *spec.shape), dtype=np.float32)
+        noise_of_draws = [standard_normal(7, spec.indices(block), draw, spec.shape) for draw in (0, 1)]
+        names = [ImageName(f"image {index}", "c" * 64) for index in spec.indices(block)]
+        writer.write_block(block, block_of(spec, block), z, np.stack(noise_of_draws).astype(np.float16), names)
     writer.finalize()
-    files = tree(writer.root.url)
-    return {path: data for path, data in files.items() if not re.match("commits|sum_z2|cost|README|croissant", path)}
+    return {path: data for path, data in tree(writer.root.url).items() if not re.match("commits|sums|cost", path)}
 
 
 def spec_of(document: Any) -> Spec:
@@ -103,12 +111,12 @@ def parquet(content: list[dict[str, Any]] | pa.Table, **options: Any) -> bytes:
 
 
 def rows_of(files: Files) -> list[dict[str, Any]]:
-    return list(pq.read_table(io.BytesIO(files["manifest.parquet"])).to_pylist())
+    return list(pq.read_table(io.BytesIO(files[MANIFEST])).to_pylist())
 
 
 def sealed(layout: LayoutName, changes: Files, side: int = 4, /, **spec_changes: Any) -> Files:
-    """The changes to a sound store, and a manifest (unless they have one) and a dataset.json that agree with them.
-    `spec_changes` are fields of the spec with other values."""
+    """The changes to a sound store, and a manifest (unless they have one) and the documents of its version, whose
+    totals, hashes and id agree with them. `spec_changes` are fields of the spec with other values."""
     original = sound_files(layout, side)
     files = original | changes
     original_rows = {row["path"]: row for row in rows_of(original)}
@@ -116,24 +124,22 @@ def sealed(layout: LayoutName, changes: Files, side: int = 4, /, **spec_changes:
     coupling = document["spec"]["coupling"]
     for name, value in spec_changes.items():
         next(part for part in (document["spec"], coupling, coupling["noise"]) if name in part)[name] = value
-        document["totals"]["label_counts"] = {}
     spec = spec_of(document)
     layout_of_spec = LAYOUTS[spec.layout]
     rows = []
-    for key in expected_keys(spec):
+    for key in expected_keys(spec, layout_of_spec):
         path = layout_of_spec.file_path(key.column, key.block, key.draw)
         count = spec.rows_of(key.block)
-        row = original_rows.get(path, {"label_counts": [], "squared_error": 0.0 if key.column == "z" else None})
+        unknown = {"view": "plain", "label_counts": [], "squared_error": 0.0 if key.column == "z" else None}
+        row = original_rows.get(path, unknown)
+        if key.column == "x" and spec_changes:
+            row |= {"label_counts": [(0, count)]}
         row |= {"column": key.column, "draw": key.draw, "block": key.block, "rows": count, "path": path}
         row |= {"first_index": key.block * spec.block_rows, "bytes": layout_of_spec.file_size(spec, key.column, count)}
         rows.append(row | {"sha256": sha256(files.get(path, b""))})
-    changes = {"manifest.parquet": parquet(rows)} | changes
-    document |= {
-        "records": layout_of_spec.describe_records(spec),
-        "id": content_id(spec, [row["sha256"] for row in rows]),
-    }
-    document |= {f"{name.split('.')[0]}_sha256": sha256((files | changes)[name]) for name in DOCUMENTS[1:]}
-    return changes | {"dataset.json": canonical_json(document)}
+    changes = {MANIFEST: parquet(rows)} | changes
+    data = sealed_document(files | changes | {"dataset.json": json.dumps(document).encode()})
+    return changes | {"dataset.json": data, f"{VERSION}.json": data}
 
 
 def patch(old: bytes, offset: int, data: bytes) -> bytes:
@@ -141,15 +147,10 @@ def patch(old: bytes, offset: int, data: bytes) -> bytes:
 
 
 def write_case(case: Case, root: Path) -> None:
-    """Write the store of a case. What it does not change is a link to the sound store."""
-    changed = {path.split("/")[0] for path in case.changes}
+    """Write the store of a case."""
     for path, content in (sound_files(case.layout, case.side) | case.changes).items():
-        top = path.split("/")[0]
-        (root / path if top in changed else root / top).parent.mkdir(parents=True, exist_ok=True)
-        if top not in changed:
-            if not (root / top).exists():
-                (root / top).symlink_to(f"{FOLDER.name}/{case.layout}{case.side}/{top}")
-        elif isinstance(content, bytes):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
             (root / path).write_bytes(content)
         elif isinstance(content, int):
             (root / path).touch()
@@ -167,7 +168,7 @@ def column_files(layout: LayoutName) -> Iterator[Case]:
     rng, files, file_layout = random.Random(layout), sound_files(layout), LAYOUTS[layout]
     spec, tar = spec_of(json.loads(files["dataset.json"])), WebDatasetLayout()
     paths = {(row["column"], row["draw"], row["block"]): row["path"] for row in rows_of(files)}
-    for column in (*file_layout.base_kinds, *spec.planes):
+    for column in (*file_layout.base_columns(spec), *spec.draw_columns):
         path = rng.choice([path for key, path in paths.items() if key[0] == column])
         data, size = files[path], len(files[path])
         reading: Reading = "indifferent" if column == "noise" else "refuse"
@@ -187,7 +188,7 @@ def column_files(layout: LayoutName) -> Iterator[Case]:
     pairs: list[tuple[str, str, Reading]] = [(x, paths["x", -1, 1], "refuse"), (z, paths["z", 0, 1], "refuse")]
     pairs += [(z, z1, "refuse"), (z, noise, "refuse"), (noise, paths["noise", 1, 0], "indifferent")]
     if layout == "zarr":
-        pairs += [("label/c/0", "label/c/1", "refuse"), ("index/c/0", "index/c/1", "refuse")]
+        pairs += [(paths[column, -1, 0], paths[column, -1, 1], "refuse") for column in ("label", "index")]
     for path, other_path, expected in pairs:
         exchanged = {path: files[other_path], other_path: files[path]}
         yield Case(f"{path} is {other_path}", expected, path, exchanged)
@@ -207,7 +208,9 @@ def column_files(layout: LayoutName) -> Iterator[Case]:
         forged += [("refuse", x, cls, label) for label in labels]
     else:
         words = [value.to_bytes(8, "little", signed=True) for value in (3, -1, 1 << 62, -1 << 63)]
-        forged += [("refuse", path, 8, word) for word in words for path in ("label/c/1", "index/c/1")]
+        forged += [
+            ("refuse", path, 8, word) for word in words for path in (paths["label", -1, 1], paths["index", -1, 1])
+        ]
     for reading, path, offset, data in forged:
         changes = sealed(layout, {path: patch(files[path], offset, data)})
         yield Case(f"{path} {offset} {sha256(data)[:6]}", reading, path, changes)
@@ -219,7 +222,7 @@ def zarrs(layout: LayoutName) -> Iterator[Case]:
         for old, new in {b"int": b"uint", b"float16": b"float32", b'"bytes"': b'"pickle"', b"{": b"["}.items():
             if path.endswith("zarr.json") and old in data:
                 yield Case(f"{path} {new!r}", "indifferent", path, {path: data.replace(old, new)})
-    path = "z/c/0/1/0/0/0"
+    path = "columns.zarr/z/c/0/1/0/0/0"
     size = len(sound_files("zarr", 128)[path])
     half, far = (size - 36) // 2, (1 << 64) - 1
     places = [(0, half, 0, half), (half, half, 0, half), (0, half, half - 1, half), (0, half, size, half), (0,) * 4]
@@ -229,8 +232,8 @@ def zarrs(layout: LayoutName) -> Iterator[Case]:
         yield Case(f"chunks {place}", "refuse", path, sealed("zarr", {path: data}, 128), side=128)
 
 
-def sigmas(layout: LayoutName) -> Iterator[Case]:
-    """σ_f that no data has, or that is none, with hashes that agree."""
+def arrays(layout: LayoutName) -> Iterator[Case]:
+    """σ_f that no data has, or that is none, and sums over z that are none, with hashes that agree."""
     ones, values = np.ones((1, 4, 4), "<f4"), (0, -1, math.nan, math.inf, 1e-45)
     arrays = {f"{value}": np.where(np.eye(4) > 0, np.float32(value), ones) for value in values}
     arrays |= {kind: ones.astype(kind) for kind in ("f8", ">f4", "i4")}
@@ -243,13 +246,18 @@ def sigmas(layout: LayoutName) -> Iterator[Case]:
     }
     forged |= {"empty": b"", "huge": npy_bytes(ones).replace(b"(1, 4, 4), }", b"(99999999,)}")}
     for what, data in forged.items():
-        yield Case(f"sigma_f {what}", "refuse", "sigma_f.npy", sealed(layout, {"sigma_f.npy": data}))
+        yield Case(f"sigma_f {what}", "refuse", SIGMA_F, sealed(layout, {SIGMA_F: data}))
+        for name in SUMS:
+            yield Case(f"{name} {what}", "indifferent", name, sealed(layout, {name: data}))
+    for name, value in itertools.product(SUMS, (math.nan, math.inf, -1e300, 0.0)):
+        data = sound_files(layout)[name][:-8] + np.float64(value).tobytes()
+        yield Case(f"{name} {value}", "indifferent", name, sealed(layout, {name: data}))
 
 
 WRONG: list[Any] = [None, True, -1, 0, 7, 1 << 63, 10**30, 0.5, math.nan, math.inf]
 WRONG += ["", "x", "../x", "9" * 40, [], {}, [[]]]
-# What no byte depends on: any value of its type is read, and must show in the id or in the sums over the files.
-FREE = re.compile("id$|totals|spec.(class_names|preprocessing|coupling.(eta|source|noise.seed|teacher))")
+# What neither id nor σ_f depends on: any value of its type is read, and `find_faults` compares it with other documents.
+FREE = re.compile("attribution|documents.(readme|croissant).sha256|documents.z_(class_)?sums.path")
 
 
 def places(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -265,9 +273,15 @@ def places(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def documents(layout: LayoutName) -> Iterator[Case]:
-    """The three documents replaced, and dataset.json with every value that it must not have."""
+    """The documents replaced, and dataset.json with every value that it must not have."""
     for name, (what, content) in itertools.product(DOCUMENTS, REPLACEMENTS.items()):
         yield Case(f"{name} {what}", "refuse", name, {name: content})
+    others = (f"{VERSION}.json", "names.parquet", *SUMS, *CARDS)
+    for name, (what, content) in itertools.product(others, REPLACEMENTS.items()):
+        blamed = name if what != "a folder" or "/" in name else f"{name}|{VERSION}"
+        yield Case(f"{name} {what}", "indifferent", blamed, {name: content})
+    for tag in ({"version": 1, "id": "0" * 64}, {"version": 2, "id": "0" * 64}, {"version": "../1"}, {}):
+        yield Case(f"tag {tag}", "indifferent", r"tags/t\.json", {"tags/t.json": json.dumps(tag).encode()})
     rng, name, good = random.Random(layout), "dataset.json", sound_files(layout)["dataset.json"]
     document = json.loads(good)
     for path, holder, key in places(document):
@@ -276,14 +290,14 @@ def documents(layout: LayoutName) -> Iterator[Case]:
         for wrong in rng.sample([wrong for wrong in WRONG if wrong != intact], 1 if path.startswith("records") else 2):
             holder[key] = wrong
             data = json.dumps(document).encode()
-            yield Case(f"{path} = {wrong!r:.20}", reading, "|".join(DOCUMENTS), {name: data})
+            yield Case(f"{path} = {wrong!r:.20}", reading, "|".join((*DOCUMENTS, f"{VERSION}.json")), {name: data})
         holder[key] = intact
-    for version in ("2.0", "0.9", "", "one", "1e0", "-1.0", "1" * 5000, "nan"):
+    for version in ("2.0", "0.9", "1.2", "1.0", "", "one", "1e0", "-1.0", "1" * 5000, "nan"):
         data = json.dumps(document | {"schema_version": version}).encode()
         yield Case(f"version {version:.9}", "refuse", name, {name: data})
     texts = [b"[" * 190 + b"]" * 190, b"[" * 9999 + b"]" * 9999, b"Infinity", b"-NaN", b"1e999", b"1" * 9999]
     for text, old in itertools.product((*texts, b'"\\ud800"', b'"\\u0000"', b'"\xff"'), (b'"none"', b"0.1")):
-        yield Case(f"{old!r} is {text[:9]!r} {len(text)}", "indifferent", name, {name: good.replace(old, text)})
+        yield Case(f"{old!r} is {text[:9]!r} {len(text)}", "refuse", name, {name: good.replace(old, text)})
     texts = [b"[" * 100_000, b'{"a":' * 100_000, b"null", good[:-9], good * 2, good + b"\0", b"\xef\xbb\xbf" + good]
     for text in (*texts, good.decode().encode("utf-16"), good.replace(b'"eta"', b'"ate"'), b"\xff" * 99):
         yield Case(f"{name} is {text[:9]!r} {len(text)}", "refuse", name, {name: text})
@@ -302,14 +316,14 @@ def specs(layout: LayoutName) -> Iterator[Case]:
 
 def manifests(layout: LayoutName) -> Iterator[Case]:
     """manifest.parquet with hashes that agree with it."""
-    name, good, intact = "manifest.parquet", rows_of(sound_files(layout)), sound_files(layout)["manifest.parquet"]
+    name, good, intact = MANIFEST, rows_of(sound_files(layout)), sound_files(layout)[MANIFEST]
     path, table, int32_min = good[0]["path"], pa.Table.from_pylist(good, FILE_SCHEMA), -1 << 31
     outside = ["../outside", "/etc/passwd", f"{path}\0", path.replace("/", "\\"), f"link{path[1:]}", f"./{path}", "~"]
     outside += ["", f"x/../{path}", path.replace("/", "//"), f"file:///{path}", "x" * MIB, good[1]["path"]]
     values: dict[str, Any] = {"path": outside, "column": ["z", "../x"], "draw": [0, int32_min], "rows": [15, -1]}
     values |= {"block": [1, int32_min], "first_index": [1, int32_min], "bytes": [0, -1, MIB**3 - 1]}
     values |= {"sha256": ["A" * 64, "../x", "a" * 9999, "b" * 64], "squared_error": [0.0, -1.0, math.nan, math.inf]}
-    values |= {"label_counts": [[], [(0, -1)], [(99, 16)], [(0, 1), (0, 16)]]}
+    values |= {"label_counts": [[], [(0, -1)], [(99, 16)], [(0, 1), (0, 16)], [(0, 32)]], "view": ["mirrored", ""]}
     pairs = [(name, value) for name, wrong in values.items() for value in (None, *wrong)]
     pairs.remove(("squared_error", None))  # which files of x have not
     for field, value in pairs:
@@ -335,7 +349,25 @@ def manifests(layout: LayoutName) -> Iterator[Case]:
     yield Case(f"{name} changed", "refuse", name, {name: patch(intact, 40, b"?")})
 
 
-CASE_GENERATORS = (column_files, zarrs, sigmas, documents, specs, manifests)
+def image_names(layout: LayoutName) -> Iterator[Case]:
+    """names.parquet with hashes that agree with it."""
+    name = "names.parquet"
+    good = pq.read_table(io.BytesIO(sound_files(layout)[name])).to_pylist()
+    values: dict[str, Any] = {"index": [1, -1, None], "name": ["", "x" * 1025, None], "sha256": ["x", "C" * 64, None]}
+    lists = {
+        f"{field} = {value!r:.20}": [good[0] | {field: value}, *good[1:]] for field in values for value in values[field]
+    }
+    lists |= {"none": [], "one short": good[:-1], "reversed": good[::-1], "twice": [*good, good[0]]}
+    tables = {what: pa.Table.from_pylist(rows, NAMES_SCHEMA) for what, rows in lists.items()}
+    sound = pa.Table.from_pylist(good, NAMES_SCHEMA)
+    tables |= {f"no {field}": sound.drop_columns([field]) for field in NAMES_SCHEMA.names}
+    tables |= {"index as int32": sound.set_column(0, "index", sound["index"].cast(pa.int32()))}
+    tables |= {"no utf-8": sound.set_column(1, "name", pa.array([b"\xff"] * len(good)).view(pa.string()))}
+    for what, table in tables.items():
+        yield Case(f"{name} {what}", "indifferent", name, sealed(layout, {name: parquet(table)}))
+
+
+CASE_GENERATORS = (column_files, zarrs, arrays, documents, specs, manifests, image_names)
 CASES = [
     case._replace(layout=layout) for layout in LAYOUT_NAMES for generate in CASE_GENERATORS for case in generate(layout)
 ]
@@ -348,7 +380,7 @@ def batch_of(url: str) -> Batch:
 
 
 def faults_of(url: str) -> None:
-    faults = [fault for _, fault in Store(url).find_faults()]
+    faults = [fault.message for fault in find_faults(Store(url))]
     if faults:
         raise StoreError("; ".join(faults))
 
@@ -402,13 +434,16 @@ def resource_cases() -> Iterator[Case]:
     text = pa.DictionaryArray.from_arrays(pa.array([0] * len(table), pa.int32()), pa.array(["x" * (64 * MIB)]))
     table = table.set_column(FILE_SCHEMA.get_field_index("path"), "path", text)
     short = parquet(table, store_schema=False, dictionary_pagesize_limit=1 << 30)
-    yield Case("long text", "refuse", "manifest", sealed("zarr", {"manifest.parquet": short}))
+    yield Case("long text", "refuse", "manifest", sealed("zarr", {MANIFEST: short}))
     for name, spec in {"wide": WIDE, "many": LONG, "wide and many": WIDE | LONG}.items():
         yield Case(name, "refuse", "/", sealed("zarr", {}, **spec))
-    for name in (*DOCUMENTS, "x/c/0/0/0/0", "z/c/1/1/0/0/0", "label/c/1", "index/c/2"):
+    for name in (
+        *DOCUMENTS,
+        *(f"columns.zarr/{path}" for path in ("x/c/0/0/0/0", "z/c/1/1/0/0/0", "label/c/1", "index/c/2")),
+    ):
         yield Case(f"sparse {name}", "refuse", name, {name: 900 * MIB if name in DOCUMENTS[1:] else MIB * MIB})
         yield Case(f"endless {name}", "refuse", name, {name: lambda to: to.symlink_to("/dev/zero")})
-    for name in ("dataset.json", "x/c/0/0/0/0", "label/c/1"):
+    for name in ("dataset.json", "columns.zarr/x/c/0/0/0/0", "columns.zarr/label/c/1"):
         yield Case(f"pipe {name}", "refuse", name, {name: os.mkfifo})
 
 
