@@ -71,6 +71,13 @@ def list_frozen(*schemas: str) -> list[Any]:
     return parameters
 
 
+def list_long(*schemas: str) -> list[Any]:
+    """Parameters of tests that are long."""
+    return [
+        pytest.param(*parameter.values, id=parameter.id, marks=pytest.mark.long) for parameter in list_frozen(*schemas)
+    ]
+
+
 SCHEMAS = ["1.0", *(["1.1"] if IS_FROZEN else []), TODAY]
 every_store = pytest.mark.parametrize("frozen", list_frozen(*SCHEMAS))
 every_store_of_1_0 = pytest.mark.parametrize("frozen", list_frozen("1.0"))
@@ -184,7 +191,7 @@ def test_it_is_sound(unpacked: Unpacked, frozen: Frozen) -> None:
         assert promises == []
 
 
-@every_store
+@pytest.mark.parametrize("frozen", list_frozen("1.0") + list_long(*SCHEMAS[1:]))
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_it_is_converted_to_both_layouts(
     unpacked: Unpacked, tmp_path: Path, frozen: Frozen, layout: LayoutName
