@@ -17,22 +17,31 @@ class AttributionConfig(Section):
         min_length=1,
         max_length=MAX_TEXT,
         description='Licence of the data as an SPDX expression, such as "CC-BY-4.0"; '
-        'for terms that SPDX does not list, "LicenseRef-" and a name.',
+        'for terms that SPDX does not list, "LicenseRef-" and a name. Without it: that of the samples, if any.',
     )
     citation: str | None = Field(
-        default=None, min_length=1, max_length=MAX_TEXT, description="How to cite the data: a reference, or BibTeX."
+        default=None,
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="How to cite the data: a reference, or BibTeX. Without it: that of the samples, if any.",
     )
     creator: str | None = Field(
-        default=None, min_length=1, max_length=MAX_TEXT, description="Who made the data: a person or an organization."
+        default=None,
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="Who made the data: a person or an organization. Without it: that of the samples, if any.",
     )
     source_url: str | None = Field(
-        default=None, min_length=1, max_length=MAX_TEXT, description="Where the data were obtained."
+        default=None,
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="Where the data were obtained. Without it: that of the samples, if any.",
     )
     notes: str | None = Field(
         default=None,
         min_length=1,
         max_length=MAX_TEXT,
-        description="Anything else that a user of the data should know.",
+        description="Anything else that a user of the data should know. Without it: those of the samples, if any.",
     )
 
     @field_validator("licence")

@@ -71,7 +71,7 @@ def test_options_of_file_systems_are_printed_whatever_they_hold() -> None:
 def test_every_key_and_section_is_described() -> None:
     sections = list(walk_subsections(Config))
     assert [inner.path for inner in sections] == [
-        "data", "teacher", "teacher.train", "encode", "student", "student.train", "evaluate", "storage",
+        "data", "teacher", "teacher.train", "encode", "student", "student.train", "evaluate", "attribution", "storage",
     ]  # fmt: skip
     descriptions = [
         inner.section.model_fields[name].description for inner in sections for name in inner.section.model_fields
@@ -98,6 +98,7 @@ def test_values_and_defaults_are_those_of_the_declarations() -> None:
     assert described("student.t_mean") == ("number", False, -0.2)
     assert described("student.train.betas") == ("array of 2, each number ≥ 0 and < 1", False, (0.9, 0.95))
     assert described("evaluate.samplers") == ("array, each string", True, None)
+    assert described("attribution.licence") == ("string", False, None)
     assert described("storage.cache_gb") == ("number > 0", False, None)
     assert described("storage.options") == ("table", False, {})
 
@@ -155,6 +156,8 @@ def test_shortcuts_take_what_their_keys_take() -> None:
         key: Key = KEYS[option.key]
         if isinstance(option.type, click.Choice):
             values = " or ".join(f'"{choice}"' for choice in option.type.choices)
+        elif option.type is click.STRING:
+            values = "string"
         else:
             assert isinstance(option.type, click.IntRange)
             values = f"integer ≥ {option.type.min}"
