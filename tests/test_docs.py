@@ -16,7 +16,7 @@ import yaml
 
 from nfm.pipeline.cli import main
 from nfm.storage_specs.format.card import bytes_per_row
-from nfm.storage_specs.format.schema import CouplingSpec, NoiseSpec, Spec, TeacherSpec
+from nfm.storage_specs.format.schema import NetworkSpec, NfmCoupling, NoiseSpec, PixelSpec, Spec
 from nfm.storage_specs.reading.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -131,9 +131,10 @@ def test_every_target_named_in_the_docs_exists() -> None:
 def test_the_costs_in_the_docs_are_those_of_the_layout() -> None:
     text = (ROOT / "docs" / "store.md").read_text()
     noise = {"law": "philox-as241-v1", "seed": 0, "dtype": "float16"}
-    teacher = TeacherSpec(architecture={}, sha256="0" * 64, training={})
+    teacher = NetworkSpec(architecture={}, sha256="0" * 64, training={})
     for row in re.findall(r"^\| (float\d+|bfloat16|int8) \| (\w+).*? \| ([\d,]+) \|", text, re.MULTILINE):
-        coupling = CouplingSpec(
+        coupling = NfmCoupling(
+            kind="nfm",
             draws=8,
             eta=0.1,
             precision="fp32",
@@ -149,8 +150,11 @@ def test_the_costs_in_the_docs_are_those_of_the_layout() -> None:
             rows=10_240,
             block_rows=1024,
             shape=(3, 64, 64),
+            x=PixelSpec(dtype="uint8"),
+            views=["plain"],
             num_classes=1,
             class_names=["a"],
+            names=False,
             preprocessing={},
             coupling=coupling,
         )

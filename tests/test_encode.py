@@ -72,13 +72,11 @@ def test_bytes_do_not_depend_on_order_or_threads(run: Run, tmp_path: Path, threa
 def test_the_teacher_sees_the_stored_noise(run: Run, tmp_path: Path) -> None:
     """Slow and obvious: each image by itself from what the store says of it."""
     store, network = Store(run.couplings["webdataset"]), encode.load_teacher(run.teacher)[0]
-    coupling = store.spec.coupling
-    assert coupling is not None
     for image, draw in ((0, 0), (40, 2), (178, 1)):
         block, row = divmod(image, store.spec.block_rows)
         noise = torch.from_numpy(np.array(store.column("noise", block, draw)[row])).float()
         x = torch.from_numpy(store.column("x", block)[row] / 127.5 - 1).float()
-        z = network((x + coupling.eta * noise)[None], torch.tensor([store.column("label", block)[row]])).z[0]
+        z = network((x + store.spec.nfm.eta * noise)[None], torch.tensor([store.column("label", block)[row]])).z[0]
         np.testing.assert_allclose(store.z(block, draw)[row], z.numpy(), atol=2e-3)
 
 

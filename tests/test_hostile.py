@@ -130,7 +130,7 @@ def sealed(layout: LayoutName, changes: Files, side: int = 4, /, **spec_changes:
     for key in expected_keys(spec, layout_of_spec):
         path = layout_of_spec.file_path(key.column, key.block, key.draw)
         count = spec.rows_of(key.block)
-        unknown = {"view": "plain", "label_counts": [], "squared_error": 0.0 if key.column == "z" else None}
+        unknown: dict[str, Any] = {"view": "plain", "label_counts": [], "squared_error": 0.0 if key.column == "z" else None}
         row = original_rows.get(path, unknown)
         if key.column == "x" and spec_changes:
             row |= {"label_counts": [(0, count)]}

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from nfm.stages.errors import StageError
 from nfm.stages.prepare import DataConfig, prepare
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.storage.errors import StoreError
 
 DIGITS = DataConfig(source="digits", image_size=8, channels=1, holdout=0.165, block_rows=128)
@@ -164,4 +165,4 @@ def test_real_photographs_when_they_are_at_hand(tmp_path: Path) -> None:
     (tmp_path / "images" / "val").symlink_to(tmp_path / "images" / "train")
     prepare(config, f"{tmp_path}/out", tmp_path / "images")
     assert Store(f"{tmp_path}/out/train").spec.rows == 200
-    assert list(Store(f"{tmp_path}/out/train").find_faults()) == []
+    assert list(find_faults(Store(f"{tmp_path}/out/train"))) == []

@@ -81,13 +81,14 @@ def test_a_changed_document_with_the_old_id_is_refused(store: Path, tmp_path: Pa
 def test_every_derived_file_is_computed_again(store: Path) -> None:
     """Hashes and id agree, but the values are not those of z."""
     url, version = str(store), store / "versions/0001"
-    for name, change in (
+    changes: tuple[tuple[str, Callable[[Any], Any]], ...] = (
         ("sigma_f.npy", lambda values: values * np.float32(1000)),
         ("sigma_f.npy", lambda values: values * np.float32(1.001)),
         ("z_sums.npy", lambda values: values * 1.001),
         ("z_sums.npy", lambda values: values[::-1]),
         ("z_class_sums.npy", lambda values: values[::-1]),
-    ):
+    )
+    for name, change in changes:
         original = (version / name).read_bytes()
         (version / name).write_bytes(npy_bytes(np.ascontiguousarray(change(np.load(version / name)))))
         reseal(store)

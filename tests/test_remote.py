@@ -30,6 +30,7 @@ from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
+from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.storage import files
 from nfm.storage_specs.storage.cache import RANGE_BYTES, Cache
 from nfm.storage_specs.storage.errors import OutageError, StoreError
@@ -120,7 +121,7 @@ def test_a_store_on_s3_streams_what_the_local_one_does(
     local = Store(run.couplings[layout])
     copy_store(local, url, ignore_progress, None)
     assert Root(url).list_file_sizes() == {name: len(data) for name, data in tree(local.url).items()}
-    assert list(Store(url).find_faults()) == [] and not cached(cache), "verify reads the store, not the cache"
+    assert list(find_faults(Store(url))) == [] and not cached(cache), "verify reads the store, not the cache"
     for window in (None, 2):
         expected = batches(CouplingStream(local.url, 40, seed=3, window_blocks=window), 90)
         assert same(batches(CouplingStream(url, 40, seed=3, window_blocks=window), 90), expected)
@@ -176,9 +177,9 @@ def test_writing_goes_on_when_the_server_was_killed(
     writer.initialize()
 
     def write(block: int) -> None:
-        writing = writer.unit_writer(Unit(block, 0, local.spec.draws))
-        writing.write_base({"x": local.column("x", block), "label": local.column("label", block)})
-        for k in range(local.spec.draws):
+        writing = writer.unit_writer(Unit(block, 0, local.spec.num_draws), local.column("label", block))
+        writing.write_base({"x": local.column("x", block)}, local.image_names_of(block))
+        for k in range(local.spec.num_draws):
             error = local.files[FileKey("z", block, k)].squared_error
             assert error is not None
             z, noise = (np.ascontiguousarray(local.column(name, block, k)) for name in ("z", "noise"))
@@ -187,16 +188,16 @@ def test_writing_goes_on_when_the_server_was_killed(
 
     begin = threading.Event()
     with outage(s3, begin, failure) as killed:
-        for block in range(local.spec.blocks):
+        for block in range(local.spec.num_blocks):
             if block == 1:
                 begin.set()
-            if block == local.spec.blocks - 1:
+            if block == local.spec.num_blocks - 1:
                 assert killed.wait(PATIENCE)
             write(block)
     assert not writer.list_missing_units()
     writer.finalize()
     assert Store(url).dataset.id == local.dataset.id
-    assert list(Store(url).find_faults()) == []
+    assert list(find_faults(Store(url))) == []
     root = Root(url)
     written = without_times({name: root.read(name, 1 << 30) for name in root.list_file_sizes()})
     assert written == content(local.url), "the bytes of the local store"

@@ -278,7 +278,7 @@ def test_stores_of_the_same_images_do_not_give_them_side_by_side(run: Run) -> No
 def test_a_damaged_index_file_is_found_again_by_a_retry(tmp_path: Path) -> None:
     """The labels of its block were read before it was found to be damaged."""
     write_random_couplings(str(tmp_path), "zarr", (1, 4, 4), 40, draws=1)
-    damage(tmp_path, "index/c/1", flip(0))
+    damage(tmp_path, "columns.zarr/index/c/1", flip(0))
     with closing(CouplingStream(str(tmp_path), 40, seed=0)) as stream:
         for _ in range(2):
             with pytest.raises(StoreError, match=r"index/c/1: its sha256"):

@@ -35,6 +35,7 @@ from nfm.stages.encode import UnitEncoder, output_spec
 from nfm.stages.prepare import prepare
 from nfm.stages.train_teacher import train_teacher
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.object_store import ObjectStore
@@ -381,7 +382,7 @@ class Soak:
             names = files.keys() | self.clean_content.keys()
             different = sorted(name for name in names if files.get(name) != self.clean_content.get(name))
             assert not different, f"{fault}: other bytes than a clean run in {different[:5]}"
-            assert list(Store(out).find_faults()) == []
+            assert list(find_faults(Store(out))) == []
             if outcome.faults:
                 return outcome
         raise AssertionError(f"{fault}: five times in a row it came too late to hit anything")
