@@ -29,7 +29,7 @@ from nfm.pipeline.pool import ray_session
 from nfm.stages.checkpoint import Checkpoint, architecture, save
 from nfm.stages.encode import EncodeConfig, UnitEncoder, output_spec
 from nfm.storage_specs.format.pixels import to_float
-from nfm.storage_specs.format.schema import Spec
+from nfm.storage_specs.format.schema import PixelSpec, Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import set_file_system_options
 from nfm.storage_specs.writing.units import Unit
@@ -56,14 +56,17 @@ def prepare(root: Path) -> tuple[str, str]:
         rows=IMAGES,
         block_rows=BLOCK_ROWS,
         shape=(config.channels, side, side),
+        x=PixelSpec(dtype="uint8"),
+        views=["plain"],
         num_classes=config.num_classes,
         class_names=[str(label) for label in range(config.num_classes)],
+        names=False,
         preprocessing={},
     )
     writer = StoreWriter(samples, spec)
     writer.initialize()
     if not writer.is_complete():
-        for block in range(spec.blocks):
+        for block in range(spec.num_blocks):
             x = rng.integers(0, 256, (BLOCK_ROWS, *spec.shape), dtype=np.uint8)
             writer.write_block(block, {"x": x, "label": rng.integers(0, 10, BLOCK_ROWS)}, None, None)
         writer.finalize()
@@ -86,7 +89,7 @@ def bare_worker(root: Path, share: int) -> None:
     """One process of the baseline: prints "ready", waits for a line, runs, and prints how many seconds it took."""
     torch.set_num_threads(1)
     encoder = make_encoder(*prepare(root), str(root / "bare"))
-    blocks = range(share, encoder.writer.spec.blocks, WORKERS)
+    blocks = range(share, encoder.writer.spec.num_blocks, WORKERS)
     batches = []
     for block in blocks:
         x = to_float(encoder.samples.column("x", block))

@@ -63,8 +63,8 @@ def write_store(url: str, arrays: Path, layout: LayoutName) -> None:
         return
     for unit in writer.list_missing_units():
         rows = slice(unit.block * BLOCK_ROWS, (unit.block + 1) * BLOCK_ROWS)
-        writing = writer.unit_writer(unit)
-        writing.write_base({"x": np.ascontiguousarray(x[rows]), "label": label[rows]})
+        writing = writer.unit_writer(unit, label[rows])
+        writing.write_base({"x": np.ascontiguousarray(x[rows])})
         for draw in unit.draws:
             writing.write_stored_draw(draw, np.ascontiguousarray(z[draw, rows]), None, 0.0)
         writing.commit()
@@ -75,7 +75,7 @@ def write_repeated(url: str, source: Store, blocks: int) -> None:
     """A store of `blocks` whole blocks whose files are hard links to those of a small Zarr store, block after block: as
     many files and mappings as a store of that size has, without its bytes."""
     assert source.spec.layout == "zarr"
-    spec = spec_of("zarr", blocks * BLOCK_ROWS, source.spec.shape, source.spec.draws)
+    spec = spec_of("zarr", blocks * BLOCK_ROWS, source.spec.shape, source.spec.num_draws)
     writer, layout = StoreWriter(url, spec), LAYOUTS["zarr"]
     writer.initialize()
     if writer.is_complete():
@@ -86,9 +86,8 @@ def write_repeated(url: str, source: Store, blocks: int) -> None:
         commit = read_commit(source.root, source.spec, twin)
         files = []
         for file in commit.files:
-            path = unit.sum_z2_file
-            if file.column != "sum_z2":
-                path = layout.file_path(file.column, unit.block, file.draw)
+            paths = {"z_sums": unit.z_sums_file, "z_class_sums": unit.z_class_sums_file}
+            path = paths.get(file.column) or layout.file_path(file.column, unit.block, file.draw)
             changes = {"block": unit.block, "path": path}
             if file.column == "index":
                 data = layout.encode_file(spec, "index", unit.block, {})

@@ -66,7 +66,7 @@ def read_ours(url: str, product: str, seconds: float, repeats: int, window: int 
         next(stream)
         first = time.perf_counter() - opened
         spec = stream.spec
-        passes = spec.rows * spec.draws // BATCH
+        passes = spec.rows * spec.num_draws // BATCH
         start = time.perf_counter()
         for _ in range(passes):
             next(stream)

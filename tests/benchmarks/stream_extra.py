@@ -123,7 +123,7 @@ def remote(root: Path, rounds: int, seconds: float, core: int) -> dict[str, Any]
 
 def _first_epoch(store: Store) -> dict[str, int]:
     """The files that the first epoch of seed 0 reads, with their bytes."""
-    draws = choose_epoch_draws(store.spec.blocks, store.spec.draws, 0, 0)
+    draws = choose_epoch_draws(store.spec.num_blocks, store.spec.num_draws, 0, 0)
     files = store.files.items()
     return {record.path: record.bytes for key, record in files if key.draw in (-1, draws[key.block])}
 
@@ -169,7 +169,7 @@ def _cold_epoch(cache: Path, url: str, window: int | None) -> float:
 def _steady(url: str, seconds: float) -> float:
     """Pairs per second once every file is open."""
     with closing(CouplingStream(url, BATCH, seed=0)) as stream:
-        for _ in range(stream.spec.rows * stream.spec.draws // BATCH):
+        for _ in range(stream.spec.rows * stream.spec.num_draws // BATCH):
             next(stream)
         count, start = 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
@@ -219,6 +219,6 @@ def write_store_of_samples(samples: str, out: str) -> None:
     writer.initialize()
     for block in sorted({unit.block for unit in writer.list_missing_units()}):
         base = {name: source.column(name, block) for name in ("x", "label")}
-        z = rng.standard_normal((spec.draws, spec.rows_of(block), *spec.shape), dtype=np.float32)
+        z = rng.standard_normal((spec.num_draws, spec.rows_of(block), *spec.shape), dtype=np.float32)
         writer.write_block(block, base, z, None)
     writer.finalize()
