@@ -17,8 +17,10 @@ from nfm.storage_specs.reading.region import RegionRows
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.writing.transfer import copy_store
 from tests.tools.kind_checks import (
     WrittenKinds,
+    assert_holds,
     assert_is,
     compare_streams,
     every_kind,
@@ -35,6 +37,7 @@ from tests.tools.kinds import (
     scaled_x,
     stored_x,
 )
+from tests.tools.stores import ignore_progress
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,17 @@ def test_streams_with_plain_rows_equal_the_slow_reader(
     monkeypatch.setattr(column, "supports_region", lambda placement: False)
     compare(write(name, layout), KINDS[name].values(), layout)
     assert created_rows and all(isinstance(rows, MemmapRows) for rows in created_rows)
+
+
+@some_kinds
+def test_remote_streams_equal_the_slow_reader(
+    write: WrittenKinds, tmp_path: Path, name: str, layout: LayoutName
+) -> None:
+    """Windows of one block, whose files come through the cache: of x, those of the view alone."""
+    url, values = f"memory:/{tmp_path}", KINDS[name].values()
+    copy_store(Store(write(name, layout)), url, ignore_progress, None)
+    assert_holds(Store(url), values)
+    compare_streams(url, values, 9, 6, window=1, seed=3)
 
 
 @every_kind
