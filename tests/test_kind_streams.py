@@ -90,7 +90,7 @@ def test_streams_with_plain_rows_equal_the_slow_reader(
 def test_remote_streams_equal_the_slow_reader(
     write: WrittenKinds, tmp_path: Path, name: str, layout: LayoutName
 ) -> None:
-    """Windows of one block, whose files come through the cache: of x, those of the view alone."""
+    """Windows of one block, whose files come through the cache."""
     url, values = f"memory:/{tmp_path}", KINDS[name].values()
     copy_store(Store(write(name, layout)), url, ignore_progress, None)
     assert_holds(Store(url), values)
