@@ -3,6 +3,7 @@ again."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from nfm.storage_specs.format.names import (
     version_file,
 )
 from nfm.storage_specs.format.noise import standard_normal
+from nfm.storage_specs.format.schema import DocumentFile
 from nfm.storage_specs.format.sums import NUM_POWERS, ZSums, sigma_f, sum_z
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.versions import list_tags, list_versions, open_document
@@ -167,55 +169,59 @@ def find_document_faults(store: Store) -> list[Fault]:
     """What is wrong with the files beside those of columns, and beside those without which no Store can be opened.
     Raises StorageError if storage cannot be read."""
     faults: list[Fault] = []
-
-    def check(path: str, read: Callable[[], object]) -> None:
+    for path, check in _list_document_checks(store):
         try:
-            read()
+            check()
         except StorageError:
             raise
         except StoreError as error:
             faults.append(Fault(path, str(error)))
-
-    def compare(path: str, expected: bytes, what: str) -> None:
-        if store.root.read(path, len(expected)) != expected:
-            raise StoreError(f"{store.url}/{path}: it is not {what}; repair or copy the store")
-
-    documents = store.dataset.documents.by_name()
-    if store.spec.coupling is not None:
-        check(documents["sigma_f"].path, lambda: store.sigma_f)
-        check(Z_SCALE_FILE, lambda: store.z_scale)
-    is_newest = is_1_0(store.dataset)
-    if not is_1_0(store.dataset):
-        if "z_sums" in documents:
-            check(documents["z_sums"].path, lambda: store.z_sums)
-        if "names" in documents:
-            check(documents["names"].path, lambda: store.image_names)
-        is_newest = (
-            store.root.exists(DATASET_FILE) and max(list_versions(store.root), default=0) <= store.dataset.version
-        )
-        for name, path in (("readme", README_FILE), ("croissant", CROISSANT_FILE)):
-            card = documents[name]
-
-            def compare_card(path: str = path, of_version: str = card.path, digest: str = card.sha256) -> None:
-                data = store.read_document(of_version, digest, MAX_DOCUMENT_BYTES)
-                if is_newest:
-                    compare(path, data, f"{of_version}, the card of the newest version")
-
-            check(path, compare_card)
-        if is_newest:
-            path = version_file(store.dataset.version)
-            check(path, lambda: compare(path, store.document, f"{DATASET_FILE} of the same version"))
-        check(version_file(store.dataset.version), lambda: _check_history(store))
-        for tag in list_tags(store.root):
-            check(f"{TAGS_FOLDER}/{tag}.json", lambda tag=tag: open_document(f"{store.url}@{tag}", store.options))  # type: ignore[misc]
-    if is_newest:  # the metadata files of Zarr are those of the newest version
-        for metadata_path, expected in store.layout.metadata_files(store.spec).items():
-
-            def compare_metadata(path: str = metadata_path, expected: bytes = expected) -> None:
-                compare(path, expected, "the metadata of this spec")
-
-            check(metadata_path, compare_metadata)
     return faults
+
+
+def _list_document_checks(store: Store) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The path of each file to check, and what raises StoreError if something is wrong with it."""
+    documents = store.dataset.documents
+    if documents.sigma_f is not None:
+        yield documents.sigma_f.path, lambda: store.sigma_f
+        yield Z_SCALE_FILE, lambda: store.z_scale
+    if documents.z_sums is not None:
+        yield documents.z_sums.path, lambda: store.z_sums
+    if documents.names is not None:
+        yield documents.names.path, lambda: store.image_names
+    is_newest = _is_newest(store)
+    if not is_1_0(store.dataset):
+        version = version_file(store.dataset.version)
+        for card, path in ((documents.readme, README_FILE), (documents.croissant, CROISSANT_FILE)):
+            yield path, partial(_check_card, store, card, path if is_newest else None)
+        if is_newest:
+            yield version, partial(_compare, store, version, store.document, f"{DATASET_FILE} of the same version")
+        yield version, partial(_check_history, store)
+        for tag in list_tags(store.root):
+            yield f"{TAGS_FOLDER}/{tag}.json", partial(open_document, f"{store.url}@{tag}", store.options)
+    if is_newest:  # the metadata files of Zarr are those of the newest version
+        for path, expected in store.layout.metadata_files(store.spec).items():
+            yield path, partial(_compare, store, path, expected, "the metadata of this spec")
+
+
+def _is_newest(store: Store) -> bool:
+    """Whether the version that was opened is the newest."""
+    if is_1_0(store.dataset):
+        return True
+    return store.root.exists(DATASET_FILE) and max(list_versions(store.root), default=0) <= store.dataset.version
+
+
+def _compare(store: Store, path: str, expected: bytes, what: str) -> None:
+    """Raise StoreError unless a file has the expected content, which is `what`."""
+    if store.root.read(path, len(expected)) != expected:
+        raise StoreError(f"{store.url}/{path}: it is not {what}; repair or copy the store")
+
+
+def _check_card(store: Store, card: DocumentFile, copied_to: str | None) -> None:
+    """Raise StoreError if a card is damaged, or its copy in the folder of the store, where there is one."""
+    data = store.read_document(card.path, card.sha256, MAX_DOCUMENT_BYTES)
+    if copied_to is not None:
+        _compare(store, copied_to, data, f"{card.path}, the card of the newest version")
 
 
 def _check_history(store: Store) -> None:
