@@ -24,6 +24,7 @@ from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress, count_calls
 from nfm.stages.section import Section
 from nfm.stages.splits import open_splits
+from nfm.stages.support import check_supported
 from nfm.storage_specs.format.noise import standard_normal
 from nfm.storage_specs.format.pixels import to_float, to_uint8
 from nfm.storage_specs.reading.store import Store
@@ -143,7 +144,7 @@ def evaluate(
     if "teacher" in students:
         raise StageError("got a student called 'teacher', the name of the teacher in the report; expected another name")
     train, val = open_splits(samples)
-    pairs = Store(couplings, kind="couplings")
+    pairs = check_supported(Store(couplings, kind="couplings"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Progress("read the teacher"):
         network, teacher_document = load_network(teacher, "TarFlow")

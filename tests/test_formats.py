@@ -217,10 +217,10 @@ def test_it_is_converted_to_both_layouts(
 
 @every_store
 def test_it_is_copied(unpacked: Unpacked, tmp_path: Path, frozen: Frozen) -> None:
-    """As it is. Commit records of 1.0 stay behind, as nobody continues such a store, and so do tags."""
+    """As it is. Commit records of 1.0 stay behind, as nobody continues such a store."""
     store, out = Store(unpacked.url(frozen)), str(tmp_path)
     copy_store(store, out, ignore_progress, None)
-    left_out = ("commits/", "sum_z2/") if frozen.schema == "1.0" else ("tags/",)
+    left_out = ("commits/", "sum_z2/") if frozen.schema == "1.0" else ()
     assert tree(out) == {path: data for path, data in tree(store.url).items() if not path.startswith(left_out)}
     assert_holds(Store(out), unpacked.values(frozen))
 

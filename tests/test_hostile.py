@@ -130,7 +130,11 @@ def sealed(layout: LayoutName, changes: Files, side: int = 4, /, **spec_changes:
     for key in expected_keys(spec, layout_of_spec):
         path = layout_of_spec.file_path(key.column, key.block, key.draw)
         count = spec.rows_of(key.block)
-        unknown: dict[str, Any] = {"view": "plain", "label_counts": [], "squared_error": 0.0 if key.column == "z" else None}
+        unknown: dict[str, Any] = {
+            "view": "plain",
+            "label_counts": [],
+            "squared_error": 0.0 if key.column == "z" else None,
+        }
         row = original_rows.get(path, unknown)
         if key.column == "x" and spec_changes:
             row |= {"label_counts": [(0, count)]}
@@ -276,7 +280,7 @@ def documents(layout: LayoutName) -> Iterator[Case]:
     """The documents replaced, and dataset.json with every value that it must not have."""
     for name, (what, content) in itertools.product(DOCUMENTS, REPLACEMENTS.items()):
         yield Case(f"{name} {what}", "refuse", name, {name: content})
-    others = (f"{VERSION}.json", "names.parquet", *SUMS, *CARDS)
+    others = (f"{VERSION}.json", f"{VERSION}/names.parquet", *SUMS, *CARDS)
     for name, (what, content) in itertools.product(others, REPLACEMENTS.items()):
         blamed = name if what != "a folder" or "/" in name else f"{name}|{VERSION}"
         yield Case(f"{name} {what}", "indifferent", blamed, {name: content})
@@ -351,7 +355,7 @@ def manifests(layout: LayoutName) -> Iterator[Case]:
 
 def image_names(layout: LayoutName) -> Iterator[Case]:
     """names.parquet with hashes that agree with it."""
-    name = "names.parquet"
+    name = f"{VERSION}/names.parquet"
     good = pq.read_table(io.BytesIO(sound_files(layout)[name])).to_pylist()
     values: dict[str, Any] = {"index": [1, -1, None], "name": ["", "x" * 1025, None], "sha256": ["x", "C" * 64, None]}
     lists = {

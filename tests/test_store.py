@@ -175,7 +175,7 @@ def test_verify_reads_what_is_not_in_the_manifest_too(run: Run, tmp_path: Path) 
     """Every document, the copies of those of the newest version, and the metadata of stock readers. What the id covers
     is refused at opening."""
     changes: dict[str, Callable[[bytes], bytes]] = {
-        "names.parquet": flip(200),
+        "versions/0001/names.parquet": flip(200),
         "columns.zarr/zarr.json": lambda data: b"{}",
         "columns.zarr/z/zarr.json": lambda data: b"{}",
         "README.md": flip(200),

@@ -1,10 +1,14 @@
 """Versions of a store: numbered, immutable, each the parent of the next; what was begun on one goes on with it."""
 
+import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -15,12 +19,14 @@ from nfm.storage_specs.format.schema import Attribution, Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream, StreamState
 from nfm.storage_specs.reading.verify import find_document_faults, find_faults
-from nfm.storage_specs.reading.versions import find_version, list_versions
+from nfm.storage_specs.reading.versions import find_version, list_tags, list_versions
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing.publish import annotate_store, tag_version
 from nfm.storage_specs.writing.transfer import copy_store, repair_store
 from nfm.storage_specs.writing.writer import StoreWriter
+from tests.tools.kinds import KINDS
+from tests.tools.make_fixtures import write_store
 from tests.tools.random_couplings import random_coupling_spec
 from tests.tools.small_run import Run, encode_in_process
 from tests.tools.stores import block_of, damage, edit, flip, ignore_progress, tree
@@ -220,6 +226,64 @@ def test_a_copy_of_a_version_has_it_and_those_before(tmp_path: Path) -> None:
             assert Store(f"{copy}@v{number}").document == Store(f"{url}@v{number}").document
         encode(copy, 4)
         assert Store(copy).dataset.id == Store(url).dataset.id
+
+
+def test_a_copy_has_the_tags_of_its_versions(tmp_path: Path) -> None:
+    url = grown(tmp_path)
+    tag_version(Store(f"{url}@v1"), "first")
+    tag_version(Store(f"{url}@v3"), "third")
+    copy_store(Store(f"{url}@v2"), f"{tmp_path}/copy", ignore_progress, None)
+    assert list_tags(Store(f"{tmp_path}/copy").root) == ["first"]
+    assert Store(f"{tmp_path}/copy@first").document == Store(f"{url}@v1").document
+    assert list(find_faults(Store(f"{tmp_path}/copy"))) == []
+
+
+def test_another_parquet_writer_changes_neither_id_nor_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another pyarrow writes the same names as other bytes."""
+    kind = replace(KINDS["pairs-bfloat16-stored"], names=True, draws=4)
+    spec, values = kind.spec("webdataset"), kind.values()
+    spec_before = spec.model_copy(update={"coupling": spec.nfm.model_copy(update={"draws": 2})})
+    for name in ("one", "other"):
+        write_store(f"{tmp_path}/{name}", spec_before, values)
+        first = Store(f"{tmp_path}/one").dataset
+        if name == "one":
+            monkeypatch.setattr("nfm.storage_specs.writing.publish.encode_names", encode_names_with_gzip)
+    other = Store(f"{tmp_path}/other").dataset
+    assert other.id == first.id and other.documents.names != first.documents.names
+    write_store(f"{tmp_path}/one", spec, values)
+    grown_store = Store(f"{tmp_path}/one")
+    assert grown_store.dataset.version == 2
+    assert grown_store.dataset.documents.names == first.documents.names, "what is there already is shared"
+    for reference in ("", "@v1"):
+        assert list(find_faults(Store(f"{tmp_path}/one{reference}"))) == []
+
+
+def encode_names_with_gzip(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table.combine_chunks(), buffer, compression="gzip")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("document", ["reflow", "semidiscrete"])
+def test_repair_leaves_a_store_of_a_later_kind_alone(tmp_path: Path, document: str) -> None:
+    url = f"{tmp_path}/store"
+    encode(url, 2)
+    common = {"kind": document, "law": "philox-as241-v1", "seed": 0}
+    couplings = {
+        "reflow": common
+        | {"draws": 1, "z_dtype": "float16", "z_scale_sha256": None, "sampler": "heun31", "guidance": 1.0}
+        | {"precision": "fp32", "generator": {"architecture": {}, "sha256": "0" * 64, "training": {}}},
+        "semidiscrete": common
+        | {"draws": 2, "potentials": {"sha256": "0" * 64, "cost": "dot", "chi2": 0.01}, "source": "0" * 64},
+    }
+    for path in ("dataset.json", "versions/0001.json", "commits/spec.json"):
+        damage(tmp_path / "store", path, edit(spec__coupling=couplings[document]))
+    before = tree(url)
+    with pytest.raises(StoreError, match=f"got a coupling of kind '{document}'; this nfm reads and writes 'nfm' alone"):
+        repair_store(url, ignore_progress)
+    assert tree(url) == before
 
 
 def test_a_copy_is_the_version_that_was_opened(tmp_path: Path) -> None:

@@ -8,19 +8,20 @@ from nfm.storage_specs.format.layouts import LAYOUTS, LAYOUTS_1_0, Layout
 from nfm.storage_specs.format.names import (
     CROISSANT_FILE,
     MANIFEST_NAME,
-    NAMES_FILE,
+    NAMES_NAME,
     README_FILE,
     SIGMA_F_NAME,
     VERSIONS_FOLDER,
     Z_CLASS_SUMS_NAME,
     Z_SUMS_NAME,
 )
-from nfm.storage_specs.format.schema import DERIVED_DOCUMENTS, Dataset, FileRecord, NfmCoupling, Spec
+from nfm.storage_specs.format.schema import Dataset, FileRecord, NfmCoupling, Spec
 from nfm.storage_specs.storage.documents import parse_json
 from nfm.storage_specs.storage.errors import StoreError
 
 _DOCUMENT_NAMES = {
     "manifest": MANIFEST_NAME,
+    "names": NAMES_NAME,
     "readme": README_FILE,
     "croissant": CROISSANT_FILE,
     "sigma_f": SIGMA_F_NAME,
@@ -41,12 +42,8 @@ def parse_dataset(data: bytes, name: str) -> Dataset:
             f"{name}: got documents {sorted(documents)}, expected {sorted(expected_documents(dataset.spec))}"
         )
     for kind, file in documents.items():
-        if kind == "names":
-            is_valid = file.path == NAMES_FILE
-        else:
-            match = re.fullmatch(rf"{VERSIONS_FOLDER}/([0-9]{{4,7}})/{re.escape(_DOCUMENT_NAMES[kind])}", file.path)
-            is_valid = match is not None and 1 <= int(match[1]) <= dataset.version
-        if not is_valid:
+        match = re.fullmatch(rf"{VERSIONS_FOLDER}/([0-9]{{4,7}})/{re.escape(_DOCUMENT_NAMES[kind])}", file.path)
+        if match is None or not 1 <= int(match[1]) <= dataset.version:
             raise StoreError(f"{name}: documents.{kind}: got path {file.path[:100]!r}; the file is damaged")
     if dataset.parent is None and dataset.version > 1:
         raise StoreError(f"{name}: got version {dataset.version} without a parent; the file is damaged")
@@ -88,5 +85,4 @@ def content_id(dataset: Dataset, files: list[FileRecord], label_counts: Iterable
     """The id that a document must have, from its spec and the rows of its manifest."""
     if is_1_0(dataset):
         return schema_1_0.content_id(dataset.spec, [file.sha256 for file in files])
-    derived = {name: file.sha256 for name, file in dataset.documents.by_name().items() if name in DERIVED_DOCUMENTS}
-    return schema.content_id(dataset.spec, files, label_counts, derived)
+    return schema.content_id(dataset.spec, files, label_counts, dataset.documents.derived_sha256())

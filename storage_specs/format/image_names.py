@@ -1,7 +1,9 @@
 """names.parquet: where each image of a store comes from, one row for each: its index, a name such as its path in the
 source, and the sha256 of the bytes that it was decoded from."""
 
+import hashlib
 import io
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 from nfm.storage_specs.storage.errors import StoreError
 
 MAX_NAME_BYTES = 1024  # of a name as UTF-8
+_ROWS_AT_ONCE = 1 << 16  # as Python objects
 NAMES_SCHEMA = pa.schema([("index", pa.int64()), ("name", pa.string()), ("sha256", pa.string())])
 
 
@@ -72,6 +75,16 @@ def parse_names(data: bytes, first_index: int, rows: int, name: str) -> pa.Table
     if not pc.all(pc.fill_null(is_valid, False)).as_py():
         raise StoreError(f"{name}: got a name or a sha256 that is none, {expected}")
     return table
+
+
+def hash_rows(table: pa.Table) -> str:
+    """The sha256 of the rows of a table of names: of a line for each row, with its sha256, a space, and its name as a
+    JSON string in ASCII."""
+    digest = hashlib.sha256()
+    for start in range(0, table.num_rows, _ROWS_AT_ONCE):
+        lines = [f"{name.sha256} {json.dumps(name.name)}\n" for name in list_names(table.slice(start, _ROWS_AT_ONCE))]
+        digest.update("".join(lines).encode())
+    return digest.hexdigest()
 
 
 def list_names(table: pa.Table) -> list[ImageName]:

@@ -4,13 +4,13 @@ DATASET_FILE = "dataset.json"  # the newest version of the store; written last, 
 VERSIONS_FOLDER = "versions"  # versions/0001.json and versions/0001/ with the files of version 1, and so on
 TAGS_FOLDER = "tags"  # a name for a version in each file
 Z_SCALE_FILE = "z_scale.npy"  # the step of int8 z in each dimension; the same in all versions
-NAMES_FILE = "names.parquet"  # where each image comes from; the same in all versions
 COST_FILE = "cost.json"
 README_FILE = "README.md"  # that of the newest version
 CROISSANT_FILE = "croissant.json"  # that of the newest version
 
 # Names of files in the folder of a version.
 MANIFEST_NAME = "manifest.parquet"  # one row for each file of a column
+NAMES_NAME = "names.parquet"  # where each image comes from
 SIGMA_F_NAME = "sigma_f.npy"
 Z_SUMS_NAME = "z_sums.npy"
 Z_CLASS_SUMS_NAME = "z_class_sums.npy"

@@ -1,5 +1,5 @@
-"""The spec of a store, `dataset.json`, and the records that its writers commit, in schema 1.1. All of them are JSON
-documents, checked when they are read. Documents of schema 1.0 are read by schema_1_0.py."""
+"""The spec of a store and `dataset.json`, in schema 1.1: JSON documents that are checked when they are read. Documents
+of schema 1.0 are read by schema_1_0.py; what writers commit is in commits.py."""
 
 import hashlib
 import json
@@ -283,34 +283,6 @@ class FileRecord(StrictModel):
     squared_error: FiniteNonNegative | None = None
 
 
-class Commit(StrictModel):
-    """The commit record of a unit: draws `first` … `stop` - 1 of a block. It is written when all files of the unit are
-    durable. Beside the files of columns it lists those that are added up when the store is completed: "z_sums" and
-    "z_class_sums" of its draws (sums.py), and "names" of its images."""
-
-    lineage: Sha256
-    block: int
-    first: int
-    stop: int
-    rows: int
-    files: list[FileRecord]
-    label_counts: dict[str, int]
-    seconds: FiniteNonNegative  # that the worker spent in the teacher
-    device: str
-
-
-class Cost(StrictModel):
-    """`cost.json`: the seconds that the teacher took to make the couplings, by device name. No hash covers this file:
-    it is information, which nobody can check."""
-
-    seconds: dict[str, FiniteNonNegative]
-
-    @property
-    def total(self) -> float:
-        """Seconds on all devices together."""
-        return sum(self.seconds.values())
-
-
 class Totals(StrictModel):
     """Sums over the files of columns of a complete store."""
 
@@ -348,13 +320,20 @@ class DocumentFile(StrictModel):
     sha256: Sha256
 
 
+class NamesFile(DocumentFile):
+    """The file of the names of the images, and the sha256 of its rows (see `image_names.hash_rows`), as another library
+    writes the same rows as other bytes."""
+
+    rows_sha256: Sha256
+
+
 class Documents(StrictModel):
     """The files of a version beside those of columns. Versions may share them."""
 
     manifest: DocumentFile
     readme: DocumentFile
     croissant: DocumentFile
-    names: DocumentFile | None = None  # where the spec says so
+    names: NamesFile | None = None  # where the spec says so
     sigma_f: DocumentFile | None = None  # these three where there is z; the last where there are labels too
     z_sums: DocumentFile | None = None
     z_class_sums: DocumentFile | None = None
@@ -363,8 +342,12 @@ class Documents(StrictModel):
         """Those that exist, by name."""
         return {name: file for name in type(self).model_fields if (file := getattr(self, name)) is not None}
 
-
-DERIVED_DOCUMENTS = ("names", "sigma_f", "z_sums", "z_class_sums")  # those that the id covers
+    def derived_sha256(self) -> dict[str, str]:
+        """The hashes that the id covers, by name: those of the files that are computed from columns, and that of the
+        rows of names."""
+        files = {"sigma_f": self.sigma_f, "z_sums": self.z_sums, "z_class_sums": self.z_class_sums}
+        hashes = {name: file.sha256 for name, file in files.items() if file is not None}
+        return hashes if self.names is None else hashes | {"names": self.names.rows_sha256}
 
 
 class Dataset(StrictModel):
@@ -396,13 +379,6 @@ class Tag(StrictModel):
     id: Sha256
 
 
-class StartedStore(StrictModel):
-    """`commits/spec.json`: which store is being written, or was, in a folder."""
-
-    schema_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
-    spec: Spec
-
-
 def content_id(
     spec: Spec,
     files: Iterable[FileRecord],
@@ -414,7 +390,7 @@ def content_id(
     - "spec": the spec;
     - "files": column, draw, block, sha256 and squared error of each file, in the order of the manifest;
     - "label_counts": for each block, [label, rows] in the order of labels;
-    - "derived": the sha256 of each file in DERIVED_DOCUMENTS that the store has, by name.
+    - "derived": what `Documents.derived_sha256` gives.
     """
     document = {
         "spec": spec.model_dump(mode="json"),

@@ -62,8 +62,8 @@ class Member:
 
 
 class WebDatasetLayout:
-    """A file is a tar whose records, one for each row, are `<index>.x.npy` or `<index>.x_mirrored.npy`, with labels also
-    `<index>.cls`; or `<index>.z.npy`; or `<index>.noise.npy`. See `Layout` for the methods."""
+    """A file is a tar whose records, one for each row, are `<index>.x.npy` or `<index>.x_mirrored.npy`, with labels
+    also `<index>.cls`; or `<index>.z.npy`; or `<index>.noise.npy`. See `Layout` for the methods."""
 
     def base_columns(self, spec: Spec) -> tuple[str, ...]:
         return spec.image_columns

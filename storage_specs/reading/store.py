@@ -13,8 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.commits import Cost
 from nfm.storage_specs.format.dataset import check_kind_is_supported, content_id, is_1_0, layout_of
-from nfm.storage_specs.format.image_names import ImageName, list_names, max_names_bytes, parse_names
+from nfm.storage_specs.format.image_names import ImageName, hash_rows, list_names, max_names_bytes, parse_names
 from nfm.storage_specs.format.layouts import Columns
 from nfm.storage_specs.format.manifest import (
     FILE_SCHEMA,
@@ -28,7 +29,7 @@ from nfm.storage_specs.format.manifest import (
 )
 from nfm.storage_specs.format.names import COST_FILE, MAX_METADATA_BYTES, Z_SCALE_FILE
 from nfm.storage_specs.format.noise import standard_normal
-from nfm.storage_specs.format.schema import Cost, Dataset, DocumentFile, FileRecord, Kind, PixelSpec, Spec, Totals
+from nfm.storage_specs.format.schema import Dataset, DocumentFile, FileRecord, Kind, PixelSpec, Spec, Totals
 from nfm.storage_specs.format.sums import NUM_POWERS, ZSums
 from nfm.storage_specs.reading.versions import open_document
 from nfm.storage_specs.storage.cache import Cache
@@ -187,7 +188,10 @@ class Store:
         if file is None:
             return None
         data = self.read_document(file.path, file.sha256, max_names_bytes(self.spec.rows))
-        return parse_names(data, 0, self.spec.rows, f"{self.url}/{file.path}")
+        table = parse_names(data, 0, self.spec.rows, f"{self.url}/{file.path}")
+        if hash_rows(table) != file.rows_sha256:
+            raise StoreError(f"{self.url}/{file.path}: the sha256 of its rows is not the one in {self._document_name}")
+        return table
 
     def image_names_of(self, block: int) -> list[ImageName] | None:
         """Where the images of a block come from, in the order of rows; None if the store does not say."""

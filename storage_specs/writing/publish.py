@@ -3,9 +3,13 @@ stands in the folder of the store itself are copies of the newest one's document
 
 from dataclasses import dataclass
 
+import pyarrow as pa
+
+from nfm.storage_specs.format import schema
 from nfm.storage_specs.format.card import readme
 from nfm.storage_specs.format.croissant import croissant
 from nfm.storage_specs.format.dataset import is_1_0, layout_of, parse_dataset
+from nfm.storage_specs.format.image_names import encode_names, hash_rows
 from nfm.storage_specs.format.names import (
     CROISSANT_FILE,
     DATASET_FILE,
@@ -13,7 +17,7 @@ from nfm.storage_specs.format.names import (
     MANIFEST_NAME,
     MAX_DOCUMENT_BYTES,
     MAX_METADATA_BYTES,
-    NAMES_FILE,
+    NAMES_NAME,
     README_FILE,
     SIGMA_F_NAME,
     TAGS_FOLDER,
@@ -29,9 +33,9 @@ from nfm.storage_specs.format.schema import (
     DocumentFile,
     Documents,
     FileRecord,
+    NamesFile,
     Spec,
     Tag,
-    content_id,
 )
 from nfm.storage_specs.reading.store import Store, sum_totals
 from nfm.storage_specs.reading.versions import TAG_NAME, list_versions
@@ -52,7 +56,7 @@ class Content:
     files: list[FileRecord]  # in the order of the manifest
     label_counts: list[dict[int, int]]  # of each block
     manifest: bytes
-    names_sha256: str | None
+    names: pa.Table | None
     sigma_f: bytes | None
     z_sums: bytes | None
     z_class_sums: bytes | None
@@ -61,9 +65,9 @@ class Content:
         """The content id."""
         files = {"sigma_f": self.sigma_f, "z_sums": self.z_sums, "z_class_sums": self.z_class_sums}
         derived = {name: sha256(data) for name, data in files.items() if data is not None}
-        if self.names_sha256 is not None:
-            derived["names"] = self.names_sha256
-        return content_id(self.spec, self.files, self.label_counts, derived)
+        if self.names is not None:
+            derived["names"] = hash_rows(self.names)
+        return schema.content_id(self.spec, self.files, self.label_counts, derived)
 
 
 def publish(root: Root, content: Content, attribution: Attribution, inherited: Attribution) -> Dataset:
@@ -76,7 +80,8 @@ def publish(root: Root, content: Content, attribution: Attribution, inherited: A
     versions = list_versions(root)
     previous = _read_newest_version(root, versions)
     attribution = (previous.attribution if previous else inherited).updated(attribution)
-    is_same = previous is not None and (previous.id, previous.attribution) == (content.id(), attribution)
+    content_id = content.id()
+    is_same = previous is not None and (previous.id, previous.attribution) == (content_id, attribution)
     if previous is not None and is_same and _is_intact(root, previous):
         return _publish_documents(root, previous)
     number = versions[-1] + 1 if versions else 1
@@ -91,8 +96,13 @@ def publish(root: Root, content: Content, attribution: Attribution, inherited: A
     manifest = write(MANIFEST_NAME, content.manifest)
     assert manifest is not None
     names = None
-    if content.names_sha256 is not None:
-        names = DocumentFile(path=NAMES_FILE, sha256=content.names_sha256)
+    if content.names is not None:
+        rows_sha256 = hash_rows(content.names)
+        names = previous.documents.names if previous else None
+        if names is None or names.rows_sha256 != rows_sha256 or not _has_sha256(root, names):
+            file = write(NAMES_NAME, encode_names(content.names))
+            assert file is not None
+            names = NamesFile(path=file.path, sha256=file.sha256, rows_sha256=rows_sha256)
     documents = Documents(
         manifest=manifest,
         readme=_NO_FILE,
@@ -104,7 +114,7 @@ def publish(root: Root, content: Content, attribution: Attribution, inherited: A
     )
     dataset = Dataset(
         schema_version=SCHEMA_VERSION,
-        id=content.id(),
+        id=content_id,
         version=number,
         parent=previous.id if previous else None,
         spec=content.spec,
@@ -132,15 +142,17 @@ def _read_newest_version(root: Root, versions: list[int]) -> Dataset | None:
 
 def _is_intact(root: Root, dataset: Dataset) -> bool:
     """Whether all files of a version beside those of columns have their sha256."""
-    for file in dataset.documents.by_name().values():
-        try:
-            if sha256(root.read(file.path, MAX_DOCUMENT_BYTES)) != file.sha256:
-                return False
-        except StorageError:
-            raise
-        except StoreError:
-            return False
-    return True
+    return all(_has_sha256(root, file) for file in dataset.documents.by_name().values())
+
+
+def _has_sha256(root: Root, file: DocumentFile) -> bool:
+    """Whether a file is there with its sha256. Raises StorageError if storage cannot be read."""
+    try:
+        return sha256(root.read(file.path, MAX_DOCUMENT_BYTES)) == file.sha256
+    except StorageError:
+        raise
+    except StoreError:
+        return False
 
 
 def _write_version(root: Root, dataset: Dataset) -> Dataset:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from nfm.storage_specs.format.commits import StartedStore
 from nfm.storage_specs.format.dataset import is_1_0, parse_dataset
 from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.names import (
@@ -18,13 +19,14 @@ from nfm.storage_specs.format.names import (
     README_FILE,
     SIGMA_F_NAME,
     SPEC_FILE,
+    TAGS_FOLDER,
     Z_SCALE_FILE,
     version_file,
 )
-from nfm.storage_specs.format.schema import SCHEMA_VERSION, Dataset, LayoutName, StartedStore
+from nfm.storage_specs.format.schema import SCHEMA_VERSION, Dataset, LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import Fault, find_document_faults, find_faults
-from nfm.storage_specs.reading.versions import check_no_version, split_version
+from nfm.storage_specs.reading.versions import MAX_TAG_BYTES, check_no_version, list_tags, open_document, split_version
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
@@ -104,8 +106,8 @@ def _convert_unit(store: Store, writer: StoreWriter, unit: Unit) -> None:
 
 
 def copy_store(store: Store, out: str, progress: Progress, options: dict[str, Any] | None) -> int:
-    """Copy all files of a version of a store, with its commit records and the documents of the versions before it, to
-    the URL `out`. Returns how many files of columns were written.
+    """Copy all files of a version of a store to the URL `out`, with its commit records, and the documents and tags of
+    the versions up to it. Returns how many files of columns were written.
 
     The copy is the version that was opened, also if the source gets a newer one meanwhile. Files that exist there with
     the right size are kept at first; at the end all files are read back, and those with wrong bytes are written again.
@@ -206,6 +208,10 @@ def _read_documents(store: Store) -> Iterator[tuple[str, bytes]]:
                 root_path = README_FILE if name == "readme" else CROISSANT_FILE
                 yield root_path, store.read_document(file.path, file.sha256, MAX_DOCUMENT_BYTES)
         yield path, data
+    for tag in list_tags(store.root):
+        path = f"{TAGS_FOLDER}/{tag}.json"
+        if open_document(f"{store.url}@{tag}", store.options).dataset.version <= store.dataset.version:
+            yield path, store.root.read(path, MAX_TAG_BYTES)
 
 
 def _read_commits(store: Store) -> Iterator[tuple[str, bytes]]:

@@ -16,11 +16,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.commits import Commit
 from nfm.storage_specs.format.image_names import ImageName, encode_names, make_table, max_names_bytes, parse_names
 from nfm.storage_specs.format.layouts import LAYOUTS, Columns
 from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.names import COMMITS_FOLDER, SUMS_FOLDER
-from nfm.storage_specs.format.schema import Commit, FileRecord, Spec
+from nfm.storage_specs.format.schema import FileRecord, Spec
 from nfm.storage_specs.format.sums import NUM_POWERS, ZSums, sum_z
 from nfm.storage_specs.storage.documents import parse_sealed_json, sealed_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError

@@ -16,8 +16,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.commits import Commit, Cost, StartedStore
 from nfm.storage_specs.format.dataset import check_kind_is_supported, parse_dataset
-from nfm.storage_specs.format.image_names import ImageName, encode_names
+from nfm.storage_specs.format.image_names import ImageName
 from nfm.storage_specs.format.layouts import LAYOUTS, Columns
 from nfm.storage_specs.format.manifest import FileKey, encode_manifest, expected_keys
 from nfm.storage_specs.format.names import (
@@ -25,24 +26,13 @@ from nfm.storage_specs.format.names import (
     DATASET_FILE,
     LEASE_FILE,
     MAX_METADATA_BYTES,
-    NAMES_FILE,
     SIGMA_F_NAME,
     SPEC_FILE,
     Z_CLASS_SUMS_NAME,
     Z_SCALE_FILE,
     Z_SUMS_NAME,
 )
-from nfm.storage_specs.format.schema import (
-    SCHEMA_VERSION,
-    UNKNOWN,
-    Attribution,
-    Commit,
-    Cost,
-    Dataset,
-    Spec,
-    StartedStore,
-    read_schema_version,
-)
+from nfm.storage_specs.format.schema import SCHEMA_VERSION, UNKNOWN, Attribution, Dataset, Spec, read_schema_version
 from nfm.storage_specs.format.sums import ZSums, sigma_f
 from nfm.storage_specs.reading.versions import check_no_version
 from nfm.storage_specs.storage.documents import canonical_json, list_differences, parse_json
@@ -57,7 +47,7 @@ from nfm.storage_specs.writing.units import Unit, UnitWriter
 
 def read_started_spec(url: str, options: dict[str, Any] | None = None) -> Spec | None:
     """The spec of the store at a URL, complete or not; None if no writer has started one there. Raises StoreError for a
-    store of schema 1.0, which is not written any more."""
+    store that this nfm does not write: of schema 1.0, or with another kind of coupling."""
     root = Root(url, options)
     if not root.exists(SPEC_FILE):
         return None
@@ -68,7 +58,9 @@ def read_started_spec(url: str, options: dict[str, Any] | None = None) -> Spec |
             "nfm store convert writes it as schema 1.1 to another URL, which the same command then continues"
         )
     read_schema_version(data, name)
-    return parse_json(StartedStore, data, name).spec
+    spec = parse_json(StartedStore, data, name).spec
+    check_kind_is_supported(spec, name)
+    return spec
 
 
 class StoreWriter:
@@ -203,7 +195,8 @@ class StoreWriter:
         assert not units.list_missing_units(self.spec, committed), "finalize before every unit was committed"
         with ThreadPoolExecutor(IO_THREADS, "nfm-finalize") as pool:
             commits = list(pool.map(lambda unit: units.read_commit(self.root, self.spec, unit), committed))
-            derived = self._derived_files(commits, pool)
+            names = self._collect_names(commits, pool) if self.spec.names else None
+            derived = self._derived_files(commits, pool) if self.spec.coupling else {}
         records = {FileKey(file.column, file.block, file.draw): file for commit in commits for file in commit.files}
         files = [records[key] for key in expected_keys(self.spec, self.layout)]
         counts_of_block = {commit.block: commit.label_counts for commit in commits}
@@ -214,9 +207,6 @@ class StoreWriter:
         self.root.delete_temporary_files(keep=LEASE_FILE)
         for path, data in self.layout.metadata_files(self.spec).items():
             self.root.write(path, data)
-        names = derived.pop(NAMES_FILE, None)
-        if names is not None:
-            self.root.write(NAMES_FILE, names)
         if self.spec.coupling:
             cost = cost or _sum_cost(commits)
             self.root.write(COST_FILE, canonical_json(cost.model_dump(mode="json")))
@@ -225,7 +215,7 @@ class StoreWriter:
             files=files,
             label_counts=label_counts,
             manifest=encode_manifest(self.spec, files, label_counts),
-            names_sha256=None if names is None else sha256(names),
+            names=names,
             sigma_f=derived.get(SIGMA_F_NAME),
             z_sums=derived.get(Z_SUMS_NAME),
             z_class_sums=derived.get(Z_CLASS_SUMS_NAME),
@@ -233,27 +223,24 @@ class StoreWriter:
         return publish(self.root, content, attribution, inherited)
 
     def _derived_files(self, commits: list[Commit], pool: ThreadPoolExecutor) -> dict[str, bytes]:
-        """The files that are computed from those of the units, by name. `commits` are in the order of blocks and
-        draws."""
-        derived: dict[str, bytes] = {}
-        if self.spec.names:
-            with_names = {commit.block: commit for commit in commits if commit.first == 0}
-            in_order = [with_names[block] for block in range(self.spec.num_blocks)]
-            tables = pool.map(lambda commit: units.read_image_names(self.root, self.spec, commit), in_order)
-            derived[NAMES_FILE] = encode_names(pa.concat_tables(tables))
-        if self.spec.coupling:
-            sums = self._add_sums(commits, pool)
-            scale = sigma_f(self.spec, sums)
-            if not ((scale > codecs.MIN_SCALE) & (scale < codecs.MAX_SCALE)).all():
-                raise FloatingPointError(
-                    f"σ_f is not between {codecs.MIN_SCALE} and {codecs.MAX_SCALE} in some dimension: "
-                    "the teacher's z is (almost) zero, or far too large there"
-                )
-            derived[SIGMA_F_NAME] = npy_bytes(scale)
-            derived[Z_SUMS_NAME] = npy_bytes(sums.by_dimension)
-            if self.spec.has_labels:
-                derived[Z_CLASS_SUMS_NAME] = npy_bytes(sums.by_class)
+        """The files that are computed from z, by name. `commits` are in the order of blocks and draws."""
+        sums = self._add_sums(commits, pool)
+        scale = sigma_f(self.spec, sums)
+        if not ((scale > codecs.MIN_SCALE) & (scale < codecs.MAX_SCALE)).all():
+            raise FloatingPointError(
+                f"σ_f is not between {codecs.MIN_SCALE} and {codecs.MAX_SCALE} in some dimension: "
+                "the teacher's z is (almost) zero, or far too large there"
+            )
+        derived = {SIGMA_F_NAME: npy_bytes(scale), Z_SUMS_NAME: npy_bytes(sums.by_dimension)}
+        if self.spec.has_labels:
+            derived[Z_CLASS_SUMS_NAME] = npy_bytes(sums.by_class)
         return derived
+
+    def _collect_names(self, commits: list[Commit], pool: ThreadPoolExecutor) -> pa.Table:
+        """The names of all images."""
+        with_names = {commit.block: commit for commit in commits if commit.first == 0}
+        in_order = [with_names[block] for block in range(self.spec.num_blocks)]
+        return pa.concat_tables(pool.map(lambda commit: units.read_image_names(self.root, self.spec, commit), in_order))
 
     def _add_sums(self, commits: list[Commit], pool: ThreadPoolExecutor) -> ZSums:
         """The sums over z of the data set and draws.

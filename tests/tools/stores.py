@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from nfm.storage_specs.format.image_names import hash_rows
 from nfm.storage_specs.format.layouts import LAYOUTS
 from nfm.storage_specs.format.schema import (
-    DERIVED_DOCUMENTS,
     FileRecord,
     LayoutName,
     PixelSpec,
@@ -115,7 +116,12 @@ def sealed_document(files: Mapping[str, Any]) -> bytes:
         data = files.get(file["path"])
         if isinstance(data, bytes):
             file["sha256"] = sha256(data)
-    derived = {name: file["sha256"] for name, file in documents.items() if name in DERIVED_DOCUMENTS}
+    if "names" in documents:
+        with suppress(pa.ArrowException, OSError, UnicodeDecodeError, KeyError, TypeError):  # else no rows to hash
+            names = pq.read_table(io.BytesIO(files[documents["names"]["path"]]))
+            documents["names"]["rows_sha256"] = hash_rows(names)
+    derived = {name: documents[name]["sha256"] for name in ("sigma_f", "z_sums", "z_class_sums") if name in documents}
+    derived |= {"names": documents["names"]["rows_sha256"]} if "names" in documents else {}
     try:
         rows = pq.read_table(io.BytesIO(files[documents["manifest"]["path"]])).to_pylist()
         records = [

@@ -1,0 +1,43 @@
+"""The JSON documents of those who write a store: which store it is, and the record of each unit that is durable."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from nfm.storage_specs.format.schema import FileRecord, FiniteNonNegative, Sha256, Spec
+from nfm.storage_specs.storage.documents import StrictModel
+
+
+class StartedStore(StrictModel):
+    """`commits/spec.json`: which store is being written, or was, in a folder."""
+
+    schema_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    spec: Spec
+
+
+class Commit(StrictModel):
+    """The commit record of a unit: draws `first` … `stop` - 1 of a block. It is written when all files of the unit are
+    durable. Beside the files of columns it lists those that are added up when the store is completed: "z_sums" and
+    "z_class_sums" of its draws (sums.py), and "names" of its images."""
+
+    lineage: Sha256
+    block: int
+    first: int
+    stop: int
+    rows: int
+    files: list[FileRecord]
+    label_counts: dict[str, int]
+    seconds: FiniteNonNegative  # that the worker spent in the teacher
+    device: str
+
+
+class Cost(StrictModel):
+    """`cost.json`: the seconds that the teacher took to make the couplings, by device name. No hash covers this file:
+    it is information, which nobody can check."""
+
+    seconds: dict[str, FiniteNonNegative]
+
+    @property
+    def total(self) -> float:
+        """Seconds on all devices together."""
+        return sum(self.seconds.values())
