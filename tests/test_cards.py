@@ -194,7 +194,9 @@ def test_datasets_loads_each_column_of_a_webdataset_store(load: Any, tmp_path: P
         assert [row["__key__"] for row in rows] == expected_keys
         values = np.array([row[f"{column}.npy"] for row in rows])
         assert np.array_equal(values, values_of(store, column, draw))
-        expected_columns = {f"{column}.npy", "__key__", "__url__"} | ({"cls"} if config in ("x", "x_mirrored") else set())
+        expected_columns = {f"{column}.npy", "__key__", "__url__"} | (
+            {"cls"} if config in ("x", "x_mirrored") else set()
+        )
         assert set(rows[0]) == expected_columns
         if config == "x":
             assert [row["cls"] for row in rows] == values_of(store, "label").tolist()
