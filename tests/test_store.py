@@ -1,6 +1,8 @@
 """Writers that crash, readers that meet broken stores: one clear error that names the file."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -289,3 +291,19 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
     with pytest.raises(OSError, match="No space"):
         root.write("a/b", b"new")
     assert tree(str(tmp_path)) == {"a/b": b"old"}
+
+
+@pytest.mark.long
+def test_a_program_that_ends_at_a_bad_store_is_not_aborted(tmp_path: Path) -> None:
+    """Threads of Arrow, which read Parquet by default, ended every second such program on one core with SIGABRT."""
+    write_random_couplings(str(tmp_path), "webdataset", (1, 4, 4), 40, draws=1)
+    damage(tmp_path, "dataset.json", edit(id="0" * 64))
+    program = (
+        "import os, sys, torch\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from nfm.storage_specs.reading.store import Store\n"
+        "Store(sys.argv[1])\n"
+    )
+    for _ in range(8):
+        ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+        assert ended.returncode == 1 and "its id is not that" in ended.stderr

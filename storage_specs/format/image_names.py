@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.parquet import open_parquet
 
 MAX_NAME_BYTES = 1024  # of a name as UTF-8
 _ROWS_AT_ONCE = 1 << 16  # as Python objects
@@ -53,13 +54,13 @@ def parse_names(data: bytes, first_index: int, rows: int, name: str) -> pa.Table
     """
     expected = f"expected the names of {rows} images from index {first_index}; the file is damaged"
     try:
-        parquet = pq.ParquetFile(io.BytesIO(data))
+        parquet = open_parquet(data)
         groups = range(parquet.metadata.num_row_groups)
         stated_bytes = sum(parquet.metadata.row_group(group).total_byte_size for group in groups)
         is_expected = parquet.metadata.num_rows == rows and parquet.schema_arrow.equals(NAMES_SCHEMA)
         if not is_expected or stated_bytes > max_names_bytes(rows):
             raise StoreError(f"{name}: got {parquet.metadata.num_rows} rows of {stated_bytes} bytes, {expected}")
-        table = parquet.read()
+        table = parquet.read(use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise StoreError(f"{name}: not a Parquet file: {error}") from error

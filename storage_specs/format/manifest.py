@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from nfm.storage_specs.format.layouts import Layout
 from nfm.storage_specs.format.schema import FileRecord, Spec
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.parquet import open_parquet
 
 FILE_SCHEMA = pa.schema(
     [
@@ -102,7 +103,7 @@ def parse_manifest(data: bytes, spec: Spec, layout: Layout, schema: pa.Schema, n
     """
     expected_rows, max_bytes = count_expected_files(spec, layout), max_manifest_bytes(spec, layout)
     try:
-        parquet = pq.ParquetFile(io.BytesIO(data))
+        parquet = open_parquet(data)
         if parquet.metadata.num_rows != expected_rows:
             raise StoreError(f"{name}: got {parquet.metadata.num_rows} files, expected the {expected_rows} of the spec")
         groups = range(parquet.metadata.num_row_groups)
@@ -110,7 +111,7 @@ def parse_manifest(data: bytes, spec: Spec, layout: Layout, schema: pa.Schema, n
             raise StoreError(f"{name}: got more than {max_bytes} bytes of values, too many for {expected_rows} files")
         if not parquet.schema_arrow.equals(schema):
             raise StoreError(f"{name}: its columns are not those of a manifest; the file is of another version")
-        table = parquet.read()
+        table = parquet.read(use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise StoreError(f"{name}: not a Parquet file: {error}") from error
