@@ -21,6 +21,7 @@ from nfm.storage_specs.reading.stream import CouplingStream, StreamState
 from nfm.storage_specs.reading.verify import find_document_faults, find_faults
 from nfm.storage_specs.reading.versions import find_version, list_tags, list_versions
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing.publish import annotate_store, tag_version
 from nfm.storage_specs.writing.transfer import copy_store, repair_store
@@ -188,20 +189,11 @@ def test_an_interrupted_publication_leaves_the_old_version(tmp_path: Path, monke
     whole = f"{tmp_path}/whole"
     encode(whole, 2)
     encode(whole, 4)
-    from nfm.storage_specs.storage.files import Root
-
-    original = Root.write
     for stop_at in ("versions/0002/sigma_f.npy", "versions/0002/croissant.json", "versions/0002.json", "dataset.json"):
         url = f"{tmp_path}/{stop_at.replace('/', '-')}"
         encode(url, 2)
-
-        def write(root: Root, path: str, data: bytes, stop_at: str = stop_at) -> None:
-            if path == stop_at:
-                raise KeyboardInterrupt
-            original(root, path, data)
-
         with monkeypatch.context() as patch:
-            patch.setattr(Root, "write", write)
+            interrupt_before(patch, stop_at)
             with pytest.raises(KeyboardInterrupt):
                 encode(url, 4)
         store = Store(url)
@@ -284,6 +276,64 @@ def test_repair_leaves_a_store_of_a_later_kind_alone(tmp_path: Path, document: s
     with pytest.raises(StoreError, match=f"got a coupling of kind '{document}'; this nfm reads and writes 'nfm' alone"):
         repair_store(url, ignore_progress)
     assert tree(url) == before
+
+
+@pytest.mark.parametrize("stop_at", ["versions/0003.json", "README.md", "dataset.json"])
+def test_an_interrupted_annotation_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str) -> None:
+    url = f"{tmp_path}/store"
+    encode(url, 2)
+    encode(url, 4)
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, stop_at)
+        with pytest.raises(KeyboardInterrupt):
+            annotate_store(Store(url), Attribution(licence="MIT"))
+    assert Store(url).dataset.version == 2
+    assert annotate_store(Store(url), Attribution(licence="MIT")).version == 3
+    assert Store(url).dataset.attribution.licence == "MIT" and list(find_faults(Store(url))) == []
+
+
+def test_a_store_is_not_annotated_between_an_interrupted_job_and_its_continuation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{tmp_path}/store"
+    encode(url, 2)
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, "dataset.json")
+        with pytest.raises(KeyboardInterrupt):
+            encode(url, 4)
+    with pytest.raises(StoreError, match="was interrupted; run the same command again, and then annotate"):
+        annotate_store(Store(url), Attribution(licence="MIT"))
+    encode(url, 4)
+    assert annotate_store(Store(url), Attribution(licence="MIT")).version == 3
+    assert list(find_faults(Store(url))) == []
+
+
+def test_all_documents_are_damaged_and_written_again(tmp_path: Path) -> None:
+    url = grown(tmp_path)
+    before = Store(url).dataset
+    for name in ("dataset.json", "versions/0003.json", "versions/0002.json"):
+        damage(tmp_path / "store", name, lambda data: data[:100])
+    assert repair_store(url, ignore_progress)[1] == []
+    encode(url, 4)
+    repaired = Store(url)
+    assert (repaired.dataset.id, repaired.dataset.version, repaired.dataset.parent) == (
+        before.id,
+        2,
+        Store(f"{url}@v1").dataset.id,
+    )
+    assert list_versions(repaired.root) == [1, 2] and list(find_faults(repaired)) == []
+
+
+def interrupt_before(monkeypatch: pytest.MonkeyPatch, path_of_file: str) -> None:
+    """Stop the program before this file is written."""
+    original = Root.write
+
+    def write(root: Root, path: str, data: bytes) -> None:
+        if path == path_of_file:
+            raise KeyboardInterrupt
+        original(root, path, data)
+
+    monkeypatch.setattr(Root, "write", write)
 
 
 def test_a_copy_is_the_version_that_was_opened(tmp_path: Path) -> None:

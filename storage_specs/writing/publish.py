@@ -77,14 +77,16 @@ def publish(root: Root, content: Content, attribution: Attribution, inherited: A
     Its attribution is that of the version before, or for the first version `inherited`, with every field that
     `attribution` gives.
     """
-    versions = list_versions(root)
-    previous = _read_newest_version(root, versions)
+    previous = _read_newest_version(root)
     attribution = (previous.attribution if previous else inherited).updated(attribution)
     content_id = content.id()
     is_same = previous is not None and (previous.id, previous.attribution) == (content_id, attribution)
     if previous is not None and is_same and _is_intact(root, previous):
         return _publish_documents(root, previous)
-    number = versions[-1] + 1 if versions else 1
+    number = previous.version + 1 if previous else 1
+    for unreadable in list_versions(root):
+        if unreadable > number:
+            root.delete(version_file(unreadable))
     folder = version_folder(number)
 
     def write(name: str, data: bytes | None) -> DocumentFile | None:
@@ -127,16 +129,16 @@ def publish(root: Root, content: Content, attribution: Attribution, inherited: A
     return _publish_documents(root, _write_version(root, dataset))
 
 
-def _read_newest_version(root: Root, versions: list[int]) -> Dataset | None:
-    """The newest version whose document can be read."""
-    for version in reversed(versions):
+def _read_newest_version(root: Root) -> Dataset | None:
+    """The newest version whose document can be read, whether dataset.json is a copy of it yet or not."""
+    for version in reversed(list_versions(root)):
         path = version_file(version)
         try:
             return parse_dataset(root.read(path, MAX_METADATA_BYTES), f"{root.url}/{path}")
         except StorageError:
             raise
         except StoreError:
-            continue  # damaged; the next number is free in any case
+            continue  # damaged: its number is used again
     return None
 
 
@@ -192,14 +194,17 @@ def annotate_store(store: Store, attribution: Attribution) -> Dataset:
             f"{store.url}: got a store of schema 1.0, which has no attribution; nfm store convert it first"
         )
     with Lease(store.url, LEASE_FILE):
-        newest = Store(store.url, options=store.options).dataset
-        if newest != store.dataset:
+        if Store(store.url, options=store.options).dataset != store.dataset:
             raise StoreError(f"{store.version_url}: got an older version; annotate {store.url}, the newest")
+        newest = _read_newest_version(store.root)  # later than dataset.json if a publication was interrupted
+        if newest is None or newest.id != store.dataset.id:
+            raise StoreError(
+                f"{store.url}: the job that writes it was interrupted; run the same command again, and then annotate"
+            )
         updated = newest.attribution.updated(attribution)
         if updated == newest.attribution:
-            return newest
-        number = max(list_versions(store.root)) + 1
-        version = newest.model_copy(update={"attribution": updated, "version": number, "parent": newest.id})
+            return _publish_documents(store.root, newest)
+        version = newest.model_copy(update={"attribution": updated, "version": newest.version + 1, "parent": newest.id})
         return _publish_documents(store.root, _write_version(store.root, version))
 
 
