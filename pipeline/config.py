@@ -104,7 +104,7 @@ def parse_attribution(values: dict[str, Any]) -> Attribution:
     try:
         return AttributionConfig.model_validate(values).to_attribution()
     except ValidationError as error:
-        raise ConfigError(_describe_mistakes("attribution", error, prefix=("attribution",))) from error
+        raise ConfigError(_describe_mistakes("annotate", error, prefix=("attribution",))) from error
 
 
 def _read_preset(preset: str) -> dict[str, Any]:

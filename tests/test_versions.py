@@ -106,7 +106,7 @@ def test_a_version_is_opened_by_number_and_by_tag(tmp_path: Path) -> None:
         tag_version(Store(url), "paper")
     with pytest.raises(StoreError, match=r"@v9: got a version that the store does not have; it has versions 1 to 3"):
         Store(f"{url}@v9")
-    with pytest.raises(StoreError, match=r"@draft: got a tag that the store does not have; its tags are paper"):
+    with pytest.raises(StoreError, match=r"@draft: got a tag that the store does not have; it has paper"):
         Store(f"{url}@draft")
     for name in ("v2", "a/b", "", "é", "x" * 65):
         with pytest.raises(StoreError, match="got tag"):
@@ -218,6 +218,23 @@ def test_a_copy_of_a_version_has_it_and_those_before(tmp_path: Path) -> None:
             assert Store(f"{copy}@v{number}").document == Store(f"{url}@v{number}").document
         encode(copy, 4)
         assert Store(copy).dataset.id == Store(url).dataset.id
+
+
+def test_a_copy_is_brought_up_to_date(tmp_path: Path) -> None:
+    """The source gets draws and a licence; the copy stays version 1 until all of version 3 is there."""
+    url, copy = f"{tmp_path}/store", f"{tmp_path}/copy"
+    encode(url, 2)
+    copy_store(Store(url), copy, ignore_progress, None)
+    encode(url, 4)
+    annotate_store(Store(url), Attribution(licence="MIT"))
+    assert copy_store(Store(url), copy, ignore_progress, None) == 6, "the files of two draws"
+    assert Store(copy).document == Store(url).document and list(find_faults(Store(copy))) == []
+    assert list(find_faults(Store(f"{copy}@v1"))) == []
+    with pytest.raises(StoreError, match=r"holds store .*, version 3; expected nothing, or version 1"):
+        copy_store(Store(f"{url}@v1"), copy, ignore_progress, None)
+    encode(f"{tmp_path}/other", 3)
+    with pytest.raises(StoreError, match="holds store"):
+        copy_store(Store(url), f"{tmp_path}/other", ignore_progress, None)
 
 
 def test_a_copy_has_the_tags_of_its_versions(tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def _open_reference(root: Root, reference: str) -> OpenedDocument:
         return _open_version(root, int(match[1]))
     path = f"{TAGS_FOLDER}/{reference}.json"
     if not root.exists(path):
-        existing = f"its tags are {', '.join(list_tags(root)) or 'none'}"
+        tags = list_tags(root)
+        existing = f"it has {', '.join(tags)}" if tags else "it has no tags"
         raise StoreError(f"{root.url}@{reference}: got a tag that the store does not have; {existing}")
     tag = parse_json(Tag, root.read(path, MAX_TAG_BYTES), f"{root.url}/{path}")
     if not root.exists(version_file(tag.version)):
@@ -82,7 +83,7 @@ def _open_version(root: Root, version: int) -> OpenedDocument:
     path = version_file(version)
     if not root.exists(path):
         versions = list_versions(root)
-        existing = f"versions 1 to {versions[-1]}" if versions else "no numbered versions"
+        existing = f"versions 1 to {versions[-1]}" if len(versions) > 1 else "version 1" if versions else "no versions"
         raise StoreError(f"{root.url}@v{version}: got a version that the store does not have; it has {existing}")
     opened = _read_document(root, path)
     if opened.dataset.version != version:

@@ -233,16 +233,24 @@ def _read_commits(store: Store) -> Iterator[tuple[str, bytes]]:
 
 def _claim_copy(store: Store, target: Root, options: dict[str, Any] | None) -> None:
     """Note in `target` that it will be a copy of `store`. Raises StoreError if it holds anything else; a complete copy
-    of the same version may be checked again."""
+    of the same version may be checked again, and one of an earlier version brought up to date."""
     if target.exists(DATASET_FILE):
         existing = Store(target.url, options=options)
-        if existing.document != store.document:
+        if existing.document != store.document and not _is_earlier_version(existing, store):
             raise StoreError(
                 f"{target.url}: holds store {existing.dataset.id[:12]}, version {existing.dataset.version}; expected "
                 f"nothing, or version {store.dataset.version} of {store.dataset.id[:12]}"
             )
         return
     claim(target, COPY_FILE, sha256(store.document))
+
+
+def _is_earlier_version(copy: Store, store: Store) -> bool:
+    """Whether a copy is an earlier version of `store`."""
+    version = copy.dataset.version
+    if is_1_0(store.dataset) or version >= store.dataset.version:
+        return False
+    return store.root.read(version_file(version), MAX_METADATA_BYTES) == copy.document
 
 
 def repair_store(url: str, progress: Progress, options: dict[str, Any] | None = None) -> tuple[list[str], list[int]]:
