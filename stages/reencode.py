@@ -15,10 +15,14 @@ from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 
-# Largest difference between a stored z and the one that the teacher gives now, in units of the root mean square of the
-# latter: the rounding of the dtype for |z| up to 8, and what another machine changes in float32.
+# Differences between stored z and those that the teacher gives now, in units of the root mean square of the latter: the
+# largest one, and the root mean square over all. The first has the rounding of the dtype for |z| up to 8, and what
+# another machine changes in float32. A store states its dtype and precision itself, so the second is what keeps a
+# statement of less precision from hiding other images or noise.
 TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 4e-2, "int8": 4e-2}
-PRECISION_TOLERANCE = {"fp32": 0.0, "tf32": 2e-2, "bf16": 0.2}  # added to it
+RMS_TOLERANCE = {"float32": 1e-4, "float16": 5e-4, "bfloat16": 4e-3, "int8": 1.6e-2}
+PRECISION_TOLERANCE = {"fp32": 0.0, "tf32": 2e-2, "bf16": 0.2}  # added to the first
+PRECISION_RMS_TOLERANCE = {"fp32": 0.0, "tf32": 2e-3, "bf16": 2e-2}  # added to the second
 MAX_CLIPPED = 1e-3  # share of the values of int8 z that may be the largest one, which stands for all beyond it
 BATCH = 16  # pairs that pass through the teacher at once
 
@@ -68,6 +72,13 @@ def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> f
         raise StoreError(
             f"{store.url}: z of image {image}, draw {draw}, is {by_pair[worst]:.2e} of the root mean square of z "
             f"away from what {teacher} gives, expected at most {tolerance}; the store is not what its spec says"
+        )
+    rms = float(np.sqrt(np.square(difference).mean()))
+    rms_tolerance = RMS_TOLERANCE[coupling.z_dtype] + PRECISION_RMS_TOLERANCE[coupling.precision]
+    if not rms <= rms_tolerance:
+        raise StoreError(
+            f"{store.url}: z of {len(pairs)} pairs are {rms:.2e} of the root mean square of z away from what {teacher} "
+            f"gives, in the root mean square, expected at most {rms_tolerance}; the store is not what its spec says"
         )
     return float(by_pair[worst])
 

@@ -121,7 +121,7 @@ def test_a_second_driver_is_refused_and_harms_nothing(
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.5)
     monkeypatch.setattr(lease, "LEASE_SECONDS", PATIENCE)  # a holder that is slow is not dead
     with lease_holder(tmp_path):
-        with pytest.raises(StoreError, match="is encoding into it; wait until it ends, or stop it"):
+        with pytest.raises(StoreError, match="is writing into it; wait until it ends, or stop it"):
             encode(run, str(tmp_path))
         assert os.listdir(tmp_path) == ["commits"] and not (tmp_path / "commits/spec.json").exists()
     assert encode(run, str(tmp_path)).units_encoded == 6

@@ -56,7 +56,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(
 ) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.5)
     monkeypatch.setattr(lease, "LEASE_SECONDS", PATIENCE)  # a holder that is slow is not dead
-    with pytest.raises(StoreError, match=f"process {holder.pid} on .* is encoding into it; wait until it ends"):
+    with pytest.raises(StoreError, match=f"process {holder.pid} on .* is writing into it; wait until it ends"):
         Lease(str(tmp_path), LEASE_FILE).__enter__()
     assert holder.poll() is None
 
@@ -68,7 +68,7 @@ def test_a_dead_driver_of_this_machine_is_followed_at_once(
     holder.wait()
     with Lease(str(tmp_path), LEASE_FILE) as lease_of_test:
         assert lease_of_test.previous_in_flight == [UNIT]
-    assert clock.seconds == 0
+    assert clock.seconds == lease.CONFIRM_SECONDS
     assert not (tmp_path / LEASE_FILE).exists()
 
 
@@ -91,7 +91,7 @@ def test_a_driver_elsewhere_is_dead_when_it_renews_no_more(
                 return error
             return None
 
-        assert "took over encoding into it" in str(wait_for(renewal_error, "the end of a lease that another took over"))
+        assert "took over writing into it" in str(wait_for(renewal_error, "the end of a lease that another took over"))
     assert (tmp_path / LEASE_FILE).exists(), "the lease of another driver is not deleted"
 
 

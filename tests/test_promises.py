@@ -1,6 +1,7 @@
 """A store is what it says: changed documents, files and scales are noticed by every reader and command."""
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,11 @@ from nfm.storage_specs.reading import rows as rows_module
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
 from nfm.storage_specs.reading.verify import find_faults
-from nfm.storage_specs.storage.documents import canonical_json
+from nfm.storage_specs.storage.documents import canonical_json, sealed_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import Root, sha256
 from nfm.storage_specs.storage.npy import npy_bytes
-from nfm.storage_specs.writing.transfer import convert_store, copy_store
+from nfm.storage_specs.writing.transfer import convert_store, copy_store, repair_store
 from nfm.storage_specs.writing.tuples import export_tuples
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.random_couplings import write_random_couplings
@@ -259,6 +260,129 @@ def test_storage_that_loses_what_is_written_is_not_trusted(
         copy_store(Store(str(store)), f"{tmp_path}/copy", ignore_progress, None)
     with pytest.raises(StoreError, match="the storage is not to be trusted"):
         convert_store(Store(str(store)), f"{tmp_path}/zarr", "zarr", ignore_progress, None)
+
+
+def test_a_conversion_of_another_store_with_the_same_spec_is_refused(tmp_path: Path) -> None:
+    """Else its blocks would be mixed with those of the first."""
+    for seed in (0, 1):
+        write_random_couplings(f"{tmp_path}/{seed}", "webdataset", SHAPE, rows=70, draws=2, seed=seed)
+    first, second = Store(f"{tmp_path}/0"), Store(f"{tmp_path}/1")
+    assert first.spec == second.spec
+    convert_store(first, f"{tmp_path}/out", "zarr", ignore_progress, None)
+    before = tree(f"{tmp_path}/out")
+    with pytest.raises(StoreError, match=f"not one that was converted from {second.dataset.id[:12]}"):
+        convert_store(second, f"{tmp_path}/out", "zarr", ignore_progress, None)
+    (tmp_path / "out/dataset.json").unlink()
+    (tmp_path / "out/commits/000001.k000-002.json").unlink()
+    with pytest.raises(StoreError, match="not one that was converted from"):
+        convert_store(second, f"{tmp_path}/out", "zarr", ignore_progress, None)
+    convert_store(first, f"{tmp_path}/out", "zarr", ignore_progress, None)
+    assert tree(f"{tmp_path}/out") == before
+
+
+@pytest.mark.parametrize("harm", ["deleted", "flipped"])
+def test_a_finished_conversion_is_read_back_too(store: Path, tmp_path: Path, harm: str) -> None:
+    out = tmp_path / "out"
+    convert_store(Store(str(store)), str(out), "zarr", ignore_progress, None)
+    before = tree(str(out))
+    path = "columns.zarr/z/c/1/1/0/0/0"
+    if harm == "deleted":
+        (out / path).unlink()
+    else:
+        damage(out, path, flip(900))
+    convert_store(Store(str(store)), str(out), "zarr", ignore_progress, None)
+    assert tree(str(out)) == before
+
+
+def test_a_file_with_the_name_of_a_version_switches_no_check_off(store: Path) -> None:
+    convert_store(Store(str(store)), f"{store}-zarr", "zarr", ignore_progress, None)
+    zarr = Path(f"{store}-zarr")
+    (zarr / "versions/0002.json").write_bytes(b"")
+    damage(zarr, "columns.zarr/z/zarr.json", lambda data: data.replace(b"float16", b"int16"))
+    damage(zarr, "README.md", flip(200))
+    faults = {fault.file for fault in find_faults(Store(str(zarr)))}
+    assert faults == {"README.md", "columns.zarr/z/zarr.json"}
+
+
+def test_metadata_of_zarr_may_be_spelt_otherwise(store: Path) -> None:
+    """Versions of zarr-python write other bytes of the same meaning."""
+    convert_store(Store(str(store)), f"{store}-zarr", "zarr", ignore_progress, None)
+
+    def respell(data: bytes) -> bytes:
+        return json.dumps(json.loads(data) | {"consolidated_metadata": None}, indent=4).encode()
+
+    for path in Path(f"{store}-zarr").glob("columns.zarr/**/zarr.json"):
+        damage(path.parent, path.name, respell)
+    assert list(find_faults(Store(f"{store}-zarr"))) == []
+
+
+def add_draws(url: str) -> None:
+    """Add a third draw to a store of two."""
+    spec = Store(url).spec
+    writer = StoreWriter(url, spec.model_copy(update={"coupling": spec.nfm.model_copy(update={"draws": 3})}))
+    writer.initialize()
+    for unit in writer.list_missing_units():
+        unit_writer = writer.unit_writer(unit, Store(url).column("label", unit.block))
+        for draw in unit.draws:
+            z = np.random.default_rng(unit.block).standard_normal((spec.rows_of(unit.block), *SHAPE), np.float32)
+            unit_writer.write_draw(draw, z, None)
+        unit_writer.commit()
+    writer.finalize()
+
+
+@pytest.mark.parametrize("what", ["sums", "file"])
+def test_commit_records_that_a_version_was_not_made_of_are_refused(store: Path, what: str) -> None:
+    """Somebody changed them, hashes and all, before draws were added."""
+    record = store / "commits/000001.k000-002.json"
+    document = json.loads(record.read_bytes())
+    del document["sha256"]
+    for file in document["files"]:
+        if what == "sums" and file["column"] == "z_sums":
+            sums = np.load(store / file["path"]) * 1e6
+            (store / file["path"]).write_bytes(npy_bytes(sums))
+            file["sha256"] = sha256((store / file["path"]).read_bytes())
+        if what == "file" and file["column"] == "z":
+            file["sha256"] = "0" * 64
+    record.write_bytes(sealed_json(document))
+    with pytest.raises(StoreError, match="of its commit records are not those|is not that of version 1"):
+        add_draws(str(store))
+    assert Store(str(store)).dataset.version == 1
+
+
+def test_a_repair_that_was_interrupted_is_not_complete(store: Path) -> None:
+    """The commit record of a damaged unit is gone, and dataset.json is still there."""
+    spec = Store(str(store)).spec
+    (store / "commits/000001.k000-002.json").unlink()
+    assert not StoreWriter(str(store), spec).is_complete()
+
+
+def test_repair_keeps_the_document_of_a_version(store: Path) -> None:
+    before = (store / "versions/0001.json").read_bytes()
+    damage(store, "dataset.json", edit(attribution__licence="MIT"))
+    repair_store(str(store), ignore_progress)
+    assert (store / "versions/0001.json").read_bytes() == before
+
+
+def test_statements_of_less_precision_hide_no_other_images(run: Run, tmp_path: Path) -> None:
+    """bf16 allows single values to differ; noise in all of them is more than it makes."""
+    rng = np.random.default_rng(0)
+    store_of_other_z(run, f"{tmp_path}/store", lambda z: z + rng.uniform(-0.15, 0.15, z.shape))
+    change_document(tmp_path / "store", spec__coupling__precision="bf16")
+    reseal(tmp_path / "store")
+    with pytest.raises(StoreError, match="in the root mean square, expected at most"):
+        verify_by_reencoding(Store(f"{tmp_path}/store"), run.teacher, 50, seed=0)
+
+
+def test_nan_is_no_json(store: Path) -> None:
+    for path in ("dataset.json", "versions/0001.json"):
+        damage(store, path, lambda data: data.replace(b'"preprocessing": {}', b'"preprocessing": {"a": NaN}'))
+    with pytest.raises(StoreError, match="got NaN, which is no JSON"):
+        Store(str(store))
+
+
+def test_an_empty_url_is_no_folder() -> None:
+    with pytest.raises(StoreError, match="got an empty URL"):
+        Root("")
 
 
 OCCUPANTS: dict[str, Callable[[Path, Path], object]] = {

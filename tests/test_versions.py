@@ -3,8 +3,11 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pyarrow as pa
@@ -122,6 +125,9 @@ def test_a_folder_whose_name_has_an_at_is_a_store_too(tmp_path: Path) -> None:
     encode(url, 2)
     assert Store(url).url == url
     assert Store(f"{url}@v1").url == url
+    first = Store(url).dataset.id
+    encode(url, 4)
+    assert find_version(url, first) == f"{url}@v1"
 
 
 def test_nothing_is_written_to_a_version(tmp_path: Path) -> None:
@@ -139,7 +145,7 @@ def test_nothing_is_written_to_a_version(tmp_path: Path) -> None:
 
 def test_a_store_is_not_annotated_while_it_is_written(tmp_path: Path) -> None:
     url = grown(tmp_path)
-    with Lease(url, LEASE_FILE), pytest.raises(StoreError, match="is encoding into it"):
+    with Lease(url, LEASE_FILE), pytest.raises(StoreError, match="is writing into it"):
         annotate_store(Store(url), Attribution(notes="x"))
     assert list_versions(Store(url).root) == [1, 2, 3]
 
@@ -395,6 +401,41 @@ def test_the_version_with_an_id_is_found(tmp_path: Path) -> None:
     assert find_version(url, first) == f"{url}@v1"
     assert find_version(f"{url}@v2", first) == f"{url}@v2", "what the user says stands"
     assert find_version(url, "0" * 64) == url
+
+
+ANNOTATE = """
+import sys
+from nfm.storage_specs.format.schema import Attribution
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.writing.publish import annotate_store
+store = Store(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+annotate_store(store, Attribution(notes=sys.argv[2]))
+"""
+
+
+@pytest.mark.long
+def test_two_annotations_at_once_make_no_mixed_version(tmp_path: Path) -> None:
+    for trial in range(6):
+        url = f"{tmp_path}/{trial}"
+        encode(url, 2)
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", ANNOTATE, url, note], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True
+            )
+            for note in ("one", "other")
+        ]
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        ended = [process.wait(60) for process in processes]
+        assert 0 in ended
+        assert list(find_faults(Store(url))) == []
+        assert Store(url).dataset.version == 1 + ended.count(0)
 
 
 class StopError(Exception):

@@ -9,10 +9,12 @@ from nfm.storage_specs.storage.documents import StrictModel
 
 
 class StartedStore(StrictModel):
-    """`commits/spec.json`: which store is being written, or was, in a folder."""
+    """`commits/spec.json`: which store is being written, or was, in a folder; and the id of the store that it is
+    converted from, if it is."""
 
-    schema_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    schema_version: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")]
     spec: Spec
+    converted_from: Sha256 | None = None
 
 
 class Commit(StrictModel):

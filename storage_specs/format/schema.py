@@ -4,6 +4,7 @@ of schema 1.0 are read by schema_1_0.py; what writers commit is in commits.py.""
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -55,8 +56,8 @@ class LatentSpec(StrictModel):
     """x as latents of an image: x = (value - shift) · scale, where `value` is what the decoder takes."""
 
     dtype: FloatDtype
-    scale: FinitePositive
-    shift: Finite
+    scale: Annotated[float, Field(ge=1e-6, le=1e6)]  # so that x stays finite
+    shift: Annotated[float, Field(ge=-1e6, le=1e6)]
     decoder: DecoderSpec
 
 
@@ -212,6 +213,10 @@ class Spec(StrictModel):
         """Whether the images have labels."""
         return self.num_classes > 0
 
+    def is_class(self, label: str) -> bool:
+        """Whether a text is the decimal number of a class."""
+        return label.isascii() and label.isdecimal() and len(label) <= 7 and int(label) < self.num_classes
+
     def view_of(self, draw: int) -> ImageView:
         """The view of the image that a draw was made of."""
         return self.views[draw % len(self.views)]
@@ -354,7 +359,7 @@ class Dataset(StrictModel):
     """One version of a store: `versions/000N.json`, which never changes once it is written, and of the newest version
     also `dataset.json`, written last, so that its presence means that the store is complete."""
 
-    schema_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")]
+    schema_version: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")]
     id: Sha256  # of the content (see `content_id`); versions that differ in their attribution alone share it
     version: Annotated[int, Field(ge=1, le=1_000_000)]
     parent: Sha256 | None  # id of the version before this one
@@ -367,8 +372,8 @@ class Dataset(StrictModel):
     @model_validator(mode="after")
     def _check_labels(self) -> "Dataset":
         for label in self.totals.label_counts:
-            if not label.isdecimal() or int(label) >= self.spec.num_classes:
-                raise ValueError(f"label counts of class {label}, which is not in the spec")
+            if not self.spec.is_class(label):
+                raise ValueError(f"label counts of class {label[:20]}, which is not in the spec")
         return self
 
 
@@ -407,7 +412,10 @@ def read_schema_version(data: bytes, name: str) -> tuple[int, int]:
     that this nfm cannot read; the message then says which nfm can."""
     try:
         version = json.loads(data)["schema_version"]
-        major, minor = map(int, str(version).split("."))
+        match = re.fullmatch(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})", version)
+        if match is None:
+            raise ValueError(version)
+        major, minor = int(match[1]), int(match[2])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(f"{name}: got no readable schema_version; expected the dataset.json of a store") from error
     if major != SCHEMA_MAJOR or minor > SCHEMA_MINOR:

@@ -117,10 +117,8 @@ def list_tags(root: Root) -> list[str]:
 def find_version(url: str, content_id: str, options: dict[str, Any] | None = None) -> str:
     """The URL of the newest version of a store whose id is `content_id`; `url` itself if it names a version, or if its
     newest version has that id, or if none has it. Raises StoreError as `open_document` does."""
-    if split_version(url)[1] is not None:
-        return url
     opened = open_document(url, options)
-    if opened.dataset.id == content_id:
+    if opened.path != DATASET_FILE or opened.dataset.id == content_id:
         return url
     for version in reversed(list_versions(opened.root)):
         if _open_version(opened.root, version).dataset.id == content_id:

@@ -26,13 +26,26 @@ def canonical_json(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
+class _ConstantError(ValueError):
+    """A number that JSON does not have."""
+
+
+def _refuse_constant(constant: str) -> None:
+    raise _ConstantError(constant)
+
+
 def parse_json(model: type[T], data: bytes, name: str) -> T:
     """The document in `data`, checked against `model`.
 
-    Raises StoreError with the file's `name` and the first wrong field.
+    Raises StoreError with the file's `name` and the first wrong field. NaN and infinity, which are no JSON, are refused
+    also where the model takes any value.
     """
     try:
+        if b"NaN" in data or b"Infinity" in data:  # else there is no need to look
+            json.loads(data, parse_constant=_refuse_constant)
         return model.model_validate_json(data)
+    except _ConstantError as error:
+        raise StoreError(f"{name}: got {error}, which is no JSON; the file is damaged") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "document"

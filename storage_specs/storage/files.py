@@ -84,7 +84,9 @@ class Root:
     """
 
     def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
-        """Raises StoreError if there is no file system for the URL."""
+        """Raises StoreError if there is no file system for the URL, or if it is empty."""
+        if not url.strip():
+            raise StoreError("got an empty URL; expected a path or a URL")
         self.url = url.rstrip("/") or "/"
         try:
             self.fs, self.path = fsspec.core.url_to_fs(self.url, **(options or {}))

@@ -5,8 +5,9 @@ file changes, its holder lives, and the driver is refused; if it does not change
 and the driver takes over. No clocks of two machines are compared. A holder on the same machine whose process is gone is
 known to be dead at once.
 
-Object stores offer no lock that all of them share. Two drivers that start in the same instant may therefore both run
-until the next renewal. They write the same bytes, which makes that harmless.
+Object stores offer no lock that all of them share. A driver therefore looks again, a moment after it took the lease,
+whether another one took it at the same time. Where storage is so slow that both see only themselves, both run until the
+next renewal. Drivers of one job write the same bytes, which makes that harmless.
 """
 
 import os
@@ -26,6 +27,7 @@ from nfm.storage_specs.storage.files import Root
 
 RENEW_SECONDS = 5.0
 LEASE_SECONDS = 30.0
+CONFIRM_SECONDS = 0.2  # after which a driver looks whether the lease that it took still stands there
 MIN_WRITE_INTERVAL_SECONDS = 0.2  # between two writes of the lease file, however often the units in flight change
 MAX_LEASE_BYTES = 1 << 24
 
@@ -88,6 +90,10 @@ class Lease:
             self.previous_in_flight = existing.in_flight
             self.in_flight = existing.in_flight
         self._write()
+        time.sleep(CONFIRM_SECONDS)  # another driver that found no lease at the same time has written by now
+        confirmed = self._read()
+        if confirmed is not None and confirmed.token != self.token:
+            raise self._refusal(confirmed)
         self._thread.start()
         return self
 
@@ -137,10 +143,13 @@ class Lease:
             if current is None:
                 return
             if current != holder:
-                raise StoreError(
-                    f"{self.root.url}: {current.process_name} is encoding into it; wait until it ends, or stop it: "
-                    "the same command then continues"
-                )
+                raise self._refusal(current)
+
+    def _refusal(self, holder: Holder) -> StoreError:
+        return StoreError(
+            f"{self.root.url}: {holder.process_name} is writing into it; wait until it ends, or stop it: "
+            "the same command then continues"
+        )
 
     def _read(self) -> Holder | None:
         """The content of the lease file; None if there is no such file, or none that this version can read."""
@@ -179,7 +188,7 @@ class Lease:
                 if current is not None and current.token != self.token:
                     self._taken_over = True
                     self._error = StoreError(
-                        f"{self.root.url}: {current.process_name} took over encoding into it; this process stops"
+                        f"{self.root.url}: {current.process_name} took over writing into it; this process stops"
                     )
                     return
                 self._write()

@@ -14,6 +14,7 @@ from nfm.storage_specs.format.names import (
     COST_FILE,
     CROISSANT_FILE,
     DATASET_FILE,
+    LEASE_FILE,
     MAX_DOCUMENT_BYTES,
     MAX_METADATA_BYTES,
     README_FILE,
@@ -30,6 +31,7 @@ from nfm.storage_specs.reading.versions import MAX_TAG_BYTES, check_no_version, 
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
+from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing import units
 from nfm.storage_specs.writing.claims import claim
 from nfm.storage_specs.writing.units import Unit, list_committed_units
@@ -53,22 +55,21 @@ def convert_store(
         raise StoreError(f"{store.url}: the store already has layout {layout}; to duplicate it, use `nfm store copy`")
     spec = store.spec.model_copy(update={"layout": layout})
     writer = StoreWriter(out, spec, options)
-    writer.initialize(store.z_scale if spec.coupling else None)
-    missing_units = writer.list_missing_units()
-    progress(spec.rows - sum(spec.rows_of(unit.block) for unit in missing_units))
-    if not missing_units and writer.is_complete():
-        return Store(out, options=options).dataset
-    for _ in range(MAX_CHECKS):
-        _convert_units(store, writer, missing_units, progress)
-        with ThreadPoolExecutor(IO_THREADS, "nfm-check") as pool:
-            written = sorted(list_committed_units(writer.root))
-            for unit, faults in zip(written, pool.map(writer.find_faults, written), strict=True):
-                if faults:
-                    writer.delete_commit(unit)
+    with Lease(out, LEASE_FILE):
+        writer.initialize(store.z_scale if spec.coupling else None, converted_from=store.dataset.id)
         missing_units = writer.list_missing_units()
-        if not missing_units:
-            return writer.finalize(store.cost, inherited=store.dataset.attribution)
-    raise _untrusted_storage_error(out)
+        progress(spec.rows - sum(spec.rows_of(unit.block) for unit in missing_units))
+        for _ in range(MAX_CHECKS):
+            _convert_units(store, writer, missing_units, progress)
+            with ThreadPoolExecutor(IO_THREADS, "nfm-check") as pool:
+                written = sorted(list_committed_units(writer.root))
+                for unit, faults in zip(written, pool.map(writer.find_faults, written), strict=True):
+                    if faults:
+                        writer.delete_commit(unit)
+            missing_units = writer.list_missing_units()
+            if not missing_units:
+                return writer.finalize(store.cost, inherited=store.dataset.attribution)
+        raise _untrusted_storage_error(out)
 
 
 def _convert_units(store: Store, writer: StoreWriter, missing_units: list[Unit], progress: Progress) -> None:
@@ -154,6 +155,7 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
     write_document(DATASET_FILE, store.document)
     if target.exists(COPY_FILE):
         target.delete(COPY_FILE)
+    target.delete_temporary_files(keep=LEASE_FILE)
     return len(missing) + len(damaged)
 
 
@@ -226,9 +228,26 @@ def _read_commits(store: Store) -> Iterator[tuple[str, bytes]]:
             continue  # of draws that are being added
         commit = units.read_commit(store.root, store.spec, unit)
         for record in commit.files:
-            if FileKey(record.column, record.block, record.draw) not in store.files:
+            copied = store.files.get(FileKey(record.column, record.block, record.draw))
+            if copied is not None and copied.sha256 != record.sha256:
+                raise StoreError(
+                    f"{store.url}/{unit.commit_file}: it is not of version {store.dataset.version}; the store was "
+                    "repaired meanwhile, run the same command again"
+                )
+            if copied is None:
                 yield record.path, store.read_document(record.path, record.sha256, record.bytes)
         yield unit.commit_file, store.root.read(unit.commit_file, units.MAX_COMMIT_BYTES)
+
+
+def _restore_version(store: Store) -> None:
+    """Write the document of the newest version from dataset.json if it cannot be read itself."""
+    path = version_file(store.dataset.version)
+    try:
+        parse_dataset(store.root.read(path, MAX_METADATA_BYTES), f"{store.url}/{path}")
+    except StorageError:
+        raise
+    except StoreError:
+        store.root.write(path, store.document)
 
 
 def _claim_copy(store: Store, target: Root, options: dict[str, Any] | None) -> None:
@@ -303,8 +322,11 @@ def repair_store(url: str, progress: Progress, options: dict[str, Any] | None = 
         if other_faults or any(unit.contains(key) for key in damaged_files):
             damaged_blocks.add(unit.block)
             root.delete(unit.commit_file)
-    if store is not None:
-        root.write(version_file(store.dataset.version), store.document)  # it may be what was damaged
+    if store is not None and not is_1_0(store.dataset):
+        _restore_version(store)
+    for fault in faults:
+        if isinstance(fault.file, str) and fault.file.startswith(f"{TAGS_FOLDER}/"):
+            root.delete(fault.file)
     # Deleted last: after an interruption that deleted only dataset.json, the next run would see all units committed and
     # finalize the damaged store.
     root.delete(DATASET_FILE)

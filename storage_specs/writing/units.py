@@ -88,7 +88,8 @@ class Unit:
 def list_committed_units(root: Root) -> set[Unit]:
     """The units that have a commit record. It takes one listing of a folder, however many there are."""
     matches = (_COMMIT_NAME.fullmatch(name) for name in root.list_names(COMMITS_FOLDER))
-    return {Unit(int(match[1]), int(match[2]), int(match[3])) for match in matches if match}
+    committed = (Unit(int(match[1]), int(match[2]), int(match[3])) for match in matches if match)
+    return {unit for unit in committed if unit.draws or unit.stop == 0}
 
 
 def list_missing_units(spec: Spec, committed: Iterable[Unit]) -> list[Unit]:
@@ -268,8 +269,9 @@ def read_commit(root: Root, spec: Spec, unit: Unit) -> Commit:
         is_expected &= file.path == path and (file.bytes == size or (file.column == NAMES and file.bytes < size))
     if not is_expected:
         raise StoreError(f"{name}: its files are not those of its unit; the record is damaged")
-    labels = [int(label) if label.isdecimal() else -1 for label in commit.label_counts]
-    if commit.rows != spec.rows_of(unit.block) or not all(0 <= label < spec.num_classes for label in labels):
+    rows, counts = spec.rows_of(unit.block), commit.label_counts
+    is_counted = all(spec.is_class(label) and count > 0 for label, count in counts.items())
+    if commit.rows != rows or not is_counted or sum(counts.values()) != (rows if spec.has_labels else 0):
         raise StoreError(f"{name}: its rows or labels are not those of its unit; the record is damaged")
     return commit
 

@@ -34,6 +34,7 @@ from nfm.storage_specs.format.names import (
 )
 from nfm.storage_specs.format.schema import SCHEMA_VERSION, UNKNOWN, Attribution, Dataset, Spec, read_schema_version
 from nfm.storage_specs.format.sums import ZSums, sigma_f
+from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.versions import check_no_version
 from nfm.storage_specs.storage.documents import canonical_json, list_differences, parse_json
 from nfm.storage_specs.storage.errors import StoreError
@@ -48,7 +49,11 @@ from nfm.storage_specs.writing.units import Unit, UnitWriter
 def read_started_spec(url: str, options: dict[str, Any] | None = None) -> Spec | None:
     """The spec of the store at a URL, complete or not; None if no writer has started one there. Raises StoreError for a
     store that this nfm does not write: of schema 1.0, or with another kind of coupling."""
-    root = Root(url, options)
+    started = _read_started(Root(url, options))
+    return started.spec if started else None
+
+
+def _read_started(root: Root) -> StartedStore | None:
     if not root.exists(SPEC_FILE):
         return None
     name, data = f"{root.url}/{SPEC_FILE}", root.read(SPEC_FILE, MAX_METADATA_BYTES)
@@ -58,9 +63,9 @@ def read_started_spec(url: str, options: dict[str, Any] | None = None) -> Spec |
             "nfm store convert writes it as schema 1.1 to another URL, which the same command then continues"
         )
     read_schema_version(data, name)
-    spec = parse_json(StartedStore, data, name).spec
-    check_kind_is_supported(spec, name)
-    return spec
+    started = parse_json(StartedStore, data, name)
+    check_kind_is_supported(started.spec, name)
+    return started
 
 
 class StoreWriter:
@@ -77,25 +82,33 @@ class StoreWriter:
         self.spec = spec
         self.layout = LAYOUTS[spec.layout]
 
-    def initialize(self, z_scale: NDArray[np.float32] | None = None) -> None:
+    def initialize(self, z_scale: NDArray[np.float32] | None = None, converted_from: str | None = None) -> None:
         """Start the store at the URL, or continue the one that was started there, or add draws to it.
 
-        `z_scale`, float32 (C, H, W), is the scale whose sha256 is in the spec of an int8 store. Raises StoreError, with
-        the fields that differ, if the URL holds a store with another spec, or if it holds something else.
+        `z_scale`, float32 (C, H, W), is the scale whose sha256 is in the spec of an int8 store. `converted_from` is the
+        id of the store whose values will be written, where the spec alone does not determine them. Raises StoreError,
+        with the fields that differ, if the URL holds a store with another spec, or a conversion of another store, or
+        something else.
         """
-        existing = read_started_spec(self.root.url, self.options)
-        document = StartedStore(schema_version=SCHEMA_VERSION, spec=self.spec)
+        existing = _read_started(self.root)
+        started = StartedStore(schema_version=SCHEMA_VERSION, spec=self.spec, converted_from=converted_from)
         if existing is None:
             check_unclaimed(self.root)
             if z_scale is not None:
                 self.root.write(Z_SCALE_FILE, npy_bytes(z_scale))
         else:
-            same_lineage = existing.lineage == self.spec.lineage
-            adds_draws = same_lineage and existing.num_draws < self.spec.num_draws
-            if existing != self.spec and not adds_draws:
-                self._raise_spec_differs(existing, same_lineage)
-        if existing != self.spec:
-            self.root.write(SPEC_FILE, canonical_json(document.model_dump(mode="json")))
+            same_lineage = existing.spec.lineage == self.spec.lineage
+            adds_draws = same_lineage and existing.spec.num_draws < self.spec.num_draws
+            if existing.spec != self.spec and not adds_draws:
+                self._raise_spec_differs(existing.spec, same_lineage)
+            if converted_from not in (None, existing.converted_from):
+                raise StoreError(
+                    f"{self.root.url}: holds another store with the same spec, not one that was converted from "
+                    f"{converted_from[:12]}. Write to another URL, or delete it first"
+                )
+            started = started.model_copy(update={"converted_from": existing.converted_from})
+        if existing != started:
+            self.root.write(SPEC_FILE, canonical_json(started.model_dump(mode="json")))
 
     def _raise_spec_differs(self, existing: Spec, same_lineage: bool) -> NoReturn:
         fields = list_differences(self.spec.model_dump(mode="json"), existing.model_dump(mode="json"))
@@ -117,9 +130,12 @@ class StoreWriter:
         return codecs.parse_positive_npy(data, self.spec.shape, name)
 
     def is_complete(self) -> bool:
-        """Whether the newest version has this spec. One with fewer draws does not count."""
+        """Whether the newest version has this spec, and no unit waits to be written again after a repair. A version
+        with fewer draws does not count."""
         newest = self.read_newest()
-        return newest is not None and newest.spec == self.spec
+        if newest is None or newest.spec != self.spec:
+            return False
+        return not self.root.exists(SPEC_FILE) or not self.list_missing_units()
 
     def read_newest(self) -> Dataset | None:
         """The newest version; None if there is no dataset.json."""
@@ -129,11 +145,13 @@ class StoreWriter:
 
     def list_missing_units(self) -> list[Unit]:
         """The units that still have to be written. Takes one listing of the commit records."""
-        return units.list_missing_units(self.spec, units.list_committed_units(self.root))
+        return units.list_missing_units(self.spec, self._list_own_committed_units())
 
     def _list_own_committed_units(self) -> list[Unit]:
         """The committed units with draws of this spec, in order; others may be of a driver that adds more draws."""
-        return [unit for unit in sorted(units.list_committed_units(self.root)) if unit.stop <= self.spec.num_draws]
+        committed = sorted(units.list_committed_units(self.root))
+        has_draws = self.spec.num_draws > 0
+        return [unit for unit in committed if unit.stop <= self.spec.num_draws and bool(unit.draws) == has_draws]
 
     def list_unpublished_units(self) -> list[Unit]:
         """The committed units whose draws the newest version, if there is one, does not have yet."""
@@ -195,6 +213,7 @@ class StoreWriter:
         assert not units.list_missing_units(self.spec, committed), "finalize before every unit was committed"
         with ThreadPoolExecutor(IO_THREADS, "nfm-finalize") as pool:
             commits = list(pool.map(lambda unit: units.read_commit(self.root, self.spec, unit), committed))
+            self._compare_with_published(commits, pool)
             names = self._collect_names(commits, pool) if self.spec.names else None
             derived = self._derived_files(commits, pool) if self.spec.coupling else {}
         records = {FileKey(file.column, file.block, file.draw): file for commit in commits for file in commit.files}
@@ -222,9 +241,30 @@ class StoreWriter:
         )
         return publish(self.root, content, attribution, inherited)
 
+    def _compare_with_published(self, commits: list[Commit], pool: ThreadPoolExecutor) -> None:
+        """Raise StoreError if commit records of draws that the newest version has are not those that it was made of."""
+        if not self.root.exists(DATASET_FILE):
+            return  # nothing is published, or a repair took it back
+        published = Store(self.root.url, options=self.options)
+        for commit in commits:
+            for file in commit.files:
+                record = published.files.get(FileKey(file.column, file.block, file.draw))
+                if record is not None and record.sha256 != file.sha256:
+                    raise StoreError(
+                        f"{self.root.url}: the commit record of {file.path} is not that of version "
+                        f"{published.dataset.version}; nfm store repair says what is damaged"
+                    )
+        if published.z_sums is not None:
+            sums = self._add_sums(commits, pool, published.spec.num_draws)
+            if not all(np.array_equal(old, new) for old, new in zip(published.z_sums, sums, strict=True)):
+                raise StoreError(
+                    f"{self.root.url}: the sums over z of its commit records are not those of version "
+                    f"{published.dataset.version}; nfm store repair says what is damaged"
+                )
+
     def _derived_files(self, commits: list[Commit], pool: ThreadPoolExecutor) -> dict[str, bytes]:
         """The files that are computed from z, by name. `commits` are in the order of blocks and draws."""
-        sums = self._add_sums(commits, pool)
+        sums = self._add_sums(commits, pool, self.spec.num_draws)
         scale = sigma_f(self.spec, sums)
         if not ((scale > codecs.MIN_SCALE) & (scale < codecs.MAX_SCALE)).all():
             raise FloatingPointError(
@@ -242,8 +282,8 @@ class StoreWriter:
         in_order = [with_names[block] for block in range(self.spec.num_blocks)]
         return pa.concat_tables(pool.map(lambda commit: units.read_image_names(self.root, self.spec, commit), in_order))
 
-    def _add_sums(self, commits: list[Commit], pool: ThreadPoolExecutor) -> ZSums:
-        """The sums over z of the data set and draws.
+    def _add_sums(self, commits: list[Commit], pool: ThreadPoolExecutor, num_draws: int) -> ZSums:
+        """The sums over z of the data set and its first draws.
 
         They are added block by block and draw by draw, so that the bits do not depend on the units they came in.
         Units may overlap, after two drivers ran at the same time; their sums of one draw are equal, and one of them is
@@ -257,7 +297,7 @@ class StoreWriter:
             if commit.block != block:
                 block = commit.block
                 num_added_draws = 0
-            for draw in range(max(num_added_draws, commit.first), commit.stop):
+            for draw in range(max(num_added_draws, commit.first), min(commit.stop, num_draws)):
                 total.add(sums_by_draw[draw])
                 num_added_draws = draw + 1
         return total

@@ -65,8 +65,8 @@ def content(url: str) -> dict[str, bytes]:
 
 
 def without_times(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The files without the cost, and without the commit records, which hold times."""
-    return {name: data for name, data in files.items() if not re.fullmatch(r"commits/\d+.*|cost\.json", name)}
+    """The files without the cost, and without the commit records, which hold times and say what was converted."""
+    return {name: data for name, data in files.items() if not re.fullmatch(r"commits/.*|cost\.json", name)}
 
 
 def damage(folder: Path, path: str, change: Callable[[bytes], bytes]) -> None:
