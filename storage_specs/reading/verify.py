@@ -215,7 +215,7 @@ def _is_newest(store: Store) -> bool:
 
 def _compare(store: Store, path: str, expected: bytes, what: str) -> None:
     """Raise StoreError unless a file has the expected content, which is `what`."""
-    if store.root.read(path, len(expected)) != expected:
+    if store.root.read(path, max(len(expected), MAX_METADATA_BYTES)) != expected:
         raise StoreError(f"{store.url}/{path}: it is not {what}; repair or copy the store")
 
 
