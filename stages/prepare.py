@@ -304,6 +304,8 @@ def write_store(
         update_attribution(url, attribution)
         return
     missing_units = writer.list_missing_units()
+    if len(missing_units) < spec.num_blocks:  # an earlier call wrote some
+        missing_units = writer.read_back()
     missing_rows = sum(spec.rows_of(unit.block) for unit in missing_units)
     name = f"prepare {split}"
     with Progress(name, spec.rows, "image", spec.rows - missing_rows) as progress, ThreadPoolExecutor() as pool:

@@ -30,8 +30,8 @@ BATCH = 16  # pairs that pass through the teacher at once
 @torch.no_grad()
 def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> float:
     """Run the teacher again on `count` random pairs of an image and a draw. Returns the largest difference between
-    their stored z and their new z, in units of the root mean square of the new z: nothing that the store says about
-    itself enters the measure. Writes nothing.
+    their stored z and their new z, in units of the root mean square of the new z (of all, or of the dimension if that
+    is larger): nothing that the store says about itself enters the measure. Writes nothing.
 
     Raises StageError for another teacher than the store's, StoreError if η is not the teacher's, if noise is not that
     of the law, or if a difference is too large.
@@ -63,7 +63,9 @@ def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> f
     difference = np.abs(stored_z.astype(np.float64) - new_z)
     if coupling.z_dtype == "int8":
         difference = np.where(_is_clipped(store, stored_z, new_z), 0.0, difference)
-    difference /= np.sqrt(np.square(new_z, dtype=np.float64).mean())
+    # int8 rounds in steps of each dimension's own size, so a large dimension is its own unit.
+    mean_squares = np.square(new_z, dtype=np.float64).mean(axis=0)
+    difference /= np.sqrt(np.maximum(mean_squares, mean_squares.mean()))
     by_pair = difference.reshape(len(pairs), -1).max(axis=1)
     worst = int(np.argmax(np.nan_to_num(by_pair, nan=np.inf)))
     tolerance = TOLERANCE[coupling.z_dtype] + PRECISION_TOLERANCE[coupling.precision]

@@ -204,7 +204,8 @@ def test_an_interrupted_publication_leaves_the_old_version(tmp_path: Path, monke
                 encode(url, 4)
         store = Store(url)
         assert store.spec.num_draws == 2
-        assert [fault for fault in find_faults(Store(f"{url}@v1")) if "z/" in str(fault.file)] == []
+        # The cards are replaced just before dataset.json; nothing else of version 1 is touched.
+        assert {fault.file for fault in find_faults(Store(f"{url}@v1"))} <= {"README.md", "croissant.json"}
         encode(url, 4)
         assert Store(url).dataset == Store(whole).dataset
         assert list(find_faults(Store(url))) == []
@@ -279,6 +280,27 @@ def encode_names_with_gzip(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table.combine_chunks(), buffer, compression="gzip")
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("schema", ["1.2", "2.0"])
+def test_repair_leaves_a_store_of_a_later_schema_alone(tmp_path: Path, schema: str) -> None:
+    url = grown(tmp_path)
+    for path in ("dataset.json", "versions/0003.json"):
+        damage(tmp_path / "store", path, edit(schema_version=schema))
+    before = tree(url)
+    with pytest.raises(StoreError, match=f"got schema version {schema}, this nfm reads 1.1"):
+        repair_store(url, ignore_progress)
+    (tmp_path / "store/dataset.json").unlink()
+    with pytest.raises(StoreError, match=f"got schema version {schema}, this nfm reads 1.1"):
+        encode(url, 4)
+    assert tree(url) == {path: data for path, data in before.items() if path != "dataset.json"}
+
+
+def test_nothing_is_written_where_a_tag_could_be_meant(tmp_path: Path) -> None:
+    url = grown(tmp_path)
+    with pytest.raises(StoreError, match="got a version to write to"):
+        encode(f"{url}@paper", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 @pytest.mark.parametrize("document", ["reflow", "semidiscrete"])

@@ -189,8 +189,10 @@ def readme(dataset: Dataset) -> str:
         *describe_views(spec),
         *describe_storage(spec),
         "",
-        f"Version {dataset.version}: {dataset.totals.files} files, {dataset.totals.bytes} bytes; "
+        f"Version {dataset.version} of store {dataset.id}: "
+        f"{dataset.totals.files} files, {dataset.totals.bytes} bytes; "
         f"`{documents.manifest.path}` lists each with its sha256.",
+        f"`dataset.json` describes the store, in schema {dataset.schema_version} (docs/store.md of nfm).",
         *([f"`{documents.names.path}` says where each image comes from."] if documents.names else []),
         "",
         *reading,

@@ -17,7 +17,7 @@ from nfm.storage_specs.format.names import (
 )
 from nfm.storage_specs.format.schema import Dataset, FileRecord, NfmCoupling, Spec
 from nfm.storage_specs.storage.documents import parse_json
-from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.errors import StoreError, UnsupportedError
 
 _DOCUMENT_NAMES = {
     "manifest": MANIFEST_NAME,
@@ -36,6 +36,7 @@ def parse_dataset(data: bytes, name: str) -> Dataset:
     if schema.read_schema_version(data, name) == (1, 0):
         return schema_1_0.parse_dataset(data, name)
     dataset = parse_json(Dataset, data, name)
+    check_kind_is_supported(dataset.spec, name)
     documents = dataset.documents.by_name()
     if set(documents) != expected_documents(dataset.spec):
         raise StoreError(
@@ -66,7 +67,7 @@ def check_kind_is_supported(spec: Spec, name: str) -> None:
     """Raise StoreError with the file's `name` for a kind of coupling that the schema has and this nfm does not write or
     read yet."""
     if spec.coupling is not None and not isinstance(spec.coupling, NfmCoupling):
-        raise StoreError(
+        raise UnsupportedError(
             f"{name}: got a coupling of kind {spec.coupling.kind!r}; this nfm reads and writes 'nfm' alone"
         )
 

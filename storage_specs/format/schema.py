@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from nfm.storage_specs.format.codecs import STORED_DTYPES, FloatDtype, ZDtype
 from nfm.storage_specs.storage.documents import StrictModel, canonical_json
-from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.errors import StoreError, UnsupportedError
 
 SCHEMA_MAJOR = 1
 SCHEMA_MINOR = 1
@@ -420,7 +420,9 @@ def read_schema_version(data: bytes, name: str) -> tuple[int, int]:
         raise StoreError(f"{name}: got no readable schema_version; expected the dataset.json of a store") from error
     if major != SCHEMA_MAJOR or minor > SCHEMA_MINOR:
         needed = f"nfm {major}.x" if major != SCHEMA_MAJOR else f"a later nfm {major}.x"
-        raise StoreError(f"{name}: got schema version {version}, this nfm reads {SCHEMA_VERSION}; install {needed}")
+        raise UnsupportedError(
+            f"{name}: got schema version {version}, this nfm reads {SCHEMA_VERSION}; install {needed}"
+        )
     return major, minor
 
 

@@ -4,7 +4,14 @@ import re
 from typing import Any, NamedTuple
 
 from nfm.storage_specs.format.dataset import parse_dataset
-from nfm.storage_specs.format.names import DATASET_FILE, MAX_METADATA_BYTES, TAGS_FOLDER, VERSIONS_FOLDER, version_file
+from nfm.storage_specs.format.names import (
+    DATASET_FILE,
+    MAX_METADATA_BYTES,
+    SPEC_FILE,
+    TAGS_FOLDER,
+    VERSIONS_FOLDER,
+    version_file,
+)
 from nfm.storage_specs.format.schema import Dataset, Tag
 from nfm.storage_specs.storage.documents import parse_json
 from nfm.storage_specs.storage.errors import StoreError
@@ -32,11 +39,15 @@ def split_version(url: str) -> tuple[str, str | None]:
     return url, None
 
 
-def check_no_version(url: str) -> None:
-    """Raise StoreError if a URL to write to names a version, which never changes."""
+def check_no_version(url: str, options: dict[str, Any] | None = None) -> None:
+    """Raise StoreError if a URL to write to names a version, which never changes, or could be taken for a tag of a
+    store beside it."""
     base, reference = split_version(url)
-    if reference is not None and _VERSION.fullmatch(reference):
-        raise StoreError(f"{url}: got a version to write to, which never changes; give {base}")
+    if reference is None:
+        return
+    is_tag = Root(base, options).exists(DATASET_FILE) and not Root(url, options).exists(SPEC_FILE)
+    if is_tag or _VERSION.fullmatch(reference):
+        raise StoreError(f"{url}: got a version to write to, which never changes; give {base}, or another folder")
 
 
 def open_document(url: str, options: dict[str, Any] | None) -> OpenedDocument:

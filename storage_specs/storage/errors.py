@@ -5,6 +5,10 @@ class StoreError(ValueError):
     """A store is missing, broken, or not what the caller asked for. The message says what was got and what to do."""
 
 
+class UnsupportedError(StoreError):
+    """A store is of a schema or kind that only a later nfm knows. This says nothing against it."""
+
+
 class StorageError(StoreError):
     """Storage cannot be reached or refuses access. This says nothing about the files that it holds."""
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from nfm.storage_specs.storage.documents import StrictModel, canonical_json, parse_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
@@ -60,7 +60,8 @@ class Holder(StrictModel):
 
 
 class Lease:
-    """The lease of the output at `url`, held inside a `with` block. `path` is the lease file, relative to `url`.
+    """The lease of the output at `url`, held inside a `with` block. `path` is the lease file, relative to `url`, and
+    `options` are those of the fsspec file system.
 
     Entering waits until a previous holder is known to be dead, and raises StoreError if it lives. A thread then renews
     the lease file; if another driver took over or the file cannot be written, `raise_if_lost` raises StoreError.
@@ -70,8 +71,8 @@ class Lease:
     `previous_in_flight` holds the names of the units that a dead holder left unfinished.
     """
 
-    def __init__(self, url: str, path: str) -> None:
-        self.root = Root(url)  # not shared: when the lease ends, only its own requests stop retrying
+    def __init__(self, url: str, path: str, options: dict[str, Any] | None = None) -> None:
+        self.root = Root(url, options)  # not shared: when the lease ends, only its own requests stop retrying
         self.path = path
         self.token = uuid.uuid4().hex
         self.renewals = 0

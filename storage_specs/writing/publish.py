@@ -40,7 +40,7 @@ from nfm.storage_specs.format.schema import (
 from nfm.storage_specs.reading.store import Store, sum_totals
 from nfm.storage_specs.reading.versions import TAG_NAME, list_versions
 from nfm.storage_specs.storage.documents import canonical_json, parse_json
-from nfm.storage_specs.storage.errors import StorageError, StoreError
+from nfm.storage_specs.storage.errors import StorageError, StoreError, UnsupportedError
 from nfm.storage_specs.storage.files import Root, sha256
 from nfm.storage_specs.storage.lease import Lease
 
@@ -135,7 +135,7 @@ def _read_newest_version(root: Root) -> Dataset | None:
         path = version_file(version)
         try:
             return parse_dataset(root.read(path, MAX_METADATA_BYTES), f"{root.url}/{path}")
-        except StorageError:
+        except (StorageError, UnsupportedError):
             raise
         except StoreError:
             continue  # damaged: its number is used again
@@ -175,7 +175,10 @@ def _write_version(root: Root, dataset: Dataset) -> Dataset:
 
 
 def _publish_documents(root: Root, dataset: Dataset) -> Dataset:
-    """Make an existing version the newest: copy its cards and, last, its document to the folder of the store."""
+    """Make an existing version the newest: write the metadata of the layout, and copy its cards and, last, its document
+    to the folder of the store."""
+    for path, data in layout_of(dataset).metadata_files(dataset.spec).items():
+        root.write(path, data)
     for path, card in ((README_FILE, dataset.documents.readme), (CROISSANT_FILE, dataset.documents.croissant)):
         root.write(path, root.read(card.path, MAX_DOCUMENT_BYTES))
     root.write(DATASET_FILE, root.read(version_file(dataset.version), MAX_METADATA_BYTES))
@@ -193,7 +196,7 @@ def annotate_store(store: Store, attribution: Attribution) -> Dataset:
         raise StoreError(
             f"{store.url}: got a store of schema 1.0, which has no attribution; nfm store convert it first"
         )
-    with Lease(store.url, LEASE_FILE):
+    with Lease(store.url, LEASE_FILE, store.options):
         if Store(store.url, options=store.options).dataset != store.dataset:
             raise StoreError(f"{store.version_url}: got an older version; annotate {store.url}, the newest")
         newest = _read_newest_version(store.root)  # later than dataset.json if a publication was interrupted

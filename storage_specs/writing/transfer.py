@@ -29,7 +29,7 @@ from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import Fault, find_document_faults, find_faults
 from nfm.storage_specs.reading.versions import MAX_TAG_BYTES, check_no_version, list_tags, open_document, split_version
 from nfm.storage_specs.storage.documents import canonical_json
-from nfm.storage_specs.storage.errors import StorageError, StoreError
+from nfm.storage_specs.storage.errors import StorageError, StoreError, UnsupportedError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
 from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing import units
@@ -55,18 +55,13 @@ def convert_store(
         raise StoreError(f"{store.url}: the store already has layout {layout}; to duplicate it, use `nfm store copy`")
     spec = store.spec.model_copy(update={"layout": layout})
     writer = StoreWriter(out, spec, options)
-    with Lease(out, LEASE_FILE):
+    with Lease(out, LEASE_FILE, options):
         writer.initialize(store.z_scale if spec.coupling else None, converted_from=store.dataset.id)
         missing_units = writer.list_missing_units()
         progress(spec.rows - sum(spec.rows_of(unit.block) for unit in missing_units))
         for _ in range(MAX_CHECKS):
             _convert_units(store, writer, missing_units, progress)
-            with ThreadPoolExecutor(IO_THREADS, "nfm-check") as pool:
-                written = sorted(list_committed_units(writer.root))
-                for unit, faults in zip(written, pool.map(writer.find_faults, written), strict=True):
-                    if faults:
-                        writer.delete_commit(unit)
-            missing_units = writer.list_missing_units()
+            missing_units = writer.read_back()
             if not missing_units:
                 return writer.finalize(store.cost, inherited=store.dataset.attribution)
         raise _untrusted_storage_error(out)
@@ -117,7 +112,7 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
     written by this call or before, and when it was read back. Raises StoreError if the source is damaged, if `out`
     holds something else, or if the storage returns other bytes than were written.
     """
-    check_no_version(out)
+    check_no_version(out, options)
     faults = find_document_faults(store)
     if faults:
         raise StoreError(f"{faults[0].message} (nothing was copied)")
@@ -288,7 +283,7 @@ def repair_store(url: str, progress: Progress, options: dict[str, Any] | None = 
     try:
         store = Store(url, options=options)
         faults = list(find_faults(store, progress))
-    except StorageError:
+    except (StorageError, UnsupportedError):
         raise
     except StoreError as error:
         if not root.exists(DATASET_FILE):

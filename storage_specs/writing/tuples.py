@@ -32,7 +32,7 @@ def export_tuples(store: Store, out: str, progress: Callable[[int], None], optio
     spec = store.spec
     if spec.coupling is None:
         raise StoreError(f"{store.url}: got a store of samples, expected one of couplings")
-    check_no_version(out)
+    check_no_version(out, options)
     root = Root(out, options)
     claim(root, EXPORT_FILE, store.dataset.id)
     existing_sizes = root.list_file_sizes()

@@ -5,6 +5,7 @@ document, and the copies of the newest version's documents, of which dataset.jso
 the record that follows it was written.
 """
 
+import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
 from nfm.storage_specs.format.commits import Commit, Cost, StartedStore
-from nfm.storage_specs.format.dataset import check_kind_is_supported, parse_dataset
+from nfm.storage_specs.format.dataset import check_kind_is_supported
 from nfm.storage_specs.format.image_names import ImageName
 from nfm.storage_specs.format.layouts import LAYOUTS, Columns
 from nfm.storage_specs.format.manifest import FileKey, encode_manifest, expected_keys
@@ -57,7 +58,7 @@ def _read_started(root: Root) -> StartedStore | None:
     if not root.exists(SPEC_FILE):
         return None
     name, data = f"{root.url}/{SPEC_FILE}", root.read(SPEC_FILE, MAX_METADATA_BYTES)
-    if b'"schema_version"' not in data:
+    if not _has_schema_version(data):
         raise StoreError(
             f"{root.url}: holds a store of schema 1.0, which nfm reads and does not write; "
             "nfm store convert writes it as schema 1.1 to another URL, which the same command then continues"
@@ -68,6 +69,15 @@ def _read_started(root: Root) -> StartedStore | None:
     return started
 
 
+def _has_schema_version(data: bytes) -> bool:
+    """Whether a document says its schema, which the spec.json of schema 1.0 does not."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return True  # damaged, which its reader tells
+    return isinstance(document, dict) and "schema_version" in document
+
+
 class StoreWriter:
     """Writes the store with `spec` at a URL; there is no other way to write one. Several writers, also on several
     machines, may write different units of one store at the same time.
@@ -76,7 +86,7 @@ class StoreWriter:
     """
 
     def __init__(self, url: str, spec: Spec, options: dict[str, Any] | None = None) -> None:
-        check_no_version(url)
+        check_no_version(url, options)
         check_kind_is_supported(spec, url)
         self.root, self.options = Root(url, options), options
         self.spec = spec
@@ -138,14 +148,22 @@ class StoreWriter:
         return not self.root.exists(SPEC_FILE) or not self.list_missing_units()
 
     def read_newest(self) -> Dataset | None:
-        """The newest version; None if there is no dataset.json."""
-        if not self.root.exists(DATASET_FILE):
-            return None
-        return parse_dataset(self.root.read(DATASET_FILE, MAX_METADATA_BYTES), f"{self.root.url}/{DATASET_FILE}")
+        """The newest version; None if there is no dataset.json. Raises StoreError if its documents do not agree."""
+        return Store(self.root.url, options=self.options).dataset if self.root.exists(DATASET_FILE) else None
 
     def list_missing_units(self) -> list[Unit]:
         """The units that still have to be written. Takes one listing of the commit records."""
         return units.list_missing_units(self.spec, self._list_own_committed_units())
+
+    def read_back(self) -> list[Unit]:
+        """Read all committed units, and delete the commit records of the damaged ones. Returns the units that still
+        have to be written."""
+        with ThreadPoolExecutor(IO_THREADS, "nfm-check") as pool:
+            written = self._list_own_committed_units()
+            for unit, faults in zip(written, pool.map(self.find_faults, written), strict=True):
+                if faults:
+                    self.delete_commit(unit)
+        return self.list_missing_units()
 
     def _list_own_committed_units(self) -> list[Unit]:
         """The committed units with draws of this spec, in order; others may be of a driver that adds more draws."""
@@ -224,8 +242,6 @@ class StoreWriter:
             for block in range(self.spec.num_blocks)
         ]
         self.root.delete_temporary_files(keep=LEASE_FILE)
-        for path, data in self.layout.metadata_files(self.spec).items():
-            self.root.write(path, data)
         if self.spec.coupling:
             cost = cost or _sum_cost(commits)
             self.root.write(COST_FILE, canonical_json(cost.model_dump(mode="json")))
