@@ -3,11 +3,8 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from subprocess import PIPE
 
 import numpy as np
 import pyarrow as pa
@@ -18,54 +15,20 @@ import torch
 from nfm.stages.train_student import train_student
 from nfm.stages.training import Trainer
 from nfm.storage_specs.format.names import LEASE_FILE
-from nfm.storage_specs.format.schema import Attribution, Spec
+from nfm.storage_specs.format.schema import Attribution
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream, StreamState
 from nfm.storage_specs.reading.verify import find_document_faults, find_faults
 from nfm.storage_specs.reading.versions import find_version, list_tags, list_versions
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing.publish import annotate_store, tag_version
 from nfm.storage_specs.writing.transfer import copy_store, repair_store
-from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.kinds import KINDS
 from tests.tools.make_fixtures import write_store
-from tests.tools.random_couplings import random_coupling_spec
 from tests.tools.small_run import Run, encode_in_process
-from tests.tools.stores import block_of, damage, edit, flip, ignore_progress, tree
-
-SHAPE = (1, 4, 4)
-
-
-def spec_with(draws: int) -> Spec:
-    return random_coupling_spec("webdataset", SHAPE, rows=70, draws=draws)
-
-
-def encode(url: str, draws: int) -> None:
-    """Write a store with so many draws, or add them; z is a function of block and draw."""
-    spec = spec_with(draws)
-    writer = StoreWriter(url, spec)
-    writer.initialize()
-    for unit in writer.list_missing_units():
-        columns = block_of(spec, unit.block)
-        unit_writer = writer.unit_writer(unit, columns["label"])
-        unit_writer.write_base({"x": columns["x"]})
-        for draw in unit.draws:
-            rng = np.random.default_rng([unit.block, draw])
-            z = rng.standard_normal((spec.rows_of(unit.block), *SHAPE), dtype=np.float32)
-            unit_writer.write_draw(draw, z, None)
-        unit_writer.commit()
-    writer.finalize()
-
-
-def grown(folder: Path) -> str:
-    """A store with three versions: two draws, four draws, and a licence."""
-    url = f"{folder}/store"
-    encode(url, 2)
-    encode(url, 4)
-    annotate_store(Store(url), Attribution(licence="CC-BY-4.0"))
-    return url
+from tests.tools.stores import damage, edit, ignore_progress, tree
+from tests.tools.versions import encode, grown
 
 
 def test_each_change_is_a_version_that_shares_files(tmp_path: Path) -> None:
@@ -150,67 +113,6 @@ def test_a_store_is_not_annotated_while_it_is_written(tmp_path: Path) -> None:
     assert list_versions(Store(url).root) == [1, 2, 3]
 
 
-def test_annotations_stay_when_draws_are_added_and_blocks_repaired(tmp_path: Path) -> None:
-    url = f"{tmp_path}/store"
-    encode(url, 2)
-    annotate_store(Store(url), Attribution(licence="MIT", notes="first"))
-    annotate_store(Store(url), Attribution(notes="second"))
-    assert annotate_store(Store(url), Attribution(notes="second")).version == 3, "nothing new"
-    encode(url, 4)
-    assert Store(url).dataset.attribution == Attribution(licence="MIT", notes="second")
-    damage(tmp_path / "store", "z/k003/000001.tar", flip(1200))
-    before = Store(url).dataset
-    repair_store(url, ignore_progress)
-    encode(url, 4)
-    assert Store(url).dataset == before, "the same bytes are the same version"
-
-
-@pytest.mark.parametrize("name", ["manifest.parquet", "sigma_f.npy", "z_sums.npy", "README.md"])
-def test_a_damaged_file_of_a_version_is_repaired_by_a_new_version_or_the_same_bytes(tmp_path: Path, name: str) -> None:
-    url = grown(tmp_path)
-    before = Store(url).dataset
-    path = f"versions/0003/{name}" if name == "README.md" else f"versions/0002/{name}"
-    damage(tmp_path / "store", path, flip(150))
-    faults, blocks = repair_store(url, ignore_progress)
-    assert path in faults[0] or "README.md" in faults[0]
-    assert blocks == []
-    encode(url, 4)
-    repaired = Store(url)
-    assert list(find_faults(repaired)) == []
-    assert (repaired.dataset.id, repaired.dataset.attribution) == (before.id, before.attribution)
-    assert repaired.dataset.version == 4 and repaired.dataset.parent == before.id
-
-
-def test_a_history_that_does_not_fit_is_a_fault(tmp_path: Path) -> None:
-    url = grown(tmp_path)
-    shutil.copy(tmp_path / "store/versions/0001.json", tmp_path / "store/versions/0002.json")
-    faults = find_document_faults(Store(url))
-    assert "it is not the parent that version 3 names" in faults[0].message
-    with pytest.raises(StoreError, match=r"0002.json: got version 1"):
-        Store(f"{url}@v2")
-
-
-def test_an_interrupted_publication_leaves_the_old_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever file is the last that was written, readers see version 1 or version 2, and the same command ends it."""
-    whole = f"{tmp_path}/whole"
-    encode(whole, 2)
-    encode(whole, 4)
-    for stop_at in ("versions/0002/sigma_f.npy", "versions/0002/croissant.json", "versions/0002.json", "dataset.json"):
-        url = f"{tmp_path}/{stop_at.replace('/', '-')}"
-        encode(url, 2)
-        with monkeypatch.context() as patch:
-            interrupt_before(patch, stop_at)
-            with pytest.raises(KeyboardInterrupt):
-                encode(url, 4)
-        store = Store(url)
-        assert store.spec.num_draws == 2
-        # The cards are replaced just before dataset.json; nothing else of version 1 is touched.
-        assert {fault.file for fault in find_faults(Store(f"{url}@v1"))} <= {"README.md", "croissant.json"}
-        encode(url, 4)
-        assert Store(url).dataset == Store(whole).dataset
-        assert list(find_faults(Store(url))) == []
-
-
 def test_a_copy_of_a_version_has_it_and_those_before(tmp_path: Path) -> None:
     url = grown(tmp_path)
     for reference, newest in (("", 3), ("@v2", 2), ("@v1", 1)):
@@ -282,103 +184,11 @@ def encode_names_with_gzip(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("schema", ["1.2", "2.0"])
-def test_repair_leaves_a_store_of_a_later_schema_alone(tmp_path: Path, schema: str) -> None:
-    url = grown(tmp_path)
-    for path in ("dataset.json", "versions/0003.json"):
-        damage(tmp_path / "store", path, edit(schema_version=schema))
-    before = tree(url)
-    with pytest.raises(StoreError, match=f"got schema version {schema}, this nfm reads 1.1"):
-        repair_store(url, ignore_progress)
-    (tmp_path / "store/dataset.json").unlink()
-    with pytest.raises(StoreError, match=f"got schema version {schema}, this nfm reads 1.1"):
-        encode(url, 4)
-    assert tree(url) == {path: data for path, data in before.items() if path != "dataset.json"}
-
-
 def test_nothing_is_written_where_a_tag_could_be_meant(tmp_path: Path) -> None:
     url = grown(tmp_path)
     with pytest.raises(StoreError, match="got a version to write to"):
         encode(f"{url}@paper", 2)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
-
-
-@pytest.mark.parametrize("document", ["reflow", "semidiscrete"])
-def test_repair_leaves_a_store_of_a_later_kind_alone(tmp_path: Path, document: str) -> None:
-    url = f"{tmp_path}/store"
-    encode(url, 2)
-    common = {"kind": document, "law": "philox-as241-v1", "seed": 0}
-    couplings = {
-        "reflow": common
-        | {"draws": 1, "z_dtype": "float16", "z_scale_sha256": None, "sampler": "heun31", "guidance": 1.0}
-        | {"precision": "fp32", "generator": {"architecture": {}, "sha256": "0" * 64, "training": {}}},
-        "semidiscrete": common
-        | {"draws": 2, "potentials": {"sha256": "0" * 64, "cost": "dot", "chi2": 0.01}, "source": "0" * 64},
-    }
-    for path in ("dataset.json", "versions/0001.json", "commits/spec.json"):
-        damage(tmp_path / "store", path, edit(spec__coupling=couplings[document]))
-    before = tree(url)
-    with pytest.raises(StoreError, match=f"got a coupling of kind '{document}'; this nfm reads and writes 'nfm' alone"):
-        repair_store(url, ignore_progress)
-    assert tree(url) == before
-
-
-@pytest.mark.parametrize("stop_at", ["versions/0003.json", "README.md", "dataset.json"])
-def test_an_interrupted_annotation_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str) -> None:
-    url = f"{tmp_path}/store"
-    encode(url, 2)
-    encode(url, 4)
-    with monkeypatch.context() as patch:
-        interrupt_before(patch, stop_at)
-        with pytest.raises(KeyboardInterrupt):
-            annotate_store(Store(url), Attribution(licence="MIT"))
-    assert Store(url).dataset.version == 2
-    assert annotate_store(Store(url), Attribution(licence="MIT")).version == 3
-    assert Store(url).dataset.attribution.licence == "MIT" and list(find_faults(Store(url))) == []
-
-
-def test_a_store_is_not_annotated_between_an_interrupted_job_and_its_continuation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = f"{tmp_path}/store"
-    encode(url, 2)
-    with monkeypatch.context() as patch:
-        interrupt_before(patch, "dataset.json")
-        with pytest.raises(KeyboardInterrupt):
-            encode(url, 4)
-    with pytest.raises(StoreError, match="was interrupted; run the same command again, and then annotate"):
-        annotate_store(Store(url), Attribution(licence="MIT"))
-    encode(url, 4)
-    assert annotate_store(Store(url), Attribution(licence="MIT")).version == 3
-    assert list(find_faults(Store(url))) == []
-
-
-def test_all_documents_are_damaged_and_written_again(tmp_path: Path) -> None:
-    url = grown(tmp_path)
-    before = Store(url).dataset
-    for name in ("dataset.json", "versions/0003.json", "versions/0002.json"):
-        damage(tmp_path / "store", name, lambda data: data[:100])
-    assert repair_store(url, ignore_progress)[1] == []
-    encode(url, 4)
-    repaired = Store(url)
-    assert (repaired.dataset.id, repaired.dataset.version, repaired.dataset.parent) == (
-        before.id,
-        2,
-        Store(f"{url}@v1").dataset.id,
-    )
-    assert list_versions(repaired.root) == [1, 2] and list(find_faults(repaired)) == []
-
-
-def interrupt_before(monkeypatch: pytest.MonkeyPatch, path_of_file: str) -> None:
-    """Stop the program before this file is written."""
-    original = Root.write
-
-    def write(root: Root, path: str, data: bytes) -> None:
-        if path == path_of_file:
-            raise KeyboardInterrupt
-        original(root, path, data)
-
-    monkeypatch.setattr(Root, "write", write)
 
 
 def test_a_copy_is_the_version_that_was_opened(tmp_path: Path) -> None:
@@ -425,41 +235,6 @@ def test_the_version_with_an_id_is_found(tmp_path: Path) -> None:
     assert find_version(url, "0" * 64) == url
 
 
-ANNOTATE = """
-import sys
-from nfm.storage_specs.format.schema import Attribution
-from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.writing.publish import annotate_store
-store = Store(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
-annotate_store(store, Attribution(notes=sys.argv[2]))
-"""
-
-
-@pytest.mark.long
-def test_two_annotations_at_once_make_no_mixed_version(tmp_path: Path) -> None:
-    for trial in range(6):
-        url = f"{tmp_path}/{trial}"
-        encode(url, 2)
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", ANNOTATE, url, note], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True
-            )
-            for note in ("one", "other")
-        ]
-        for process in processes:
-            assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        ended = [process.wait(60) for process in processes]
-        assert 0 in ended
-        assert list(find_faults(Store(url))) == []
-        assert Store(url).dataset.version == 1 + ended.count(0)
-
-
 class StopError(Exception):
     """Ends a training in the middle."""
 
@@ -479,7 +254,7 @@ def test_a_training_continues_on_the_version_it_began_with(
         steps += 1
         if steps > 7:
             raise StopError
-        return original(*arguments)  # type: ignore[arg-type]
+        return original(*arguments)  # type: ignore[arg-type]  # those of the step that it stands for
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", step)

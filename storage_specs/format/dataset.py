@@ -46,8 +46,8 @@ def parse_dataset(data: bytes, name: str) -> Dataset:
         match = re.fullmatch(rf"{VERSIONS_FOLDER}/([0-9]{{4,7}})/{re.escape(_DOCUMENT_NAMES[kind])}", file.path)
         if match is None or not 1 <= int(match[1]) <= dataset.version:
             raise StoreError(f"{name}: documents.{kind}: got path {file.path[:100]!r}; the file is damaged")
-    if dataset.parent is None and dataset.version > 1:
-        raise StoreError(f"{name}: got version {dataset.version} without a parent; the file is damaged")
+    if (dataset.parent is None) != (dataset.version == 1):
+        raise StoreError(f"{name}: expected a parent of every version but the first; the file is damaged")
     return dataset
 
 

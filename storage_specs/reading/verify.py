@@ -30,7 +30,7 @@ from nfm.storage_specs.format.sums import NUM_POWERS, ZSums, sigma_f, sum_z
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.versions import list_tags, open_document
 from nfm.storage_specs.storage.errors import StorageError, StoreError
-from nfm.storage_specs.storage.files import IO_THREADS, map_file
+from nfm.storage_specs.storage.files import IO_THREADS, map_file, sha256
 
 SUM_TOLERANCE = 1e-9  # of sums in float64, relative to the sum of the magnitudes
 SIGMA_F_TOLERANCE = 1e-6  # relative
@@ -197,7 +197,8 @@ def _list_document_checks(store: Store) -> Iterator[tuple[str, Callable[[], obje
             yield path, partial(_check_card, store, card, path if is_newest else None)
         if is_newest:
             yield version, partial(_compare, store, version, store.document, f"{DATASET_FILE} of the same version")
-        yield version, partial(_check_history, store)
+        for earlier in range(1, store.dataset.version):
+            yield version_file(earlier), partial(_check_earlier_version, store, earlier)
         for tag in list_tags(store.root):
             yield f"{TAGS_FOLDER}/{tag}.json", partial(open_document, f"{store.url}@{tag}", store.options)
     if is_newest:  # the metadata files of Zarr are those of the newest version
@@ -246,17 +247,20 @@ def _check_card(store: Store, card: DocumentFile, copied_to: str | None) -> None
         _compare(store, copied_to, data, f"{card.path}, the card of the newest version")
 
 
-def _check_history(store: Store) -> None:
-    """Raise StoreError unless there are all versions before this one, each the parent of the next."""
-    parent = store.dataset.parent
-    for version in range(store.dataset.version - 1, 0, -1):
-        name = f"{store.url}/{version_file(version)}"
-        earlier = parse_dataset(store.root.read(version_file(version), MAX_METADATA_BYTES), name)
-        if (earlier.version, earlier.id) != (version, parent):
-            raise StoreError(f"{name}: it is not the parent that version {version + 1} names; the file is damaged")
-        parent = earlier.parent
-    if parent is not None:
-        raise StoreError(f"{store.url}/{version_file(1)}: got a parent, and version 1 has none; the file is damaged")
+def _check_earlier_version(store: Store, version: int) -> None:
+    """Raise StoreError unless a version before this one is the parent of the next, and its documents have their
+    sha256."""
+    name = f"{store.url}/{version_file(version)}"
+    earlier = parse_dataset(store.root.read(version_file(version), MAX_METADATA_BYTES), name)
+    child = store.dataset
+    if version + 1 < store.dataset.version:
+        path = version_file(version + 1)
+        child = parse_dataset(store.root.read(path, MAX_METADATA_BYTES), f"{store.url}/{path}")
+    if (earlier.version, earlier.id) != (version, child.parent):
+        raise StoreError(f"{name}: it is not the parent that version {version + 1} names; the file is damaged")
+    for file in earlier.documents.by_name().values():
+        if sha256(store.root.read(file.path, MAX_DOCUMENT_BYTES)) != file.sha256:
+            raise StoreError(f"{store.url}/{file.path}: its sha256 is not the one in {name}; the file is damaged")
 
 
 def describe_weak_promises(store: Store) -> Iterable[str]:

@@ -81,8 +81,10 @@ def publish(root: Root, content: Content, attribution: Attribution, inherited: A
     attribution = (previous.attribution if previous else inherited).updated(attribution)
     content_id = content.id()
     is_same = previous is not None and (previous.id, previous.attribution) == (content_id, attribution)
-    if previous is not None and is_same and _is_intact(root, previous):
-        return _publish_documents(root, previous)
+    if previous is not None and is_same:
+        _restore_documents(root, previous, content)
+        if _is_intact(root, previous):
+            return _publish_documents(root, previous)
     number = previous.version + 1 if previous else 1
     for unreadable in list_versions(root):
         if unreadable > number:
@@ -140,6 +142,24 @@ def _read_newest_version(root: Root) -> Dataset | None:
         except StoreError:
             continue  # damaged: its number is used again
     return None
+
+
+def _restore_documents(root: Root, dataset: Dataset, content: Content) -> None:
+    """Write the damaged or missing documents of a version again, where what is computed now has the sha256 that its
+    document names."""
+    computed = {
+        "manifest": content.manifest,
+        "names": None if content.names is None else encode_names(content.names),
+        "sigma_f": content.sigma_f,
+        "z_sums": content.z_sums,
+        "z_class_sums": content.z_class_sums,
+        "readme": readme(dataset).encode(),
+        "croissant": canonical_json(croissant(dataset)),
+    }
+    for name, file in dataset.documents.by_name().items():
+        data = computed[name]
+        if data is not None and sha256(data) == file.sha256 and not _has_sha256(root, file):
+            root.write(file.path, data)
 
 
 def _is_intact(root: Root, dataset: Dataset) -> bool:

@@ -291,6 +291,14 @@ def repair_store(url: str, progress: Progress, options: dict[str, Any] | None = 
         faults = [Fault(DATASET_FILE, str(error))]
     if not faults:
         return [], []
+    if store is not None:
+        earlier = {version_file(version) for version in range(1, store.dataset.version)}
+        lost = [fault for fault in faults if fault.file in earlier]
+        if len(lost) == len(faults):
+            raise StoreError(
+                f"{lost[0].message}. The newest version is sound, and an older one cannot be repaired; "
+                "get its files from a copy of the store"
+            )
     if not root.exists(SPEC_FILE):
         raise StoreError(
             f"{faults[0].message}. {root.url} has no commit records, without which it cannot be repaired; "
