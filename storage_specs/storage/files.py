@@ -44,6 +44,11 @@ _LIBRARY_TRANSIENT_ERRORS = (
 _LIBRARY_CREDENTIAL_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("google.auth.exceptions", "GoogleAuthError"))
 
 
+def is_temporary_file(path: str) -> bool:
+    """Whether a file has the name of one that a writer had not finished."""
+    return _TEMPORARY_NAME.search(path) is not None
+
+
 def sha256(data: bytes | NDArray[np.uint8]) -> str:
     """The SHA-256 of bytes or of a contiguous byte array, as 64 hexadecimal digits."""
     return hashlib.sha256(data if isinstance(data, bytes) else data.data).hexdigest()
@@ -141,13 +146,15 @@ class Root:
         return bool(self._retry(path, lambda: self.fs.exists(self.full_path(path))))
 
     def list_names(self, folder: str) -> list[str]:
-        """Sorted names of what is directly in `folder`; empty if there is no such folder."""
+        """Sorted names of what is directly in `folder`, or with "" in this folder; empty if there is no such folder."""
+        full_path = self.full_path(folder) if folder else self.path
         self.fs.invalidate_cache()
         try:
-            entries = self._retry(folder, lambda: self.fs.ls(self.full_path(folder), detail=False))
+            entries = self._retry(folder, lambda: self.fs.ls(full_path, detail=False))
         except FileNotFoundError:
             return []
-        return sorted(posixpath.basename(entry) for entry in entries)
+        names = {posixpath.basename(entry.rstrip("/")) for entry in entries if entry.rstrip("/") != full_path}
+        return sorted(names)
 
     def list_file_sizes(self) -> dict[str, int]:
         """The size in bytes of every file in this folder and its subfolders, by relative path."""
