@@ -1,0 +1,84 @@
+"""Running a function in a process of its own whose memory may grow by no more than a given number of bytes.
+
+What counts is anonymous memory (RssAnon), so mapped files do not. The process is killed when it takes more. Processes
+are forked from one that has imported this project, has no threads and has done nothing else.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+WATCH_SECONDS = 0.005  # between two looks at the memory of the process
+_PRELOADED = [
+    "nfm.pipeline.cli",
+    "nfm.stages.sample",
+    "nfm.storage_specs.reading.stream",
+    "nfm.storage_specs.reading.verify",
+    "nfm.storage_specs.writing.transfer",
+    "fsspec.implementations.http",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a function ended."""
+
+    error: str  # name of the exception's class, such as "StoreError"; "" if it returned, "killed" if it was
+    is_value_error: bool  # whether the exception is of the family of errors that a user sees as one line
+    message: str
+    seconds: float
+    grown_bytes: int  # the peak of its memory, less that at the start
+
+
+def run_watched(function: Callable[..., object], *arguments: Any, max_bytes: int = GIB, timeout: float) -> Outcome:
+    """Call a function of a module with these arguments in a process that may take `max_bytes` and `timeout` seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_call, args=(sender, function, arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        assert receiver.poll(60), "the process did not start"
+        initial_bytes = receiver.recv()
+        start, peak_bytes = time.monotonic(), initial_bytes
+        while not receiver.poll(WATCH_SECONDS):
+            peak_bytes = max(peak_bytes, _anonymous_bytes(process.pid))
+            seconds = time.monotonic() - start
+            if peak_bytes - initial_bytes > max_bytes or seconds > timeout:
+                process.kill()
+                process.join()
+                return Outcome("killed", False, "", seconds, peak_bytes - initial_bytes)
+        error, is_value_error, message, peak_in_process = receiver.recv()
+        peak_bytes = max(peak_bytes, peak_in_process)
+        return Outcome(error, is_value_error, message, time.monotonic() - start, peak_bytes - initial_bytes)
+    finally:
+        process.join(10)
+        receiver.close()
+
+
+def _call(sender: Connection, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    """In the process: call the function and send how it ended."""
+    sender.send(_anonymous_bytes())
+    error: BaseException | None = None
+    try:
+        function(*arguments)
+    except BaseException as raised:
+        error = raised
+    name, message = (type(error).__name__, str(error)) if error else ("", "")
+    sender.send((name, isinstance(error, ValueError), message, _anonymous_bytes()))
+
+
+def _anonymous_bytes(pid: int | None = None) -> int:
+    """The resident memory of a process that no file backs; 0 if the process is gone."""
+    try:
+        status = Path(f"/proc/{pid or 'self'}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    lines = dict(line.split(":", 1) for line in status.splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024 if "RssAnon" in lines else 0
