@@ -18,10 +18,13 @@ import click
 
 from nfm import __version__
 from nfm.pipeline.errors import ConfigError, InterruptedRunError, continues_when_repeated
+from nfm.pipeline.output import echo, guard_output
 from nfm.pipeline.presets import preset_names
 from nfm.pipeline.store_cli import store
 from nfm.stages.errors import ResumableError, StageError
-from nfm.storage_specs.storage.errors import OutageError, StoreError
+from nfm.stages.progress import print_line
+from nfm.storage_specs.storage.errors import OutageError, ShownError, StoreError
+from nfm.storage_specs.storage.text import shown
 
 if TYPE_CHECKING:
     from nfm.pipeline.config import Config
@@ -111,7 +114,7 @@ def print_config(config: Config) -> None:
     """Prints the config as a TOML file with comments."""
     from nfm.pipeline.config_docs import config_toml
 
-    click.echo(config_toml(config), nl=False)
+    echo(*config_toml(config).splitlines())
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -153,7 +156,7 @@ def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) 
     from nfm.stages.prepare import prepare as run
 
     run(config.data, out, data, skip_bad_images, config.attribution)
-    click.echo(f"{out}/train and {out}/val are complete; nfm store info shows what they hold")
+    echo(f"{out}/train and {out}/val are complete; nfm store info shows what they hold")
 
 
 @nfm.command(short_help="Sample store → TarFlow teacher.")
@@ -166,7 +169,7 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
     from nfm.stages.train_teacher import train_teacher as run
 
     document = run(config.teacher, samples, out)
-    click.echo(
+    echo(
         f"{out}/model.safetensors: {document['bpd']:.3f} bits per dimension held out, "
         f"chosen at {document['training']['chosen_at']} images"
     )
@@ -253,7 +256,7 @@ def encode(config: Config, samples: str, teacher: str, out: str, as_json: bool, 
 
     if estimate:
         report = estimate_job(config.encode, config.student, samples, teacher, out, config.storage, as_json)
-        click.echo(json.dumps(report.as_document()) if as_json else report.describe())
+        echo(*([json.dumps(report.as_document())] if as_json else report.describe().splitlines()))
         return
     summary = encode_couplings(config.encode, samples, teacher, out, config.storage, as_json, config.attribution)
     print_summary(summary, out, config.student.train.images, as_json)
@@ -285,7 +288,7 @@ def train_student(config: Config, urls: tuple[str, ...], weights: tuple[float, .
         raise StageError(f"got {len(weights)} --weight for {len(urls)} --couplings; expected one each, or none")
     sources = [Source(url, weight) for url, weight in zip(urls, weights or (1.0,) * len(urls), strict=True)]
     document = run(config.student, sources, out)
-    click.echo(
+    echo(
         f"{out}/model.safetensors: "
         f"loss {document['curves']['loss'][-1]:.4f} after {document['training']['images']} images"
     )
@@ -321,7 +324,7 @@ def sample(
     except ValueError as error:
         raise StageError(str(error)) from error
     run(checkpoint, out, SampleRequest(count, parsed, classes, guidance, seed))
-    click.echo(f"{out}: {count} images")
+    echo(f"{out}: {count} images")
 
 
 @nfm.command(short_help="Teacher and students → metrics.json and a report.")
@@ -352,7 +355,7 @@ def evaluate(config: Config, samples: str, couplings: str, teacher: str, student
         if name in named:
             raise StageError(f"got --student {name}=… twice; expected another name for each student")
         named[name] = url
-    click.echo(evaluate_and_report(config, samples, couplings, teacher, named, out))
+    echo(*evaluate_and_report(config, samples, couplings, teacher, named, out))
 
 
 @nfm.command(short_help="All stages on small data, and their report.")
@@ -379,29 +382,39 @@ def main() -> None:
     0: done. 1: the run failed. 2: the user can fix it, and the message says how. 75: it received SIGTERM, or lost its
     machines or its storage; the same command continues. 130: Ctrl-C; the message says if the same command continues.
     """
+    guard_output()
     try:
         nfm.main(standalone_mode=False)
     except click.ClickException as error:
+        error.message = shown(error.message)
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        print_line("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except OutageError as error:  # before USER_ERRORS: it is a StoreError too, but there is nothing to fix
-        click.echo(f"error: {error}", err=True)
+        print_error("error", error)
         sys.exit(EXIT_RESUMABLE)
     except USER_ERRORS as error:
-        click.echo(f"error: {error}", err=True)
+        print_error("error", error)
         sys.exit(EXIT_USER)
     except InterruptedRunError as error:
-        click.echo(f"\n{error}; run the same command again to continue", err=True)  # \n: the terminal shows ^C
+        click.echo(err=True)  # the terminal shows ^C
+        print_line(f"{error}; run the same command again to continue")
         sys.exit(EXIT_INTERRUPTED)
     except ResumableError as error:
-        click.echo(f"{error}; run the same command again to continue", err=True)
+        print_line(f"{error}; run the same command again to continue")
         if error.skips_cleanup:
             sys.stdout.flush()
             os._exit(EXIT_RESUMABLE)
         sys.exit(EXIT_RESUMABLE)
     except FloatingPointError as error:
-        click.echo(f"failed: {error}", err=True)
+        print_error("failed", error)
         sys.exit(EXIT_FAILED)
+
+
+def print_error(kind: str, error: Exception) -> None:
+    """Print an error on stderr: on one line, or on the lines of a ShownError."""
+    first, *others = str(error).split("\n") if isinstance(error, ShownError) else [str(error)]
+    for line in (f"{kind}: {first}", *others):
+        print_line(line)

@@ -2,13 +2,14 @@
 
 import difflib
 import os
+import re
 import reprlib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from nfm.pipeline.config_keys import list_keys, subsection_type, walk_subsections
 from nfm.pipeline.errors import ConfigError
@@ -22,6 +23,7 @@ from nfm.stages.train_student import StudentConfig
 from nfm.stages.train_teacher import TeacherConfig
 from nfm.storage_specs.format.schema import Attribution
 from nfm.storage_specs.storage.files import set_file_system_options
+from nfm.storage_specs.storage.text import HIDDEN, shown_options
 
 
 class StorageConfig(Section):
@@ -30,7 +32,7 @@ class StorageConfig(Section):
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="Options of fsspec file systems by protocol, such as `storage.options.s3.endpoint_url`. "
-        "They may hold keys, and are not recorded in any artifact.",
+        "They may hold keys, and are not recorded in any artifact, nor printed.",
     )
     cache: str | None = Field(
         default=None,
@@ -43,6 +45,20 @@ class StorageConfig(Section):
         description="Largest size of that folder, in GB; the least recently used files are removed first. Without it: "
         "`$NFM_CACHE_GB`, or 200.",
     )
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if HIDDEN in _leaves(options):
+            raise ValueError(
+                f"got {HIDDEN!r}, which nfm config prints in place of a secret; expected the secret, or no such option "
+                "where the environment or a profile has it"
+            )
+        return options
+
+    def without_secrets(self) -> "StorageConfig":
+        """The section with HIDDEN in place of what may be a secret."""
+        return self.model_copy(update={"options": shown_options(self.options)})
 
     def apply(self) -> None:
         """Sets the options and the cache for this process and the processes that it starts."""
@@ -83,7 +99,7 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_describe_mistakes(f"preset {preset}", error)) from error
+        raise ConfigError(*_describe_mistakes(f"preset {preset}", error)) from error
 
 
 def load_storage(overrides: Sequence[str]) -> StorageConfig:
@@ -91,12 +107,14 @@ def load_storage(overrides: Sequence[str]) -> StorageConfig:
     values: dict[str, Any] = {"storage": {}}
     for override in overrides:
         if not override.startswith("storage."):
-            raise ConfigError(f"got --set {override!r}; expected storage.key=value, as in storage.cache_gb=50")
+            raise ConfigError(
+                f"got {_describe_override(override)}; expected storage.key=value, as in storage.cache_gb=50"
+            )
         _apply_override(values, override)
     try:
         return StorageConfig.model_validate(values["storage"])
     except ValidationError as error:
-        raise ConfigError(_describe_mistakes("--set", error, prefix=("storage",))) from error
+        raise ConfigError(*_describe_mistakes("--set", error, prefix=("storage",))) from error
 
 
 def parse_attribution(values: dict[str, Any]) -> Attribution:
@@ -104,7 +122,16 @@ def parse_attribution(values: dict[str, Any]) -> Attribution:
     try:
         return AttributionConfig.model_validate(values).to_attribution()
     except ValidationError as error:
-        raise ConfigError(_describe_mistakes("annotate", error, prefix=("attribution",))) from error
+        raise ConfigError(*_describe_mistakes("annotate", error, prefix=("attribution",))) from error
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values inside tables and arrays."""
+    if isinstance(value, dict | list):
+        for element in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(element)
+    else:
+        yield value
 
 
 def _read_preset(preset: str) -> dict[str, Any]:
@@ -130,11 +157,15 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     parts = path.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        raise ConfigError(f"got --set {override!r}; expected section.key=value, as in student.train.lr=0.001")
+        raise ConfigError(
+            f"got {_describe_override(override)}; expected section.key=value, as in student.train.lr=0.001"
+        )
     section, depth = _innermost_section(parts)
     if depth == len(parts):
         example = next(iter(section.model_fields))
-        raise ConfigError(f"got --set {override!r}, but {path} is a section; set its keys, as in {path}.{example}=…")
+        raise ConfigError(
+            f"got {_describe_override(override)}, but {path} is a section; set its keys, as in {path}.{example}=…"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -143,8 +174,15 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"got --set {override!r}, but {part} is a value, not a section")
+            raise ConfigError(f"got {_describe_override(override)}, but {part} is a value, not a section")
     table[parts[-1]] = value
+
+
+def _describe_override(override: str) -> str:
+    """An override without its value, which may be a secret whatever its key is: the key may be misspelt."""
+    key = re.match(r"[\w.-]*", override)
+    assert key is not None
+    return f"--set {key[0]}=…" if override.startswith(f"{key[0]}=") else f"--set {key[0]}"
 
 
 def _add_missing_sections(values: dict[str, Any], section: type[Section]) -> None:
@@ -168,7 +206,7 @@ def _innermost_section(path: Sequence[str | int]) -> tuple[type[Section], int]:
     return section, len(path)
 
 
-def _describe_mistakes(source: str, error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
+def _describe_mistakes(source: str, error: ValidationError, prefix: tuple[str, ...] = ()) -> list[str]:
     """One line for a single mistake; for several, a first line and a line for each.
 
     `prefix` is the path of the section that was validated.
@@ -176,8 +214,8 @@ def _describe_mistakes(source: str, error: ValidationError, prefix: tuple[str, .
     mistakes = [_describe_mistake((*prefix, *detail["loc"]), detail) for detail in error.errors()]
     hint = "nfm config prints all keys with their meaning"
     if len(mistakes) == 1:
-        return f"{source}: {mistakes[0]} ({hint})"
-    return "\n  ".join([f"{source}: {len(mistakes)} keys are missing or wrong ({hint}):", *mistakes])
+        return [f"{source}: {mistakes[0]} ({hint})"]
+    return [f"{source}: {len(mistakes)} keys are missing or wrong ({hint}):", *mistakes]
 
 
 def _describe_mistake(path: tuple[str | int, ...], detail: Any) -> str:
@@ -191,6 +229,8 @@ def _describe_mistake(path: tuple[str | int, ...], detail: Any) -> str:
     if detail["type"] == "value_error":
         return f"{name}: {detail['ctx']['error']}"
     expected = next(key.values for key in list_keys(section) if key.name == path[depth])
+    if path[:2] == ("storage", "options"):
+        return f"{name}: expected {expected}"  # the value may be a secret
     if detail["type"] == "missing":
         return f"{name} is missing; expected {expected}"
     if detail["type"] == "finite_number":

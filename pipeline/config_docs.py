@@ -13,6 +13,7 @@ from tomlkit.items import Item, Table
 from nfm.pipeline.config import Config
 from nfm.pipeline.config_keys import Key, list_keys, subsection_type, walk_subsections
 from nfm.stages.section import Section
+from nfm.storage_specs.storage.text import escape
 
 COMMENT_WIDTH = 100  # characters in a line of a comment
 
@@ -36,8 +37,9 @@ nfm train-teacher --preset mine.toml --set teacher.train.lr=1e-4 --samples … -
 
 `nfm config` prints all keys with their values in the preset, and the text of this page as comments. `--dry-run`
 after any stage prints the same, with options such as `--draws` applied, and runs nothing; options that
-are otherwise required, such as `--samples` and `--out`, may be left out. Both print `storage.options` too, which may
-hold keys of object stores. The section `storage` is recorded in no checkpoint, store or report.
+are otherwise required, such as `--samples` and `--out`, may be left out. Both print `***` in place of values of
+`storage.options` that may be secrets, and nfm refuses to read that back. The section `storage` is recorded in no
+checkpoint, store or report.
 
 A required key must be in the preset. A key whose default is "unset" has no value unless one is given.
 Numbers are finite.
@@ -45,13 +47,18 @@ Numbers are finite.
 
 
 def config_toml(config: Config) -> str:
-    """A TOML file that `load_config` reads as the same config, with the meaning of every key as comments."""
+    """A TOML file that `load_config` reads as the same config, with the meaning of every key as comments.
+
+    Only options of storage that may be secrets are not in it; `load_config` refuses what stands in their place.
+    """
+    config = config.model_copy(update={"storage": config.storage.without_secrets()})
     document = tomlkit.document()
     for line in TOML_HEADER.splitlines():
         document.add(tomlkit.comment(line))
     document.add(tomlkit.nl())
     _add_section(document, config)
-    return tomlkit.dumps(document).rstrip() + "\n"
+    lines = tomlkit.dumps(document).rstrip().split("\n")
+    return "\n".join(map(escape, lines)) + "\n"  # TOML reads \u202e in a string as the character that it stands for
 
 
 def _add_section(table: tomlkit.TOMLDocument | Table, section: Section) -> None:

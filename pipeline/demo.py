@@ -4,11 +4,10 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import click
-
 from nfm.pipeline.config import Config
 from nfm.pipeline.encode_job import encode_couplings
 from nfm.pipeline.evaluation import evaluate_and_report
+from nfm.pipeline.output import echo
 from nfm.pipeline.pool import ray_session
 from nfm.stages.prepare import prepare
 from nfm.stages.progress import Progress, print_line
@@ -49,7 +48,7 @@ def run_demo(config: Config, out: str, data: Path | None, skip_bad_images: bool)
     print_stage(5, "evaluate: Fréchet distance, curvature, z-space")
     summary = evaluate_and_report(config, f"{out}/samples", couplings, teacher, students, out)
     print_stage(6, "done")
-    click.echo(summary)
+    echo(*summary)
 
 
 def _encode_stores(config: Config, samples: str, teacher: str, stores: dict[LayoutName, str]) -> None:

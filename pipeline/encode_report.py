@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
-import click
 from tqdm import tqdm
 
 from nfm.models.tarflow import TarFlowConfig, forward_flops
+from nfm.pipeline.output import echo
 from nfm.stages.encode import EncodedUnit
 from nfm.stages.progress import FIRST_LINE_SECONDS, LINE_SECONDS, format_duration, is_live_terminal, print_line
 from nfm.storage_specs.format.schema import Dataset, Spec
+from nfm.storage_specs.storage.text import shown
 
 REDRAW_SECONDS = 0.5  # of the live line
 RATE_WINDOW_SECONDS = 60.0  # over which the rate "now" is taken
@@ -78,7 +79,7 @@ class EncodeProgress:
         once. Where a live line exists already, that line follows every REDRAW_SECONDS, with `announce` or without.
         """
         with self._lock:
-            self.status = status
+            self.status = shown(status)
             self.status_started_at = self._last_shown_at = time.monotonic()
             if announce:
                 self.show()
@@ -146,7 +147,7 @@ class EncodeProgress:
                     self.bar = tqdm(total=0, bar_format="{desc}", file=sys.stderr)
                 self.bar.set_description_str(self.line())
             else:
-                print(self.line(), file=sys.stderr, flush=True)
+                print_line(self.line())
 
     def _keep_showing(self) -> None:
         """The thread: shows where the job is until the end of the `with` block."""
@@ -269,8 +270,8 @@ def teacher_config(spec: Spec) -> TarFlowConfig:
     return TarFlowConfig(**architecture)
 
 
-def describe(summary: Summary, out: str, student_images: int) -> str:
-    """The end of a run, for people. `student_images` is how many images one student sees in training."""
+def describe(summary: Summary, out: str, student_images: int) -> list[str]:
+    """The end of a run, in lines for people. `student_images` is how many images one student sees in training."""
     dataset = summary.dataset
     assert dataset is not None
     spec = dataset.spec
@@ -280,7 +281,7 @@ def describe(summary: Summary, out: str, student_images: int) -> str:
         f"{summary.units_encoded} units encoded, {summary.units_before} before this run"
     ]
     if not summary.units_encoded:
-        return lines[0]
+        return lines
     flops = forward_flops(teacher_config(spec))
     rate = summary.pairs_encoded / summary.seconds
     rate_per_worker = summary.pairs_encoded / max(summary.worker_seconds, 1e-9)
@@ -299,7 +300,7 @@ def describe(summary: Summary, out: str, student_images: int) -> str:
         f"saves {format_flop(student_images * flops)} of teacher work, "
         f"{format_duration(student_images / rate_per_worker)} of one worker's time"
     )
-    return "\n".join(lines)
+    return lines
 
 
 def as_document(summary: Summary, student_images: int) -> dict[str, Any]:
@@ -321,4 +322,4 @@ def print_summary(summary: Summary, out: str, student_images: int, as_json: bool
     if as_json:
         print(json.dumps(as_document(summary, student_images)), flush=True)
     else:
-        click.echo(describe(summary, out, student_images))
+        echo(*describe(summary, out, student_images))

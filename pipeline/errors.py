@@ -5,13 +5,15 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from nfm.stages.errors import ResumableError
+from nfm.storage_specs.storage.errors import ShownError
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
-    """A preset or an override does not describe a run. The message names every key that is missing or wrong."""
+class ConfigError(ShownError):
+    """A preset or an override does not describe a run. The message names every key that is missing or wrong, each on a
+    line of its own."""
 
 
 class InterruptedRunError(ResumableError):

@@ -21,8 +21,8 @@ METRICS_VERSION = 3
 
 def evaluate_and_report(
     config: Config, samples: str, couplings: str, teacher: str, students: dict[str, str], out: str
-) -> str:
-    """Write `metrics.json`, `grids.npz` and `report.html` to `out`, and return a summary for the terminal.
+) -> list[str]:
+    """Write `metrics.json`, `grids.npz` and `report.html` to `out`, and return the lines of a summary.
 
     What was measured before on the same inputs with the same settings is reused. `students` are URLs by name.
     """
@@ -61,7 +61,7 @@ def _read_metrics(root: Root, inputs: dict[str, Any], settings: dict[str, Any]) 
     return metrics
 
 
-def _summarize(metrics: dict[str, Any], report_url: str) -> str:
+def _summarize(metrics: dict[str, Any], report_url: str) -> list[str]:
     """A table of the students, and what their distances are to be compared with."""
     distances = metrics["fd"]
     teacher = metrics["teacher"]
@@ -86,4 +86,4 @@ def _summarize(metrics: dict[str, Any], report_url: str) -> str:
         f"of {distances['samples']} training images drawn with replacement",
         f"report: {report_url}",
     ]
-    return "\n".join(lines)
+    return lines

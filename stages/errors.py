@@ -1,5 +1,7 @@
 """The errors of stages."""
 
+from nfm.storage_specs.storage.errors import ShownError
+
 
 class ResumableError(Exception):
     """A run was ended from outside, as by a signal or a lost machine. The same command continues it."""
@@ -8,5 +10,5 @@ class ResumableError(Exception):
     skips_cleanup = False
 
 
-class StageError(ValueError):
+class StageError(ShownError):
     """A stage cannot run on what the user gave it. The message says what was got, what was expected and what to do."""

@@ -14,6 +14,8 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 from tqdm import tqdm
 
+from nfm.storage_specs.storage.text import shown
+
 FIRST_LINE_SECONDS = 5.0  # until the first line after the one at the start
 LINE_SECONDS = 10.0  # between lines after that
 REDRAW_SECONDS = 1.0  # between two drawings of a bar that does not advance
@@ -35,8 +37,8 @@ def is_live_terminal() -> bool:
 
 
 def print_line(text: str) -> None:
-    """Print a line on stderr, above the bars that are drawn there."""
-    tqdm.write(text, file=sys.stderr)
+    """Print a line on stderr, above the bars that are drawn there. A line break inside it is shown as a space."""
+    tqdm.write(shown(text), file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -73,7 +75,7 @@ class Progress:
         enabled: bool = True,
         parent: "Progress | None" = None,
     ) -> None:
-        self.name = name
+        self.name = shown(name)
         self.total = total
         self.unit = unit
         self.done = done
@@ -99,18 +101,18 @@ class Progress:
         with self._draw_lock:
             self.done += units
             if note is not None:
-                self.note = note
+                self.note = shown(note)
             if self.bar is not None:
                 if note is not None:
-                    self.bar.set_postfix_str(note, refresh=False)
+                    self.bar.set_postfix_str(self.note, refresh=False)
                 self.bar.update(units)
 
     def set_note(self, note: str) -> None:
         """Say what the work is at just now, as in "compiles the network"."""
-        self.note = note
+        self.note = shown(note)
         if self.bar is not None:
             with self._draw_lock:
-                self.bar.set_postfix_str(note)
+                self.bar.set_postfix_str(self.note)
 
     def __enter__(self) -> "Progress":
         self.started_at = time.monotonic()

@@ -147,7 +147,7 @@ def test_the_summary_says_which_units_were_encoded_again(run: Run) -> None:
         units_of_earlier_driver=1,
         units_damaged=3,
     )
-    lines = describe(summary, "out", student_images=640).splitlines()
+    lines = describe(summary, "out", student_images=640)
     assert lines[1].startswith("537 pairs in 10 s, 53.7 pairs/s; ")
     assert lines[2] == (
         "units encoded again: 7 (3 from 2 dead workers, 1 from an earlier driver, 3 damaged after their commit)"

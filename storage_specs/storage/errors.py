@@ -1,7 +1,20 @@
 """The errors of stores and of the storage that holds them."""
 
+from nfm.storage_specs.storage.text import MAX_LINE, shown
 
-class StoreError(ValueError):
+
+class ShownError(ValueError):
+    """An error whose message a person reads: one line, or one for each of its `lines`, all of them `shown`."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n  ".join(_shorten(shown(line)) for line in lines))
+
+
+def _shorten(line: str) -> str:
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}…"
+
+
+class StoreError(ShownError):
     """A store is missing, broken, or not what the caller asked for. The message says what was got and what to do."""
 
 

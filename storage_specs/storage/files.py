@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from nfm.storage_specs.storage.errors import OutageError, StorageError, StoreError
+from nfm.storage_specs.storage.text import hide_options, hide_url
 
 T = TypeVar("T")
 
@@ -93,6 +94,8 @@ class Root:
         if not url.strip():
             raise StoreError("got an empty URL; expected a path or a URL")
         self.url = url.rstrip("/") or "/"
+        hide_url(self.url)
+        hide_options(options or {})
         try:
             self.fs, self.path = fsspec.core.url_to_fs(self.url, **(options or {}))
         except (ValueError, ImportError, TypeError) as error:
@@ -322,5 +325,6 @@ def map_file(path: str | Path) -> NDArray[np.uint8]:
 def set_file_system_options(options: dict[str, dict[str, Any]]) -> None:
     """Set options of fsspec file systems by protocol (`s3`, `gs`, `http`, …), for every `Root` made afterwards in this
     process."""
+    hide_options(options)
     for protocol, values in options.items():
         fsspec.config.conf[protocol] = {**fsspec.config.conf.get(protocol, {}), **values}
