@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 from nfm.stages.section import Section
 from nfm.storage_specs.format.schema import MAX_TEXT, Attribution
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.text import redact
 from nfm.storage_specs.writing.publish import annotate_store
 
 
@@ -55,6 +56,16 @@ class AttributionConfig(Section):
             raise ValueError(
                 f"got {licence!r}; expected an SPDX expression, such as CC-BY-4.0, MIT or LicenseRef-my-terms"
             ) from error
+
+    @field_validator("source_url")
+    @classmethod
+    def _check_source_url(cls, url: str | None) -> str | None:
+        if url is not None and redact(url) != url:
+            raise ValueError(
+                f"got {redact(url)}, where *** is a secret; expected a URL without password, signature or token, as it "
+                "is written into the store"
+            )
+        return url
 
     def to_attribution(self) -> Attribution:
         """The part of a store's document that this config gives."""
