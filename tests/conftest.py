@@ -5,6 +5,7 @@ import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray spells it so)
@@ -133,3 +134,12 @@ def images(tmp_path: Path) -> Path:
                 image = image.convert("L")
             image.save(folder / f"{i}.{('png', 'jpg', 'jpeg')[(i + label) % 3]}")
     return tmp_path / "images"
+
+
+@pytest.fixture(scope="session")
+def mlc(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """mlcroissant, which looks for its cache when it is imported."""
+    os.environ["CROISSANT_CACHE"] = str(tmp_path_factory.mktemp("croissant"))
+    import mlcroissant
+
+    return mlcroissant

@@ -9,7 +9,6 @@ from nfm.storage_specs.format.card_text import (
     describe_storage,
     describe_views,
     escape_markdown,
-    printable,
     python_scales,
     python_x,
     python_z,
@@ -23,6 +22,7 @@ from nfm.storage_specs.format.layouts import LAYOUTS
 from nfm.storage_specs.format.names import SIGMA_F_NAME
 from nfm.storage_specs.format.schema import Dataset, LatentSpec, Spec
 from nfm.storage_specs.format.zarr_layout import GROUP_FOLDER
+from nfm.storage_specs.storage.text import printable
 
 # The identifiers of Hugging Face (huggingface.co/docs/hub/repositories-licenses) that are those of SPDX in lower case.
 _LICENCES = """

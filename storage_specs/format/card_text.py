@@ -8,19 +8,13 @@ from typing import Final
 from nfm.storage_specs.format.codecs import STORED_MEANING
 from nfm.storage_specs.format.names import Z_SCALE_FILE
 from nfm.storage_specs.format.schema import Attribution, LatentSpec, Spec
+from nfm.storage_specs.storage.text import printable
 
 Z_IS_THE_IMAGE: Final = (
     "z together with its teacher and noise law is the image; leaving out x saves bytes and protects nothing."
 )
 
 Escape = Callable[[str], str]
-
-
-def printable(text: str) -> str:
-    """The text in one line without control characters, which could steer a terminal or turn the reading direction."""
-    return "".join(
-        char if char.isprintable() else " " if char.isspace() else "\N{REPLACEMENT CHARACTER}" for char in text
-    )
 
 
 def escape_markdown(text: str) -> str:

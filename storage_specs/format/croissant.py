@@ -16,7 +16,6 @@ from nfm.storage_specs.format.card_text import (
     describe_meaning,
     describe_storage,
     describe_views,
-    printable,
     teacher_name,
     title,
 )
@@ -26,6 +25,7 @@ from nfm.storage_specs.format.manifest import FILE_SCHEMA
 from nfm.storage_specs.format.names import SIGMA_F_NAME, Z_SCALE_FILE
 from nfm.storage_specs.format.schema import Dataset, LatentSpec, Spec
 from nfm.storage_specs.format.zarr_layout import GROUP_FOLDER
+from nfm.storage_specs.storage.text import printable
 
 Node = dict[str, Any]  # of JSON-LD
 

@@ -27,6 +27,13 @@ from nfm.storage_specs.writing.writer import StoreWriter
 
 SHAPE = (1, 4, 4)
 ROWS, BLOCK_ROWS = 70, 32
+KNOWN = Attribution(
+    licence="CC-BY-4.0",
+    citation="@article{a,\n  title = {x}\n}",
+    creator="Jane Doe",
+    source_url="https://example.org/images",
+    notes="For research only.",
+)
 
 
 @dataclass(frozen=True)
