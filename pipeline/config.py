@@ -229,13 +229,14 @@ def _describe_mistake(path: tuple[str | int, ...], detail: Any) -> str:
     if detail["type"] == "value_error":
         return f"{name}: {detail['ctx']['error']}"
     expected = next(key.values for key in list_keys(section) if key.name == path[depth])
-    if path[:2] == ("storage", "options"):
-        return f"{name}: expected {expected}"  # the value may be a secret
     if detail["type"] == "missing":
         return f"{name} is missing; expected {expected}"
     if detail["type"] == "finite_number":
         expected = f"finite {expected}"
-    return f"{name}: got {_describe_value(detail['input'])}; expected {expected}"
+    got = _describe_value(detail["input"])
+    if path[:2] == ("storage", "options") and isinstance(detail["input"], str | int | float):
+        got = "a single value"  # it may be a secret
+    return f"{name}: got {got}; expected {expected}"
 
 
 def _describe_unknown_key(name: str, section: type[Section]) -> str:

@@ -57,15 +57,67 @@ def test_the_config_command_prints_a_preset_that_stages_read(preset: str, tmp_pa
     assert stage.stdout == printed.stdout
 
 
+def config_with(options: dict[str, dict[str, Any]]) -> Config:
+    storage = load_storage([]).model_copy(update={"options": options})
+    return load_config("digits").model_copy(update={"storage": storage})
+
+
 def test_options_of_file_systems_are_printed_whatever_they_hold() -> None:
     options = {
-        "s3": {"key": 'a"b\\c\n\t\x7f é 𝛈', "anon": False, "client_kwargs": {"retries": 3, "waits": [0.5, 1e-9]}},
-        "a.b c": {"listed": [{"a": 1}, {"b": [True, {"c": "d"}]}], "empty": []},
+        "s3": {
+            "profile": 'a"b\\c\n\t\x7f\x85\u2028\u202e\U000e0001\u3000 é 𝛈',
+            "anon": False,
+            "client_kwargs": {"retries": 3, "waits": [0.5, 1e-9]},
+        },
+        "a.b c": {"listed": [{"a": 1}, {"b": [True, {"region": "d"}]}], "empty": []},
     }
-    config = load_config("digits").model_copy(
-        update={"storage": load_storage([]).model_copy(update={"options": options})}
-    )
-    assert Config.model_validate(tomllib.loads(config_toml(config))).storage.options == options
+    text = config_toml(config_with(options))
+    assert Config.model_validate(tomllib.loads(text)).storage.options == options
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_secret_options_are_neither_printed_nor_read_back(tmp_path: Path) -> None:
+    options = {
+        "s3": {"key": "MARKED", "secret": "MARKED", "endpoint_url": "http://user:MARKED@host:80/?token=MARKED"},
+        "http": {"headers": {"X-Any": "MARKED"}, "client_kwargs": {"auth": ["MARKED", {"password": 73}], "n": 5}},
+    }
+    text = config_toml(config_with(options))
+    assert "MARKED" not in text and "73" not in text
+    printed = tomllib.loads(text)["storage"]["options"]
+    assert printed["s3"] == {"key": "***", "secret": "***", "endpoint_url": "http://***@host:80/?token=***"}
+    assert printed["http"]["client_kwargs"] == {"auth": ["***", {"password": "***"}], "n": 5}
+    path = tmp_path / "printed.toml"
+    path.write_text(text, encoding="utf-8")
+    (line,) = mistakes(path)
+    assert "storage.options: got '***', which nfm config prints in place of a secret" in line
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "storage.options.s3=MARKED",
+        "storage.options=MARKED",
+        "storage.options.s3=['MARKED']",
+        "storage.options.s3.secret:MARKED",
+        "storage={options={s3={secret='MARKED'}}}",
+        "storag.options.s3.secret=MARKED",
+        "s3.secret.a=MARKED",
+        "secret=MARKED",
+        "secret MARKED",
+        "storage.cache.options.s3.secret=MARKED",
+    ],
+)
+def test_no_mistake_in_an_option_prints_its_value(override: str) -> None:
+    for load in (load_storage, lambda overrides: load_config("digits", ["storage.cache=a", *overrides])):
+        with pytest.raises(ConfigError) as error:
+            load([override])
+        assert "MARKED" not in str(error.value)
+
+
+def test_no_key_forges_a_line(preset: Path) -> None:
+    spoil(preset, ("[encode]", '["a\\nerror: all good\\u001b[31m"]\n[encode]'))
+    (line,) = mistakes(preset)
+    assert "unknown key a error: all good\\u001b[31m;" in line
 
 
 def test_every_key_and_section_is_described() -> None:
