@@ -4,36 +4,42 @@ Images are resized to squares with PIL's box filter (NFM paper section 4). One t
 square as a whole: nothing is cropped or padded.
 """
 
-import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
 
 from nfm.stages.attribution import AttributionConfig, update_attribution
 from nfm.stages.errors import StageError
+from nfm.stages.image_files import (
+    DECODING,
+    BadImageError,
+    SourceImage,
+    SquareNotice,
+    read_image,
+    without_pillow_warnings,
+)
+from nfm.stages.image_folder import check_classes_have_images, list_images, print_unused
 from nfm.stages.progress import Progress, print_line
 from nfm.stages.section import Section
 from nfm.stages.splits import SPLITS
-from nfm.storage_specs.format.image_names import MAX_NAME_BYTES, ImageName
-from nfm.storage_specs.format.schema import LayoutName, PixelSpec, Spec
+from nfm.storage_specs.format.image_names import ImageName
+from nfm.storage_specs.format.schema import LayoutName, PixelSpec, Sha256, Spec
 from nfm.storage_specs.reading.order import permutation
-from nfm.storage_specs.storage.documents import canonical_json
+from nfm.storage_specs.storage.documents import StrictModel, canonical_json, parse_json
+from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import Root, sha256
 from nfm.storage_specs.writing.writer import StoreWriter
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
 QUARANTINE_FILE = "quarantine.json"
 MAX_QUARANTINE_BYTES = 1 << 28
-MAX_NAMED = 20  # bad images that an error message names
+MAX_NAMED = 20  # bad images, or classes, that an error message names
+MIN_ROWS = 2  # images of a split
 CHECK_ROWS = 1024  # images between two updates of the check's progress
 
 
@@ -43,7 +49,7 @@ class DataConfig(Section):
     source: Literal["digits", "folder"] = Field(
         description='"digits": scikit-learn\'s 1,797 images of 8×8 pixels. '
         '"folder": the image folder of --data, '
-        "with `train/<class>/*.jpg` (or .jpeg, .png) and optionally `val/<class>/*.jpg`.",
+        "with `train/<class>/*.jpg` (or .jpeg, .png, .webp, .gif, .bmp) and optionally `val/<class>/*.jpg`.",
     )
     image_size: int = Field(
         ge=2,
@@ -56,7 +62,8 @@ class DataConfig(Section):
     holdout: float = Field(
         gt=0,
         lt=1,
-        description="Share of the images of each class held out as val. Not used if the image folder has `val/`.",
+        description="Share of the images of each class held out as val, rounded; at least one stays in train. "
+        "Not used if the image folder has `val/`.",
     )
     block_rows: int = Field(
         ge=1,
@@ -72,57 +79,35 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a split: image i is `load(i)`, uint8 (C, H, W), with label `labels[i]` and name `names[i]`, decoded
-    from bytes with the sha256 `hash_source(i)`.
+    """The images of a split: image i is `load(i)`, with label `labels[i]` and name `names[i]`.
 
     `identity` is JSON that tells data sets apart: a hash of the pixels, or of the names and sizes of the files.
+    `quarantined` is the number of images of that data set that do not decode and were left out.
     """
 
-    load: Callable[[int], NDArray[np.uint8]]
-    hash_source: Callable[[int], str]
+    load: Callable[[int], SourceImage]
     names: list[str]
     labels: NDArray[np.int64]
     class_names: list[str]
     identity: dict[str, Any]
+    quarantined: int = 0
 
     def select(self, rows: NDArray[np.int64]) -> "Images":
         """The images of these rows, in their order."""
         numbers = rows.tolist()
-        return Images(
-            lambda i: self.load(numbers[i]),
-            lambda i: self.hash_source(numbers[i]),
-            [self.names[number] for number in numbers],
-            self.labels[rows],
-            self.class_names,
-            self.identity,
+        return replace(
+            self,
+            load=lambda i: self.load(numbers[i]),
+            names=[self.names[number] for number in numbers],
+            labels=self.labels[rows],
         )
 
 
-class BadImageError(StageError):
-    """An image does not decode."""
+class Quarantine(StrictModel):
+    """`quarantine.json` beside the sample stores: the images of a source that do not decode, each with the reason."""
 
-
-class SquareNotice:
-    """Says once, on stderr, how images that are not square become square."""
-
-    def __init__(self, image_size: int) -> None:
-        self.image_size = image_size
-        self.is_printed = False
-        self.lock = Lock()  # images are decoded by several threads
-
-    def print_once(self, path: Path, width: int, height: int) -> None:
-        """Print the notice, if this is the first image that is not square."""
-        if width == height:
-            return
-        with self.lock:
-            if self.is_printed:
-                return
-            self.is_printed = True
-        print_line(
-            f"note: {path} is {width}×{height}; "
-            f"images that are not square are stretched to {self.image_size}×{self.image_size} as a whole, "
-            "without a crop (PIL's box filter, as in the paper)"
-        )
+    source: Sha256  # of what was checked, and of how it is decoded
+    images: dict[str, str]  # by split and name: train/<class>/<file>
 
 
 def digits(config: DataConfig) -> Images:
@@ -139,110 +124,91 @@ def digits(config: DataConfig) -> Images:
     identity = {"name": "scikit-learn digits", "sha256": sha256(x.tobytes() + labels.tobytes())}
     names = [f"digit {i}" for i in range(len(x))]
     class_names = [str(label) for label in range(10)]
-    return Images(lambda i: x[i], lambda i: sha256(x[i].tobytes()), names, labels, class_names, identity)
+    return Images(lambda i: SourceImage(x[i], sha256(x[i].tobytes())), names, labels, class_names, identity)
 
 
-def list_folder(config: DataConfig, path: Path, notice: SquareNotice) -> Images:
-    """The images in a folder that has one folder per class, in the order of their names.
+def open_folder(config: DataConfig, path: Path, notice: SquareNotice) -> Images:
+    """The images in a folder that has one folder per class, in the order of their names. Raises StageError as
+    `list_images` does."""
+    class_names, files = list_images(path)
+    lines = [f"{file.name} {file.bytes}" for file in files]
+    identity = {
+        "name": "image folder",
+        "files": len(files),
+        "listing_sha256": sha256("\n".join(lines).encode()),
+    }
+    return Images(
+        lambda i: read_image(files[i].path, config.channels, config.image_size, notice),
+        [file.name for file in files],
+        np.array([file.label for file in files], dtype=np.int64),
+        class_names,
+        identity,
+    )
 
-    Raises StageError if the folder is missing or holds no images.
+
+def open_folders(config: DataConfig, out: str, data: Path | None, skip_bad_images: bool) -> dict[str, Images]:
+    """The images of the folder `<data>/train`, and of `<data>/val` if there is one, that decode.
+
+    Raises StageError if a folder cannot be used, and unless `skip_bad_images` if some images do not decode.
     """
-    if not path.is_dir():
-        raise StageError(
-            f"{path}: no such folder; expected one folder per class in it, with {', '.join(sorted(SUFFIXES))} files"
-        )
-    class_names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    files: list[Path] = []
-    labels: list[int] = []
-    names: list[str] = []
-    lines: list[str] = []
-    with Progress(f"list {path}") as progress:
-        for label, class_name in enumerate(class_names):
-            for file in sorted((path / class_name).iterdir()):
-                if file.suffix.lower() not in SUFFIXES or not file.is_file():
-                    continue
-                name = f"{class_name}/{file.name}"
-                if len(name.encode()) > MAX_NAME_BYTES:
-                    raise StageError(
-                        f"{file}: got a name of {len(name.encode())} bytes; expected at most {MAX_NAME_BYTES}"
-                    )
-                files.append(file)
-                labels.append(label)
-                names.append(name)
-                lines.append(f"{name} {file.stat().st_size}")
-            progress.set_note(f"{len(files)} images")
-    if not files:
-        raise StageError(f"{path}: got no images; expected <class>/*.jpg, .jpeg or .png in it")
-    listing_sha256 = sha256("\n".join(lines).encode())
-    identity = {"name": "image folder", "files": len(files), "listing_sha256": listing_sha256}
-
-    def load(i: int) -> NDArray[np.uint8]:
-        return decode_image(files[i], config, notice)
-
-    def hash_source(i: int) -> str:
-        with open(files[i], "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    return Images(load, hash_source, names, np.array(labels, dtype=np.int64), class_names, identity)
-
-
-def decode_image(path: Path, config: DataConfig, notice: SquareNotice) -> NDArray[np.uint8]:
-    """The image in a file, resized, as uint8 (C, H, W).
-
-    Raises BadImageError if the file is not a whole JPEG or PNG image of at most 8 bits a channel and of a sane size,
-    OSError if it cannot be read.
-    """
-    try:
-        with Image.open(path, formats=("JPEG", "PNG")) as opened:
-            if opened.mode.startswith("I"):
-                raise BadImageError(f"{path}: 16 bits a channel; expected 8")
-            image = opened.convert("L" if config.channels == 1 else "RGB")
-    except BadImageError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk failed, not the decoder
-        raise BadImageError(f"{path}: {error}") from error
-    notice.print_once(path, *image.size)
-    pixels = np.asarray(image.resize((config.image_size, config.image_size), Image.Resampling.BOX))
-    return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
-
-
-def read_splits(config: DataConfig, data: Path | None) -> dict[str, Images]:
-    """The images of train and val, each in a fixed random order, so that a block holds a mix of classes.
-
-    val is a folder of its own, or a share of each class of train. Raises StageError if there are no such images.
-    """
-    if config.source == "digits":
-        return hold_out(config, digits(config))
     if data is None:
         raise StageError("data.source is 'folder', but no folder was given; say where with --data (with make: DATA=…)")
     notice = SquareNotice(config.image_size)
-    train = list_folder(config, data / "train", notice)
-    if not (data / "val").is_dir():
-        return hold_out(config, train)
-    val = list_folder(config, data / "val", notice)
-    if val.class_names != train.class_names:
-        raise StageError(f"{data}: got different class folders in train and val; expected the same ones")
-    return {"train": train.select(random_order(train)), "val": val.select(random_order(val))}
+    splits = [split for split in SPLITS if split == "train" or (data / split).is_dir()]
+    folders = {split: open_folder(config, data / split, notice) for split in splits}
+    print_unused(data, splits)
+    train = folders["train"]
+    for split, images in folders.items():
+        differing = sorted(set(images.class_names) ^ set(train.class_names))
+        if differing:
+            raise StageError(
+                f"{data}: got class folders in train or {split} alone ({', '.join(differing[:MAX_NAMED])}); "
+                "expected the same in both"
+            )
+    bad = find_bad_images(Root(out), folders, skip_bad_images)
+    for split, images in folders.items():
+        is_good = np.array([f"{split}/{name}" not in bad for name in images.names])
+        good = replace(images.select(np.flatnonzero(is_good)), quarantined=int((~is_good).sum()))
+        check_classes_have_images(data / split, good.class_names, good.labels.tolist())
+        folders[split] = good
+    return folders
 
 
 def hold_out(config: DataConfig, images: Images) -> dict[str, Images]:
-    """Split images into train and val: the share `holdout` of each class is val. Both are in a fixed random order."""
+    """Split images into train and val: of each class, the share `holdout` is val, rounded, but at least one image is
+    train. Raises StageError if that leaves too few images in a split."""
+    counts = np.bincount(images.labels, minlength=len(images.class_names))
+
+    def count_held_out(share: float) -> NDArray[np.int64]:
+        held_out: NDArray[np.int64] = np.minimum(np.rint(counts * share).astype(np.int64), counts - 1)
+        return held_out
+
+    def is_enough(share: float) -> bool:
+        num_val = count_held_out(share).sum()
+        return bool(MIN_ROWS <= num_val <= len(images.names) - MIN_ROWS)
+
+    if not is_enough(config.holdout):
+        working = [percent / 100 for percent in range(1, 100) if is_enough(percent / 100)]
+        advice = (
+            f"data.holdout = {min(working, key=lambda share: abs(share - config.holdout))} does"
+            if working
+            else "no share does, as each class keeps an image in train: add images, or a folder val/"
+        )
+        raise StageError(
+            f"got {len(images.names)} images in {len(counts)} classes, the largest of {counts.max()}: "
+            f"data.holdout = {config.holdout} holds out {count_held_out(config.holdout).sum()} of them; "
+            f"expected at least {MIN_ROWS} images in each of train and val; {advice}"
+        )
     order = random_order(images)
     is_val = np.zeros(len(order), dtype=bool)
-    for label in range(len(images.class_names)):
+    for label, count in enumerate(count_held_out(config.holdout)):
         rows = order[images.labels[order] == label]
-        is_val[rows[: round(len(rows) * config.holdout)]] = True
-    if is_val.all() or not is_val.any():
-        raise StageError(
-            f"got {len(order)} images and data.holdout = {config.holdout}; expected at least one image in each split"
-        )
+        is_val[rows[:count]] = True
     return {"train": images.select(order[~is_val[order]]), "val": images.select(order[is_val[order]])}
 
 
 def random_order(images: Images) -> NDArray[np.int64]:
-    """The fixed random order in which images are written."""
+    """The fixed random order in which images are written, so that a block holds a mix of classes."""
     return permutation(len(images.names), seed=0, stream=0, counter=0)
 
 
@@ -262,24 +228,25 @@ def prepare(
     config = config.with_folder(data)
     if skip_bad_images and config.source == "digits":
         raise StageError("got --skip-bad-images for the digits, which are all good; it needs an image folder (--data)")
-    images_of_split = read_splits(config, data)
-    bad_of_split = {
-        split: find_bad_images(f"{out}/{split}", images, skip_bad_images) for split, images in images_of_split.items()
-    }
-    for split in SPLITS:
-        images = images_of_split[split]
-        bad = bad_of_split[split]
-        good_rows = [row for row, name in enumerate(images.names) if name not in bad]
-        if len(good_rows) < 2:
-            raise StageError(f"got {len(good_rows)} images for {split}; expected at least 2 (see data.holdout)")
-        good_images = images.select(np.array(good_rows, dtype=np.int64))
-        write_store(config, f"{out}/{split}", split, good_images, len(bad), attribution or AttributionConfig())
+    with without_pillow_warnings():
+        if config.source == "digits":
+            images_of_split = hold_out(config, digits(config))
+        else:
+            folders = open_folders(config, out, data, skip_bad_images)
+            images_of_split = (
+                {split: images.select(random_order(images)) for split, images in folders.items()}
+                if "val" in folders
+                else hold_out(config, folders["train"])
+            )
+        for split, images in images_of_split.items():
+            if len(images.names) < MIN_ROWS:
+                raise StageError(f"got {len(images.names)} images for {split}; expected at least {MIN_ROWS}")
+        for split, images in images_of_split.items():
+            write_store(config, f"{out}/{split}", split, images, attribution or AttributionConfig())
 
 
-def write_store(
-    config: DataConfig, url: str, split: str, images: Images, quarantined: int, attribution: AttributionConfig
-) -> None:
-    """Write the sample store of a split, or what is missing of it. `quarantined` is the number of images left out."""
+def write_store(config: DataConfig, url: str, split: str, images: Images, attribution: AttributionConfig) -> None:
+    """Write the sample store of a split, or what is missing of it."""
     spec = Spec(
         kind="samples",
         layout=config.layout,
@@ -294,8 +261,8 @@ def write_store(
         preprocessing={
             "source": images.identity,
             "split": split,
-            "resize": "none" if config.source == "digits" else "PIL box",
-            "quarantined": quarantined,
+            **({"resize": "none"} if config.source == "digits" else {"decoding": DECODING, "resize": "PIL box"}),
+            "quarantined": images.quarantined,
         },
     )
     writer = StoreWriter(url, spec)
@@ -311,38 +278,37 @@ def write_store(
     with Progress(name, spec.rows, "image", spec.rows - missing_rows) as progress, ThreadPoolExecutor() as pool:
         for unit in missing_units:
             rows = spec.indices(unit.block)
-            x = np.stack(list(pool.map(images.load, rows.tolist())))
-            hashes = pool.map(images.hash_source, rows.tolist())
-            names = [ImageName(images.names[row], digest) for row, digest in zip(rows, hashes, strict=True)]
+            loaded = list(pool.map(images.load, rows.tolist()))
+            x = np.stack([image.pixels for image in loaded])
+            names = [ImageName(images.names[row], image.sha256) for row, image in zip(rows, loaded, strict=True)]
             writer.write_block(unit.block, {"x": x, "label": images.labels[rows]}, z=None, noise=None, names=names)
             progress.advance(len(rows))
         with progress.step("write the manifest and dataset.json"):
             writer.finalize(attribution=attribution.to_attribution())
 
 
-def find_bad_images(url: str, images: Images, skip_bad_images: bool) -> dict[str, str]:
-    """The names of all images that do not decode, with the reason. The result is kept in a file beside the store at
-    `url`, and read from there by later calls for the same images.
+def find_bad_images(root: Root, folders: Mapping[str, Images], skip_bad_images: bool) -> dict[str, str]:
+    """All images that do not decode, as `<split>/<name>`, each with the reason. The result is kept in the folder
+    `root`, and read from there by later calls for the same images.
 
     Raises StageError naming them if there are any, unless `skip_bad_images`.
     """
-    root = Root(url)
-    identity_sha256 = sha256(canonical_json(images.identity))
-    if root.exists(QUARANTINE_FILE):
-        quarantine = json.loads(root.read(QUARANTINE_FILE, MAX_QUARANTINE_BYTES))
-        bad: dict[str, str] = quarantine["images"]
-        if quarantine["listing"] == identity_sha256 and (skip_bad_images or not bad):
-            return bad
-    bad = {}
-    total = len(images.names)
-    with Progress(f"check {url.rpartition('/')[2]}", total, "image") as progress, ThreadPoolExecutor() as pool:
-        for start in range(0, total, CHECK_ROWS):
-            rows = range(start, min(start + CHECK_ROWS, total))
-            errors = list(pool.map(lambda row: try_to_load(images, row), rows))
-            for row, error in zip(rows, errors, strict=True):
-                if error is not None:
-                    bad[images.names[row]] = str(error)
-            progress.advance(len(rows))
+    identities = {split: images.identity for split, images in folders.items()}
+    source = sha256(canonical_json({"decoding": DECODING, "folders": identities}))
+    quarantine = read_quarantine(root)
+    if quarantine is not None and quarantine.source == source and (skip_bad_images or not quarantine.images):
+        return quarantine.images
+    bad: dict[str, str] = {}
+    total = sum(len(images.names) for images in folders.values())
+    with Progress("check", total, "image") as progress, ThreadPoolExecutor() as pool:
+        for split, images in folders.items():
+            for start in range(0, len(images.names), CHECK_ROWS):
+                rows = range(start, min(start + CHECK_ROWS, len(images.names)))
+                reasons = pool.map(lambda row, images=images: find_fault(images, row), rows)
+                for row, reason in zip(rows, reasons, strict=True):
+                    if reason is not None:
+                        bad[f"{split}/{images.names[row]}"] = reason
+                progress.advance(len(rows))
     if bad and not skip_bad_images:
         named = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:MAX_NAMED])
         if len(bad) > MAX_NAMED:
@@ -350,16 +316,29 @@ def find_bad_images(url: str, images: Images, skip_bad_images: bool) -> dict[str
         raise StageError(
             f"{len(bad)} of {total} images do not decode: {named}. Fix or remove them, or pass --skip-bad-images"
         )
-    root.write(QUARANTINE_FILE, canonical_json({"listing": identity_sha256, "images": bad}))
+    root.write(QUARANTINE_FILE, canonical_json(Quarantine(source=source, images=bad).model_dump(mode="json")))
     if bad:
-        print_line(f"{len(bad)} of {total} images left out, listed in {url}/{QUARANTINE_FILE}")
+        print_line(f"{len(bad)} of {total} images left out, listed in {root.url}/{QUARANTINE_FILE}")
     return bad
 
 
-def try_to_load(images: Images, row: int) -> BadImageError | None:
-    """The error that image `row` does not decode with; None if it does."""
+def read_quarantine(root: Root) -> Quarantine | None:
+    """What an earlier call found; None if there is no file of it or a damaged one, so that all is checked again."""
+    if not root.exists(QUARANTINE_FILE):
+        return None
+    try:
+        data = root.read(QUARANTINE_FILE, MAX_QUARANTINE_BYTES)
+        return parse_json(Quarantine, data, f"{root.url}/{QUARANTINE_FILE}")
+    except StorageError:
+        raise
+    except StoreError:
+        return None
+
+
+def find_fault(images: Images, row: int) -> str | None:
+    """Why image `row` does not decode; None if it does."""
     try:
         images.load(row)
     except BadImageError as error:
-        return error
+        return error.reason
     return None
