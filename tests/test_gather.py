@@ -33,6 +33,7 @@ from nfm.storage_specs.reading.region import AddressSpaceError, Region, RegionRo
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream, Source
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.local import LocalFile
 from tests.tools.random_couplings import BLOCK_ROWS, random_coupling_spec, write_random_couplings
 from tests.tools.stores import LAYOUT_NAMES
 
@@ -138,7 +139,7 @@ def test_both_readers_give_the_rows_of_the_files(
         record = store.files[files[slot]]
         for reader in readers:
             path = Path(store.url) / record.path
-            data, state = reader.map_file(slot, path, record.bytes)
+            data, state = reader.map_file(slot, LocalFile(store.url, record.path), record.bytes)
             assert state.bytes == record.bytes
             assert data.tobytes() == path.read_bytes()
             assert not data.flags.writeable
@@ -232,13 +233,13 @@ def test_files_are_checked_by_the_plain_reader_too(tmp_path: Path, only_plain: N
 def test_a_file_that_is_none_is_refused_by_either_reader(tmp_path: Path, kind: type[MappedRows]) -> None:
     reader = create_reader(kind)
     with pytest.raises(FileNotFoundError):
-        reader.map_file(0, tmp_path / "missing", 5000)
+        reader.map_file(0, LocalFile(str(tmp_path), "missing"), 5000)
     (tmp_path / "short").write_bytes(bytes(4999))
     with pytest.raises(StoreError, match=r"short: got 4999 bytes, expected 5000; the file is truncated or overlong"):
-        reader.map_file(0, tmp_path / "short", 5000)
+        reader.map_file(0, LocalFile(str(tmp_path), "short"), 5000)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
-        reader.map_file(0, tmp_path / "pipe", 5000)
+        reader.map_file(0, LocalFile(str(tmp_path), "pipe"), 5000)
 
 
 def create_reader(kind: type[MappedRows]) -> MappedRows:
@@ -258,7 +259,7 @@ def test_a_file_deleted_while_it_is_opened_is_missing(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(torch, "from_file", delete_first)
     with pytest.raises(FileNotFoundError):
-        MemmapRows(PLACEMENT).map_file(0, path, 5000)
+        MemmapRows(PLACEMENT).map_file(0, LocalFile(str(tmp_path), path.name), 5000)
 
 
 def test_a_file_that_cannot_be_mapped_is_an_error_of_the_system(tmp_path: Path) -> None:
@@ -266,7 +267,7 @@ def test_a_file_that_cannot_be_mapped_is_an_error_of_the_system(tmp_path: Path) 
     os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 1 << 30)  # sparse
     reader = MemmapRows(replace(PLACEMENT, file_bytes=1 << 30))
     with address_space_limit(extra_bytes=1 << 20), pytest.raises(OSError, match="Cannot allocate memory"):
-        reader.map_file(0, path, 1 << 30)
+        reader.map_file(0, LocalFile(str(tmp_path), path.name), 1 << 30)
 
 
 def test_the_plain_reader_takes_no_file_descriptors(tmp_path: Path) -> None:
@@ -275,14 +276,14 @@ def test_the_plain_reader_takes_no_file_descriptors(tmp_path: Path) -> None:
     reader = MemmapRows(replace(PLACEMENT, num_slots=50))
     before = len(os.listdir("/proc/self/fd"))
     for slot in range(50):
-        reader.map_file(slot, tmp_path / "file", 5000)
+        reader.map_file(slot, LocalFile(str(tmp_path), "file"), 5000)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_row_that_is_not_mapped_is_no_row_of_the_plain_reader(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(2 * 1024))  # two rows
     reader = MemmapRows(PLACEMENT)
-    reader.map_file(0, tmp_path / "file", 2 * 1024)
+    reader.map_file(0, LocalFile(str(tmp_path), "file"), 2 * 1024)
     assert gather_rows(reader, PLACEMENT, [0], [1]).shape == (1, 200)
     with pytest.raises(IndexError):
         gather_rows(reader, PLACEMENT, [0], [2])
@@ -298,7 +299,7 @@ def test_the_plain_reader_takes_little_endian_values_at_any_offset(tmp_path: Pat
     data = b"".join(b"???" + row.tobytes() + b"??" for row in values) + b"end"
     (tmp_path / "file").write_bytes(data)
     reader = create_mapped_rows(placement)
-    reader.map_file(0, tmp_path / "file", len(data))
+    reader.map_file(0, LocalFile(str(tmp_path), "file"), len(data))
     out = torch.empty(2, 6)
     reader.gather(torch.from_numpy(reader.locate(np.array([0, 0]), np.array([2, 0]))), out)
     assert np.array_equal(out.numpy(), values[[2, 0]])
@@ -411,7 +412,7 @@ def test_files_beyond_the_address_space_are_read_by_the_plain_reader(tmp_path: P
     (tmp_path / "file").write_bytes(values.tobytes())
     last = num_slots - 1
     for slot in (0, last):
-        reader.map_file(slot, tmp_path / "file", values.nbytes)
+        reader.map_file(slot, LocalFile(str(tmp_path), "file"), values.nbytes)
     gathered = gather_rows(reader, placement, [last, 0, last], [3, 1, 0])
     assert np.array_equal(gathered, bits(values[[3, 1, 0], 32:132]))
 

@@ -12,7 +12,7 @@ from nfm.storage_specs.reading.mapped_rows import MappedRows, RowPlacement
 from nfm.storage_specs.reading.memmap_rows import MemmapRows
 from nfm.storage_specs.reading.region import AddressSpaceError, RegionRows, supports_region
 from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.storage.files import FileState
+from nfm.storage_specs.storage.local import FileState
 
 
 def create_mapped_rows(placement: RowPlacement) -> MappedRows:
@@ -75,7 +75,7 @@ class Column:
         file, if it is missing or damaged.
         """
         slot, file_bytes = self._slot(key), self.store.files[key].bytes
-        mapped = self.store.use_local_file(key, lambda path: self._rows.map_file(slot, path, file_bytes))
+        mapped = self.store.use_local_file(key, lambda file: self._rows.map_file(slot, file, file_bytes))
         if self._was_checked(key, mapped.state):
             return None
         columns = self.store.parse_columns(key, mapped.data, sha256_checked=not self.store.root.local)

@@ -5,7 +5,6 @@ runs on every POSIX platform. Both give the same rows.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nfm.storage_specs.storage.files import FileState
+from nfm.storage_specs.storage.local import FileState, LocalFile
 
 
 class MappedFile(NamedTuple):
@@ -44,7 +43,7 @@ class RowPlacement:
 class MappedRows(Protocol):
     """The rows of many files, of which those that are needed are mapped into memory."""
 
-    def map_file(self, slot: int, path: Path, file_bytes: int) -> MappedFile:
+    def map_file(self, slot: int, file: LocalFile, file_bytes: int) -> MappedFile:
         """Map a file, whose rows `gather` can read from then on.
 
         Safe to call from several threads for different slots. Raises StoreError if the file does not have `file_bytes`,

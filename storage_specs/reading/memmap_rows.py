@@ -1,7 +1,7 @@
 """The plain way to read rows: one memory-mapped array for each file, and a loop over the files of a batch."""
 
 import errno
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nfm.storage_specs.reading.mapped_rows import MappedFile, RowPlacement
-from nfm.storage_specs.storage.files import check_file_size, open_regular_file
+from nfm.storage_specs.storage.files import check_file_size
+from nfm.storage_specs.storage.local import LocalFile, open_regular_file
 
 
 class MemmapRows:
@@ -24,8 +25,8 @@ class MemmapRows:
         self._placement = placement
         self._rows_by_slot: dict[int, NDArray[Any]] = {}
 
-    def map_file(self, slot: int, path: Path, file_bytes: int) -> MappedFile:
-        mapped = _map_bytes(path, file_bytes)
+    def map_file(self, slot: int, file: LocalFile, file_bytes: int) -> MappedFile:
+        mapped = _map_bytes(file, file_bytes)
         self._rows_by_slot[slot] = self._view_rows(mapped.data)
         return mapped
 
@@ -55,21 +56,22 @@ class MemmapRows:
         )
 
 
-def _map_bytes(path: Path, file_bytes: int) -> MappedFile:
+def _map_bytes(file: LocalFile, file_bytes: int) -> MappedFile:
     """The bytes of a file, read-only, mapped into memory. Raises as `MappedRows.map_file` does.
 
     By torch, since `np.memmap` would keep a file descriptor for each file: a process may have only about a thousand
     (`ulimit -n`), and a large store has more files.
     """
-    with open_regular_file(path) as (_, state):  # refuses what is no regular file
-        check_file_size(path, state.bytes, file_bytes)
+    with open_regular_file(file) as (_, state):  # refuses what is no regular file
+        check_file_size(str(file), state.bytes, file_bytes)
         try:
-            data = torch.from_file(str(path), shared=False, size=file_bytes, dtype=torch.uint8).numpy()
+            data = torch.from_file(str(file), shared=False, size=file_bytes, dtype=torch.uint8).numpy()
         except RuntimeError as error:
-            path.stat()  # raises FileNotFoundError if the file was deleted in between
-            raise OSError(errno.EIO, str(error), str(path)) from error
-        with open_regular_file(path) as (_, state_after):
-            if not state_after.is_same_file(state):  # torch opened the file once more, by its name
-                raise OSError(errno.ESTALE, "the file was replaced while it was opened", str(path))
+            os.stat(str(file))  # raises FileNotFoundError if the file was deleted in between
+            raise OSError(errno.EIO, str(error), str(file)) from error
+        with open_regular_file(file) as (_, state_after):
+            # torch opened the file once more, by its name, and would have followed a link that came in between.
+            if not state_after.is_same_file(state):
+                raise OSError(errno.ESTALE, "the file was replaced while it was opened", str(file))
     data.flags.writeable = False
     return MappedFile(data, state)

@@ -46,4 +46,4 @@ class Prefetcher:
         while (key := self._queue.get()) is not None:
             # A file that cannot be fetched is tried again when it is opened, and its error is raised there.
             with suppress(StoreError, OSError):
-                self._store.local_path(key)
+                self._store.local_file(key)

@@ -9,7 +9,6 @@ import mmap
 import os
 import sys
 import weakref
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nfm.storage_specs.reading.mapped_rows import MappedFile, RowPlacement
-from nfm.storage_specs.storage.files import check_file_size, open_regular_file
+from nfm.storage_specs.storage.files import check_file_size
+from nfm.storage_specs.storage.local import LocalFile, open_regular_file
 
 # What Python's mmap module, which cannot map a file at a given address, leaves out. The values are those of Linux (on
 # every processor that torch is built for) and of macOS.
@@ -111,18 +111,18 @@ class Region:
         finalizer.atexit = False
         self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
 
-    def map_file(self, slot: int, path: Path, file_bytes: int) -> MappedFile:
+    def map_file(self, slot: int, file: LocalFile, file_bytes: int) -> MappedFile:
         """Map a file into a slot, in place of what is there. Returns and raises what `MappedRows.map_file` does."""
         assert 0 < file_bytes <= self.slot_bytes
         start = slot * self.slot_bytes
         address = self._address + start
-        with open_regular_file(path) as (descriptor, state):
-            check_file_size(path, state.bytes, file_bytes)
+        with open_regular_file(file) as (descriptor, state):
+            check_file_size(str(file), state.bytes, file_bytes)
             flags = mmap.MAP_SHARED | _MAP_FIXED
             mapped_address = self._libc.mmap(address, file_bytes, mmap.PROT_READ, flags, descriptor, 0)
             if mapped_address != address:
                 error_number = ctypes.get_errno()
-                raise OSError(error_number, f"{os.strerror(error_number)} (mmap)", str(path))
+                raise OSError(error_number, f"{os.strerror(error_number)} (mmap)", str(file))
         if sys.platform == "linux":
             self._libc.madvise(address, file_bytes, _MADV_POPULATE_READ)
         data = self.bytes[start : start + file_bytes]
@@ -165,8 +165,8 @@ class RegionRows:
         gap_bytes = (row_bytes - 1) // max(1, num_gaps)
         self._probe_offsets = torch.arange(num_gaps + 1) * gap_bytes
 
-    def map_file(self, slot: int, path: Path, file_bytes: int) -> MappedFile:
-        return self._region.map_file(slot, path, file_bytes)
+    def map_file(self, slot: int, file: LocalFile, file_bytes: int) -> MappedFile:
+        return self._region.map_file(slot, file, file_bytes)
 
     def unmap_file(self, slot: int) -> None:
         self._region.unmap_file(slot)

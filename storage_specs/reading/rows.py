@@ -19,7 +19,8 @@ from nfm.storage_specs.reading.order import EpochOrder, choose_epoch_draws, list
 from nfm.storage_specs.reading.prefetch import Prefetcher
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import IO_THREADS, map_file
+from nfm.storage_specs.storage.files import IO_THREADS
+from nfm.storage_specs.storage.local import map_file
 
 MAX_MAPPED_FILES = 30_000  # of one store; Linux allows a process 65,530 mappings
 ORDER_BYTES_PER_ROW = 96  # of memory, for the order and the labels of an epoch while it is made

@@ -1,11 +1,9 @@
 """Reading a store: its spec, and the columns of any block as arrays that map the files."""
 
 import math
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,7 +33,8 @@ from nfm.storage_specs.reading.versions import open_document
 from nfm.storage_specs.storage.cache import Cache
 from nfm.storage_specs.storage.documents import parse_json
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import Root, check_file_size, map_file, sha256
+from nfm.storage_specs.storage.files import Root, check_file_size, sha256
+from nfm.storage_specs.storage.local import LocalFile, map_file
 from nfm.storage_specs.storage.npy import npy_header
 
 T = TypeVar("T")
@@ -199,13 +198,14 @@ class Store:
             return None
         return list_names(self.image_names.slice(block * self.spec.block_rows, self.spec.rows_of(block)))
 
-    def local_path(self, key: FileKey) -> Path:
-        """A local path of a file: the file itself, or its copy in the cache, which is made if there is none. Another
+    def local_file(self, key: FileKey) -> LocalFile:
+        """A file on the local disk: the file itself, or its copy in the cache, which is made if there is none. Another
         process may delete the copy again; see `use_local_file`."""
         record = self.files[key]
         if self.root.local:
-            return Path(self.root.full_path(record.path))
-        return self.cache.fetch(self.root, record.path, record.bytes, record.sha256)
+            return self.root.local_file(record.path)
+        cached = self.cache.fetch(self.root, record.path, record.bytes, record.sha256)
+        return LocalFile(str(cached.parent), cached.name)
 
     def check_local_sizes(self, kinds: tuple[str, ...]) -> None:
         """Raise StoreError unless the files of these kinds have the sizes in the manifest. Does nothing for a remote
@@ -216,14 +216,13 @@ class Store:
             if key.column not in kinds:
                 continue
             name = f"{self.url}/{record.path}"
-            try:
-                size = os.stat(self.root.full_path(record.path)).st_size
-            except OSError as error:
-                raise StoreError(f"{name}: {error.strerror}; repair or copy the store") from error
+            size = self.root.size(record.path)
+            if size is None:
+                raise StoreError(f"{name} is missing; repair or copy the store")
             check_file_size(name, size, record.bytes)
 
-    def use_local_file(self, key: FileKey, use: Callable[[Path], T]) -> T:
-        """The result of `use(path)` for the local path of a file. If another process deletes the file from the cache
+    def use_local_file(self, key: FileKey, use: Callable[[LocalFile], T]) -> T:
+        """The result of `use(file)` for a file on the local disk. If another process deletes the file from the cache
         before it is opened, it is fetched again.
 
         Raises StoreError with the file's name if it is missing or cannot be read.
@@ -231,7 +230,7 @@ class Store:
         name = f"{self.url}/{self.files[key].path}"
         for _ in range(CACHE_ATTEMPTS):
             try:
-                return use(self.local_path(key))
+                return use(self.local_file(key))
             except FileNotFoundError:
                 if self.root.local:
                     raise StoreError(f"{name} is missing; repair or copy the store") from None

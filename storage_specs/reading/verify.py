@@ -2,6 +2,7 @@
 again."""
 
 import json
+import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,7 +31,8 @@ from nfm.storage_specs.format.sums import NUM_POWERS, ZSums, sigma_f, sum_z
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.versions import list_tags, open_document
 from nfm.storage_specs.storage.errors import StorageError, StoreError
-from nfm.storage_specs.storage.files import IO_THREADS, map_file, sha256
+from nfm.storage_specs.storage.files import IO_THREADS, sha256
+from nfm.storage_specs.storage.local import is_temporary_file, map_file
 
 SUM_TOLERANCE = 1e-9  # of sums in float64, relative to the sum of the magnitudes
 SIGMA_F_TOLERANCE = 1e-6  # relative
@@ -201,9 +203,27 @@ def _list_document_checks(store: Store) -> Iterator[tuple[str, Callable[[], obje
             yield version_file(earlier), partial(_check_earlier_version, store, earlier)
         for tag in list_tags(store.root):
             yield f"{TAGS_FOLDER}/{tag}.json", partial(open_document, f"{store.url}@{tag}", store.options)
+    yield from _list_stray_files(store)
     if is_newest:  # the metadata files of Zarr are those of the newest version
         for path, expected in store.layout.metadata_files(store.spec).items():
             yield path, partial(_compare_metadata, store, path, expected)
+
+
+def _list_stray_files(store: Store) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The files in the folders of columns that are not in the manifest. Stock readers of WebDataset take all files of a
+    folder; those of Zarr look for the shards of the shape alone."""
+    if store.spec.layout != "webdataset":
+        return
+    known = {record.path for record in store.files.values()}
+    for folder in sorted({posixpath.dirname(path) for path in known}):
+        for name in store.root.list_names(folder):
+            path = f"{folder}/{name}"
+            if path not in known and not is_temporary_file(path):
+                yield path, partial(_raise_stray_file, store, path)
+
+
+def _raise_stray_file(store: Store, path: str) -> None:
+    raise StoreError(f"{store.url}/{path}: it is not in the manifest, and stock readers would read it; delete it")
 
 
 def _is_newest(store: Store) -> bool:

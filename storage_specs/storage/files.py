@@ -2,28 +2,26 @@
 
 import errno
 import hashlib
-import mmap
 import os
 import posixpath
 import random
-import re
-import stat
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event
-from typing import Any, NamedTuple, TypeVar
+from threading import Event, Lock
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from nfm.storage_specs.storage import bounded_http, local, remote
 from nfm.storage_specs.storage.errors import OutageError, StorageError, StoreError
-from nfm.storage_specs.storage.text import hide_options, hide_url
+from nfm.storage_specs.storage.local import LocalFile, is_temporary_file
+from nfm.storage_specs.storage.text import hide_options, hide_url, shown
 
 T = TypeVar("T")
 
@@ -31,23 +29,6 @@ IO_THREADS = 8  # threads that read or write files of one store at a time
 RETRY_SECONDS = 300.0  # how long requests to a server that fails are repeated
 _FIRST_PAUSE = 0.1  # seconds between two attempts, doubled each time up to the next
 _LONGEST_PAUSE = 10.0
-_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp$")
-# Errors that another attempt would not change.
-_PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-# Errors of the libraries under fsspec that are no OSError, as (module, class). They are looked up in `sys.modules`: a
-# library that was not imported cannot have raised one.
-_LIBRARY_TRANSIENT_ERRORS = (
-    ("aiohttp", "ClientError"),
-    ("botocore.exceptions", "HTTPClientError"),
-    ("botocore.exceptions", "ConnectionError"),
-    ("gcsfs.retry", "HttpError"),
-)
-_LIBRARY_CREDENTIAL_ERRORS = (("botocore.exceptions", "BotoCoreError"), ("google.auth.exceptions", "GoogleAuthError"))
-
-
-def is_temporary_file(path: str) -> bool:
-    """Whether a file has the name of one that a writer had not finished."""
-    return _TEMPORARY_NAME.search(path) is not None
 
 
 def sha256(data: bytes | NDArray[np.uint8]) -> str:
@@ -66,21 +47,6 @@ def check_relative_path(path: str) -> str:
     return path
 
 
-def _imported_classes(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:
-    """The exception classes among these (module, class) names whose module is imported."""
-    return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
-
-
-def _transient_errors() -> tuple[type[Exception], ...]:
-    """Errors of a file system that another attempt may not meet."""
-    return (OSError, *_imported_classes(_LIBRARY_TRANSIENT_ERRORS))
-
-
-def _credential_errors() -> tuple[type[Exception], ...]:
-    """Errors of a file system about credentials or profiles."""
-    return _imported_classes(_LIBRARY_CREDENTIAL_ERRORS)
-
-
 class Root:
     """A folder, local or remote, and the files in it by relative path.
 
@@ -93,13 +59,18 @@ class Root:
         """Raises StoreError if there is no file system for the URL, or if it is empty."""
         if not url.strip():
             raise StoreError("got an empty URL; expected a path or a URL")
-        self.url = url.rstrip("/") or "/"
+        self.url = expand_home(url).rstrip("/") or "/"
+        options = dict(options or {})
         hide_url(self.url)
-        hide_options(options or {})
+        hide_options(options)
+        if self.url.startswith(("http://", "https://")):
+            options["get_client"] = bounded_http.open_session
         try:
-            self.fs, self.path = fsspec.core.url_to_fs(self.url, **(options or {}))
-        except (ValueError, ImportError, TypeError) as error:
-            raise StoreError(f"cannot open {url!r}: {error}") from error
+            self.fs, self.path = fsspec.core.url_to_fs(self.url, **options)
+        except (StoreError, MemoryError):
+            raise
+        except Exception as error:  # file systems are plugins, and some open a file or a connection here
+            raise StoreError(f"cannot open {url!r}: {remote.describe(error)}") from error
         self.local = isinstance(self.fs, LocalFileSystem)
         self.stop_retrying = Event()
 
@@ -107,52 +78,85 @@ class Root:
         """The path in the file system of a file below this folder. Raises StoreError for a path that leaves it."""
         return posixpath.join(self.path, check_relative_path(path))
 
-    def _retry(self, path: str, action: Callable[[], T]) -> T:
-        """The result of `action()`. On a remote file system it is called again, with growing pauses, until it succeeds.
+    def local_file(self, path: str) -> LocalFile:
+        """A file of this folder, which is a local one, for the functions of local.py. Raises StoreError for a path that
+        leaves the folder."""
+        assert self.local
+        return LocalFile(self.path, check_relative_path(path))
 
-        Raises OutageError after RETRY_SECONDS or once `stop_retrying` is set, and StorageError if the server refuses
-        access. An error that another attempt would not change, such as FileNotFoundError, is raised as it is.
+    def _retry(self, path: str, action: Callable[[], T]) -> T:
+        """The result of `action()`, a request to a remote file system. It is called again, with growing pauses, until
+        it succeeds or fails with an error that does not pass; the first failure is told on stderr.
+
+        Raises FileNotFoundError if there is no such file, OutageError after RETRY_SECONDS or once `stop_retrying` is
+        set, and StorageError for every other error, whatever its class: file systems are plugins.
         """
-        if self.local:
-            return action()
         started_at = time.monotonic()
         pause = _FIRST_PAUSE
         while True:
             try:
                 return action()
-            except _PERMANENT_ERRORS:
+            except (StoreError, MemoryError):
                 raise
-            except _transient_errors() as error:
-                http_status = getattr(error, "status", None)
-                if isinstance(http_status, int) and 400 <= http_status < 500 and http_status not in (408, 429):
-                    raise StorageError(
-                        f"{self.url}/{path}: {error}; the server refuses the request, check URL and credentials"
-                    ) from error
+            except Exception as error:
+                self._raise_unless_passing(path, error)
                 elapsed = time.monotonic() - started_at
                 if elapsed + pause > RETRY_SECONDS or self.stop_retrying.is_set():
                     raise OutageError(
-                        f"{self.url}/{path}: {error or type(error).__name__}; tried for {elapsed:.1f} s. "
+                        f"{self._name(path)}: {remote.describe(error)}; tried for {elapsed:.1f} s. "
                         "The same command continues once the storage answers"
                     ) from error
+                _announce_retries(self.url, f"{self._name(path)}: {remote.describe(error)}")
                 spread = random.uniform(0.5, 1.0)  # noqa: S311  (so that many clients do not all come back at once)
                 self.stop_retrying.wait(pause * spread)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            except _credential_errors() as error:
-                raise StorageError(
-                    f"{self.url}: {error}; expected credentials in the environment or a profile, "
-                    "or storage options such as anon=true"
-                ) from error
+
+    def _raise_unless_passing(self, path: str, error: Exception) -> None:
+        """Raise the error of this project for an error of a file system that another attempt would not change."""
+        name = self._name(path)
+        if remote.is_missing(error):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from error
+        if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
+            raise StoreError(f"{name}: {remote.describe(error)}; expected a file") from error
+        if not remote.is_passing(error):
+            raise StorageError(f"{name}: {remote.describe(error)}; {remote.advice(error)}") from error
+
+    def _name(self, path: str) -> str:
+        """The URL of a file, for messages."""
+        return f"{self.url}/{path}" if path else self.url
+
+    @contextmanager
+    def _local_errors(self, path: str) -> Iterator[None]:
+        """Turns errors of the local file system inside the block, but for FileNotFoundError, into StoreError with the
+        URL of a file."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{self._name(path)}: {error.strerror}; expected a file or folder to read") from error
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file or a folder at `path`."""
+        """Whether there is a file or a folder at `path`. Raises StorageError if storage does not tell."""
+        if self.local:
+            with self._local_errors(path):
+                return local.find_status(self.local_file(path)) is not None
         self.fs.invalidate_cache()
-        return bool(self._retry(path, lambda: self.fs.exists(self.full_path(path))))
+        try:
+            # Not `exists` of the file system, which says no whatever the error is.
+            self._retry(path, lambda: self.fs.info(self.full_path(path)))
+        except FileNotFoundError:
+            return False
+        return True
 
     def list_names(self, folder: str) -> list[str]:
         """Sorted names of what is directly in `folder`, or with "" in this folder; empty if there is no such folder."""
         full_path = self.full_path(folder) if folder else self.path
-        self.fs.invalidate_cache()
         try:
+            if self.local:
+                with self._local_errors(folder):
+                    return sorted(local.list_folder(self.path, folder))
+            self.fs.invalidate_cache()
             entries = self._retry(folder, lambda: self.fs.ls(full_path, detail=False))
         except FileNotFoundError:
             return []
@@ -161,6 +165,8 @@ class Root:
 
     def list_file_sizes(self) -> dict[str, int]:
         """The size in bytes of every file in this folder and its subfolders, by relative path."""
+        if self.local:
+            return dict(local.list_files(self.path))
         self.fs.invalidate_cache()
         entries = self._retry("", lambda: self.fs.find(self.path, detail=True))
         prefix_length = len(self.fs._strip_protocol(self.path).rstrip("/")) + 1
@@ -168,6 +174,10 @@ class Root:
 
     def size(self, path: str) -> int | None:
         """The size of a file in bytes; None if there is no such file."""
+        if self.local:
+            with self._local_errors(path):
+                status = local.find_status(self.local_file(path))
+            return None if status is None else status.st_size
         self.fs.invalidate_cache()
         try:
             size = self._retry(path, lambda: self.fs.size(self.full_path(path)))
@@ -177,132 +187,130 @@ class Root:
             raise StoreError(f"{self.url}/{path}: the server reports no file size")
         return int(size)
 
+    def view(self, path: str, max_bytes: int) -> NDArray[np.uint8]:
+        """The content of a file, (size,), read-only: of a local one a memory map, which takes no memory. Raises as
+        `read` does."""
+        if not self.local:
+            return np.frombuffer(self.read(path, max_bytes), np.uint8)
+        try:
+            with self._local_errors(path):
+                data = local.map_file(self.local_file(path))
+        except FileNotFoundError as error:
+            raise self._missing_error(path) from error
+        self._check_size(path, len(data), max_bytes)
+        return data
+
     def read(self, path: str, max_bytes: int) -> bytes:
-        """The content of a file. Raises StoreError if it is missing, no regular file, or larger than `max_bytes`."""
+        """The content of a file. Raises StoreError if it is missing, no regular file, or larger than `max_bytes`, and
+        StorageError if storage does not give it."""
         if self.local:
-            return self._read_local(path, max_bytes)
+            return self.view(path, max_bytes).tobytes()
         size = self.size(path)
         if size is None:
             raise self._missing_error(path)
-        if size > max_bytes:
-            raise self._too_large_error(path, size, max_bytes)
+        self._check_size(path, size, max_bytes)
         return self.read_range(path, 0, size) if size else b""
-
-    def _read_local(self, path: str, max_bytes: int) -> bytes:
-        """`read` of a local file, which must be a regular one."""
-        try:
-            with open_regular_file(self.full_path(path)) as (descriptor, state):
-                if state.bytes > max_bytes:
-                    raise self._too_large_error(path, state.bytes, max_bytes)
-                with os.fdopen(descriptor, "rb", closefd=False) as file:
-                    return file.read(state.bytes)
-        except FileNotFoundError as error:
-            raise self._missing_error(path) from error
-        except OSError as error:
-            raise StoreError(f"{self.url}/{path}: {error.strerror}; expected a file") from error
 
     def _missing_error(self, path: str) -> StoreError:
         return StoreError(f"{self.url}/{path} is missing; the URL is wrong, or what writes it has not finished")
 
-    def _too_large_error(self, path: str, size: int, max_bytes: int) -> StoreError:
-        return StoreError(
-            f"{self.url}/{path}: got {size} bytes, expected at most {max_bytes}; "
-            "the file is larger than any such file that nfm writes"
-        )
+    def _check_size(self, path: str, size: int, max_bytes: int) -> None:
+        if size > max_bytes:
+            raise StoreError(
+                f"{self.url}/{path}: got {size} bytes, expected at most {max_bytes}; "
+                "the file is larger than any such file that nfm writes"
+            )
 
-    def read_range(self, path: str, start: int | None, end: int | None) -> bytes:
-        """Bytes `start` (inclusive) to `end` (exclusive) of a file; None stands for its beginning or its end. Raises
-        StoreError if the file is missing."""
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes `start` (inclusive) to `end` (exclusive) of a file, or fewer where it ends before. Raises StoreError if
+        the file is missing, and StorageError if storage does not give it."""
         try:
+            if self.local:
+                with self._local_errors(path):
+                    return local.read_range(self.local_file(path), start, end)
             data = self._retry(path, lambda: self.fs.cat_file(self.full_path(path), start=start, end=end))
         except FileNotFoundError as error:
             raise self._missing_error(path) from error
-        assert isinstance(data, bytes)
-        return data
+        if len(data) > end - start:
+            raise StoreError(
+                f"{self.url}/{path}: got {len(data)} bytes for a range of {end - start}; the storage does not support "
+                "ranges"
+            )
+        return bytes(data)
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file so that it is durable when this returns, and that a reader sees the old file or the new one at
         any time, also after a crash. Makes missing folders.
 
-        Raises OSError if the local file system refuses, StorageError if a remote one cannot be reached or refuses
-        access."""
+        Raises OSError with the path if the local file system refuses, StoreError at a link to a folder, StorageError if
+        remote storage cannot be reached or refuses access."""
         if self.local:
-            self._write_local(self.full_path(path), data)
+            local.write_file(self.local_file(path), data)
             return
         full_path = self.full_path(path)
         has_folders = not any(name in self.fs.protocol for name in ("s3", "gs"))  # these have buckets alone
-        if has_folders:
-            self._retry(path, lambda: self.fs.makedirs(posixpath.dirname(full_path), exist_ok=True))
-        # One PUT, or a multipart upload, which takes effect as a whole.
-        self._retry(path, lambda: self.fs.pipe_file(full_path, data))
-
-    def _write_local(self, full_path: str, data: bytes) -> None:
-        """Write and flush a temporary file, give it its final name, and flush the folder."""
-        Path(full_path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = f"{full_path}.{uuid.uuid4().hex}.tmp"
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, full_path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        directory = os.open(posixpath.dirname(full_path), os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+            if has_folders:
+                self._retry(path, lambda: self.fs.makedirs(posixpath.dirname(full_path), exist_ok=True))
+            # One PUT, or a multipart upload, which takes effect as a whole.
+            self._retry(path, lambda: self.fs.pipe_file(full_path, data))
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{self._name(path)}: {remote.describe(error.__cause__ or error)}; is the bucket there?"
+            ) from error
 
     def delete_temporary_files(self, keep: str) -> None:
         """Delete the temporary files that killed writers left behind. Those of the file `keep` stay, because it may be
         in the middle of a write. On object stores there are none."""
         if not self.local:
             return
-        for path in Path(self.path).rglob("*.tmp"):
-            belongs_to_keep = str(path).startswith(self.full_path(keep))
-            if _TEMPORARY_NAME.search(path.name) and not belongs_to_keep:
-                path.unlink(missing_ok=True)
+        for path, _ in local.list_files(self.path):
+            if is_temporary_file(path) and not path.startswith(keep):
+                with suppress(FileNotFoundError):
+                    local.delete_file(self.local_file(path))
 
     def delete(self, path: str) -> None:
         """Delete a file. Raises FileNotFoundError if there is none."""
+        if self.local:
+            local.delete_file(self.local_file(path))
+            return
         self._retry(path, lambda: self.fs.rm_file(self.full_path(path)))
 
 
+_last_announced: dict[str, float] = {}  # by URL of a folder: when it was said that requests to it are repeated
+_announcing = Lock()
+
+
+def _announce_retries(url: str, failure: str) -> None:
+    """Say on stderr, once in RETRY_SECONDS for a folder, that a request failed and is repeated."""
+    with _announcing:
+        now = time.monotonic()
+        if url in _last_announced and now - _last_announced[url] < RETRY_SECONDS:
+            return
+        _last_announced[url] = now
+    line = f"{failure}; trying again for up to {RETRY_SECONDS:.0f} s"
+    print(shown(line), file=sys.stderr, flush=True)
+
+
+def expand_home(url: str) -> str:
+    """A path that begins with ~ with the home folder in its place, as a shell does it, but not behind a = as in
+    `--out=~/folder`; any other path or URL as it is."""
+    return os.path.expanduser(url) if url.startswith("~") else url
+
+
+def absolute_url(url: str) -> str:
+    """A path made absolute, for a process with another working directory; a URL as it is."""
+    expanded = expand_home(url)
+    return expanded if "://" in expanded else os.path.abspath(expanded)
+
+
 def split_url(url: str) -> tuple[Root, str]:
-    """The folder and the name of the file at a URL."""
+    """The folder and the name of the file at a URL. A link that a user names is followed."""
+    url = expand_home(url)
+    if os.path.islink(url):
+        url = os.path.realpath(url)
     folder, slash, name = url.rpartition("/")
     return Root(folder or slash or "."), name
-
-
-class FileState(NamedTuple):
-    """What tells that a local file is still the one that was checked."""
-
-    device: int
-    inode: int
-    bytes: int
-    mtime_ns: int
-
-    def is_same_file(self, other: "FileState") -> bool:
-        """Whether device, inode and size are those of `other`. A file in the cache keeps these, but not its time."""
-        return self[:3] == other[:3]
-
-
-@contextmanager
-def open_regular_file(path: str | Path) -> Iterator[tuple[int, FileState]]:
-    """An open descriptor, for reading, and the state of a local file.
-
-    Raises OSError if there is no file or no regular one: in a store of another team, a pipe would block for ever and a
-    device never end.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        yield descriptor, FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    finally:
-        os.close(descriptor)
 
 
 def check_file_size(name: str | Path, actual_bytes: int, expected_bytes: int) -> None:
@@ -312,14 +320,6 @@ def check_file_size(name: str | Path, actual_bytes: int, expected_bytes: int) ->
             f"{name}: got {actual_bytes} bytes, expected {expected_bytes}; "
             "the file is truncated or overlong, repair or copy it again"
         )
-
-
-def map_file(path: str | Path) -> NDArray[np.uint8]:
-    """The bytes of a local file as a read-only memory map, (size,). Raises OSError if it cannot be read."""
-    with open_regular_file(path) as (descriptor, state):
-        if state.bytes == 0:  # an empty file cannot be mapped
-            return np.empty(0, dtype=np.uint8)
-        return np.frombuffer(mmap.mmap(descriptor, state.bytes, prot=mmap.PROT_READ), np.uint8)
 
 
 def set_file_system_options(options: dict[str, dict[str, Any]]) -> None:

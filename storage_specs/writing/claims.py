@@ -9,12 +9,14 @@ from nfm.storage_specs.format.names import (
     EXPORT_FILE,
     LEASE_FILE,
     MAX_METADATA_BYTES,
+    QUARANTINE_FILE,
     SPEC_FILE,
     Z_SCALE_FILE,
 )
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import Root, is_temporary_file
+from nfm.storage_specs.storage.files import Root
+from nfm.storage_specs.storage.local import is_temporary_file
 
 _CLAIMS = {
     DATASET_FILE: "a complete store",
@@ -22,7 +24,7 @@ _CLAIMS = {
     COPY_FILE: "an unfinished copy of a store",
     EXPORT_FILE: "tuples that were exported from a store",
 }
-_BEFORE_A_CLAIM = {Z_SCALE_FILE, LEASE_FILE}  # what a writer that is killed at its start may leave
+_BEFORE_A_CLAIM = {Z_SCALE_FILE, LEASE_FILE, QUARANTINE_FILE}  # what a writer that is killed at its start may leave
 
 
 def check_unclaimed(root: Root) -> None:
