@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from nfm.pipeline.errors import continues_when_repeated
+from nfm.pipeline.output import echo
 from nfm.stages.progress import Progress, print_line
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.messages import count, list_numbers
 
 if TYPE_CHECKING:
     from nfm.storage_specs.format.schema import LayoutName
     from nfm.storage_specs.reading.store import Store
-
-MAX_LISTED_BLOCKS = 20  # blocks that `repair` names
 
 
 def storage_option(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,20 +70,41 @@ def info(store: Store, plot: str | None) -> None:
     from nfm.storage_specs.format.card import summarize
     from nfm.storage_specs.format.sums import moments as compute_moments
 
+    versions = describe_versions(store)
     rms = float(np.sqrt(np.square(store.sigma_f, dtype=np.float64).mean())) if store.spec.coupling else None
-    click.echo(summarize(store.dataset, rms))
+    echo(*summarize(store.dataset, rms).split("\n"))
     if store.z_sums is not None:
         moments = compute_moments(store.spec, store.z_sums.by_dimension)
-        click.echo(
+        echo(
             f"{'z moments':12}mean {moments.mean:.3f} σ, skewness {moments.skewness:.3f}, "
             f"excess kurtosis {moments.excess_kurtosis:.3f} (rms over dimensions; 0 of a Gaussian)"
         )
+    for number, line in enumerate(versions):
+        echo(f"{'versions' if number == 0 else '':12}{line}")
     if plot is not None:
         with Progress("plot"):
             from nfm.pipeline.store_plot import plot_store
 
             plot_store(store, plot)
-        click.echo(f"{'picture':12}{plot}")
+        echo(f"{'picture':12}{plot}")
+
+
+def describe_versions(store: Store) -> list[str]:
+    """A line for each version of a store, with its tags; none for a store of schema 1.0. Raises StoreError if a
+    document is damaged."""
+    from nfm.storage_specs.reading.versions import list_documents, list_tags, open_document
+
+    tags: dict[int, list[str]] = {}
+    for tag in list_tags(store.root):
+        version = open_document(f"{store.url}@{tag}", store.options).dataset.version
+        tags.setdefault(version, []).append(tag)
+    lines = []
+    for dataset in list_documents(store.root):
+        names = "".join(f" @{tag}" for tag in tags.get(dataset.version, []))
+        draws = f", {count(dataset.spec.num_draws, 'draw')}" if dataset.spec.num_draws else ""
+        licence = f", licence {dataset.attribution.licence}" if dataset.attribution.licence else ""
+        lines.append(f"@v{dataset.version}{names}: id {dataset.id[:12]}{draws}{licence}")
+    return lines
 
 
 @store.command()
@@ -113,52 +134,43 @@ def verify(store: Store, num_pairs: int, teacher: str | None, seed: int | None) 
             num_faults += 1
             print_line(fault.message)
     if num_faults:
-        raise StoreError(
-            f"{store.url}: {num_faults} faults in {len(store.files)} files; "
-            "nfm store repair marks their blocks to be written again"
-        )
+        raise StoreError(f"{store.url}: {count(num_faults, 'fault')}; nfm store repair mends them, or says what does")
     if teacher is not None and num_pairs:
         from nfm.stages.reencode import verify_by_reencoding
 
         largest_difference = verify_by_reencoding(store, teacher, num_pairs, seed or 0)
-        click.echo(
+        echo(
             f"{store.url}: z of {num_pairs} pairs encoded again differs by at most {largest_difference:.1e} "
             "of the root mean square of z"
         )
     for promise in describe_weak_promises(store):
-        click.echo(f"note: {promise}")
-    click.echo(f"{store.url}: {len(store.files)} files are sound")
+        echo(f"note: {promise}")
+    echo(f"{store.url}: {len(store.files)} files are sound")
 
 
 @store.command()
 @click.argument("url")
 @storage_option
 def repair(url: str) -> None:
-    """Mark exactly the blocks with bad or missing files, for the command that wrote the store to write them again."""
-    from nfm.storage_specs.writing.transfer import repair_store
+    """Write damaged documents again, and mark exactly the blocks with bad or missing files, for the command that wrote
+    the store to write them again."""
+    from nfm.storage_specs.writing.repair import repair_store
 
     with Progress("verify", unit="B") as progress:
-        faults, blocks = repair_store(url, progress.advance)
-    for fault in faults:
-        click.echo(fault, err=True)
-    if not faults:
-        click.echo(f"{url}: nothing to repair")
-        return
-    click.echo(
-        f"{url}: {describe_blocks(blocks)} must be written again; "
-        "run the command that wrote the store (nfm encode, prepare, or store convert) again, "
-        "with the same arguments, to complete it"
-    )
-
-
-def describe_blocks(blocks: list[int]) -> str:
-    """`2 blocks (1, 4)`, naming at most MAX_LISTED_BLOCKS of them; `no blocks` if only documents are bad."""
-    if not blocks:
-        return "the documents, but no blocks,"
-    listed = ", ".join(str(block) for block in blocks[:MAX_LISTED_BLOCKS])
-    if len(blocks) > MAX_LISTED_BLOCKS:
-        listed += f" and {len(blocks) - MAX_LISTED_BLOCKS} more"
-    return f"{len(blocks)} {'block' if len(blocks) == 1 else 'blocks'} ({listed})"
+        repaired = repair_store(url, progress.advance)
+    for fault in repaired.faults:
+        print_line(fault)
+    if not repaired.faults:
+        echo(f"{url}: nothing to repair")
+    elif repaired.is_complete:
+        echo(f"{url}: repaired; no block was damaged")
+    else:
+        blocks = repaired.damaged_blocks
+        what = f"{count(len(blocks), 'block')} ({list_numbers(blocks)})" if blocks else "its documents"
+        echo(
+            f"{url}: {what} must be written again; run the command that wrote the store (nfm encode, prepare or store "
+            "convert) again, with the same arguments, to complete it"
+        )
 
 
 @store.command()
@@ -175,13 +187,14 @@ def convert(store: Store, out: str, layout: str) -> None:
     from nfm.storage_specs.writing.transfer import convert_store
     from nfm.storage_specs.writing.tuples import export_tuples
 
-    with Progress(f"convert to {layout}", store.spec.rows, "image") as progress:
+    passes = 1 if layout == "tuples" else 2  # a store is read back in the end
+    with Progress(f"convert to {layout}", passes * store.spec.rows, "image") as progress:
         if layout == "tuples":
             result = f"{export_tuples(store, out, progress.advance, options=None)} files of tuples"
         else:
             dataset = convert_store(store, out, cast("LayoutName", layout), progress.advance, options=None)
             result = f"store {dataset.id[:12]}, {layout} layout"
-    click.echo(f"{out}: {result}")
+    echo(f"{out}: {result}")
 
 
 @store.command()
@@ -197,7 +210,7 @@ def copy(store: Store, out: str) -> None:
 
     with Progress("copy and check", 2 * store.dataset.totals.bytes, "B") as progress:
         num_written = copy_store(store, out, progress.advance, options=None)
-    click.echo(f"{out}: {num_written} of {len(store.files)} files written, all {len(store.files)} checked")
+    echo(f"{out}: {num_written} of {len(store.files)} files written, all {len(store.files)} checked")
 
 
 @store.command()
@@ -207,7 +220,14 @@ def copy(store: Store, out: str) -> None:
 @click.option("--creator", help="Who made the data: a person or an organization.")
 @click.option("--source-url", help="Where the data were obtained.")
 @click.option("--notes", help="Anything else that a user of the data should know.")
-def annotate(store: Store, **fields: str | None) -> None:
+@click.option(
+    "--remove",
+    "removed",
+    multiple=True,
+    type=click.Choice(["licence", "citation", "creator", "source-url", "notes"]),
+    help="A field that the store should no longer have; may be repeated.",
+)
+def annotate(store: Store, removed: tuple[str, ...], **fields: str | None) -> None:
     """Say where the data come from and on what terms: a new version with the same files and id.
 
     Options that are not given leave what the store says.
@@ -216,12 +236,12 @@ def annotate(store: Store, **fields: str | None) -> None:
     from nfm.storage_specs.writing.publish import annotate_store
 
     given = {name: value for name, value in fields.items() if value is not None}
-    if not given:
-        raise StoreError(
-            "got nothing to annotate; expected one of --licence, --citation, --creator, --source-url, --notes"
-        )
-    dataset = annotate_store(store, parse_attribution(given))
-    click.echo(f"{store.url}: version {dataset.version}, id {dataset.id[:12]}")
+    if not given and not removed:
+        raise StoreError("got nothing to annotate; expected a field to set or --remove: see nfm store annotate --help")
+    dataset = annotate_store(store, parse_attribution(given), [field.replace("-", "_") for field in removed])
+    is_new = dataset.version != store.dataset.version
+    result = f"version {dataset.version}" if is_new else f"nothing changed, version {dataset.version} stays"
+    echo(f"{store.url}: {result}, id {dataset.id[:12]}")
 
 
 @store.command()
@@ -232,4 +252,4 @@ def tag(store: Store, name: str) -> None:
     from nfm.storage_specs.writing.publish import tag_version
 
     tag_version(store, name)
-    click.echo(f"{store.url}@{name}: version {store.dataset.version}, id {store.dataset.id[:12]}")
+    echo(f"{store.url}@{name}: version {store.dataset.version}, id {store.dataset.id[:12]}")

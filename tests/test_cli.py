@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from nfm.pipeline.cli import main, nfm
-from nfm.pipeline.store_cli import describe_blocks
 from nfm.stages.checkpoint import Checkpoint, load, save, weights_sha256
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.messages import count, list_numbers
 from tests.tools.small_run import SMALL, Run
 from tests.tools.waiting import PATIENCE, wait_for
 
@@ -293,11 +293,10 @@ def test_pairs_that_are_encoded_again_are_counted(call: Nfm, run: Run) -> None:
     assert "z of 5 pairs encoded again" in out
 
 
-def test_a_long_list_of_blocks_to_repair_says_how_many_more_there_are() -> None:
-    assert describe_blocks([1, 4]) == "2 blocks (1, 4)"
-    assert describe_blocks([7]) == "1 block (7)"
-    assert describe_blocks(list(range(100, 123))).endswith(", 118, 119 and 3 more)")
-    assert describe_blocks([]) == "the documents, but no blocks,"
+def test_messages_count_and_list_numbers() -> None:
+    assert (count(1, "block"), count(2, "block"), count(0, "fault")) == ("1 block", "2 blocks", "0 faults")
+    assert list_numbers([4, 1]) == "1, 4"
+    assert list_numbers(range(100, 123)).endswith(", 118, 119 and 3 more")
 
 
 def test_repair_names_the_blocks_to_write_again(call: Nfm, run: Run, tmp_path: Path) -> None:

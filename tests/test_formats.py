@@ -20,7 +20,8 @@ from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import sha256
 from nfm.storage_specs.storage.npy import npy_bytes
 from nfm.storage_specs.writing.publish import annotate_store, tag_version
-from nfm.storage_specs.writing.transfer import convert_store, copy_store, repair_store
+from nfm.storage_specs.writing.repair import repair_store
+from nfm.storage_specs.writing.transfer import convert_store, copy_store
 from nfm.storage_specs.writing.tuples import export_tuples
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.kind_checks import assert_holds, assert_same, compare_streams, expected_columns
@@ -248,17 +249,17 @@ def test_nothing_is_written_into_a_store_of_1_0(unpacked: Unpacked, tmp_path: Pa
     url = f"{tmp_path}/store"
     shutil.copytree(unpacked.url(frozen), url)
     store, before = Store(url), tree(url)
-    with pytest.raises(StoreError, match=rf"^{url}: holds a store of schema 1\.0, .*; nfm store convert writes it .*$"):
+    with pytest.raises(StoreError, match=rf"^{url}: holds a store of schema 1\.0, .*nfm store convert {url} NEW.*$"):
         StoreWriter(url, store.spec).initialize(store.z_scale)
     other = Store(unpacked.url(frozen._replace(layout="zarr" if frozen.layout == "webdataset" else "webdataset")))
-    with pytest.raises(StoreError, match=rf"^{url}: holds a store of schema 1\.0, .*; nfm store convert writes it .*$"):
+    with pytest.raises(StoreError, match=rf"^{url}: holds a store of schema 1\.0, .*nfm store convert {url} NEW.*$"):
         convert_store(other, url, frozen.layout, ignore_progress, None)
     with pytest.raises(StoreError, match=rf"^{url}: holds store {store.dataset.id[:12]}.*; expected nothing.*$"):
         copy_store(other, url, ignore_progress, None)
     for call in (lambda: annotate_store(store, Attribution(notes="x")), lambda: tag_version(store, "x")):
         with pytest.raises(StoreError, match=rf"^{url}: got a store of schema 1\.0, .*; nfm store convert it first$"):
             call()
-    assert repair_store(url, ignore_progress) == ([], [])
+    assert repair_store(url, ignore_progress) == ([], [], True)
     assert tree(url) == before
 
 
@@ -272,9 +273,9 @@ def test_a_damaged_store_of_1_0_is_not_repaired(unpacked: Unpacked, tmp_path: Pa
     assert [fault.message for fault in find_faults(Store(url))] == [
         f"{url}/{record.path}: its sha256 is not the one in the manifest; repair or copy it again"
     ]
-    with pytest.raises(StoreError, match=rf"^{url}: holds a store of schema 1\.0, .*nfm store convert.*$"):
+    with pytest.raises(StoreError, match=rf"^{url}/{record.path}: .* A store of schema 1\.0 is not repaired: nfm store convert.*$"):
         repair_store(url, ignore_progress)
-    with pytest.raises(StoreError, match=rf"{record.path}.*blocks 0 are damaged"):
+    with pytest.raises(StoreError, match=rf"{record.path}.*damaged blocks: 0; all others are written"):
         convert_store(Store(url), f"{tmp_path}/out", "zarr", ignore_progress, None)
     assert tree(url) == before and not (tmp_path / "out" / "dataset.json").exists()
 
@@ -302,9 +303,10 @@ def test_a_forged_sigma_f_of_1_0_is_found(unpacked: Unpacked, tmp_path: Path, fr
 def test_a_store_of_1_0_has_no_versions(unpacked: Unpacked, frozen: Frozen) -> None:
     store = Store(unpacked.url(frozen))
     assert store.version_url == store.url and store.z_sums is None and store.image_names is None
-    for reference in ("v1", "first"):
-        with pytest.raises(StoreError, match=rf"^{store.url}@{reference}: got a .* that the store does not have; .*$"):
-            Store(f"{store.url}@{reference}")
+    with pytest.raises(StoreError, match=rf"^{store.url}@v1: a store of schema 1.0 has no versions; give {store.url}$"):
+        Store(f"{store.url}@v1")
+    with pytest.raises(StoreError, match=rf"^{store.url}@first: got a tag that the store does not have; it has no tags$"):
+        Store(f"{store.url}@first")
 
 
 # Schema 1.1

@@ -20,7 +20,8 @@ from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
 from nfm.storage_specs.reading.verify import describe_weak_promises, find_faults
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.writing.transfer import convert_store, copy_store, repair_store
+from nfm.storage_specs.writing.repair import repair_store
+from nfm.storage_specs.writing.transfer import convert_store, copy_store
 from nfm.storage_specs.writing.tuples import export_tuples
 from tests.tools.kind_checks import (
     WrittenKinds,
@@ -249,12 +250,12 @@ def test_repair_and_the_same_writer_give_the_same_bytes(
     )
     for path in paths:
         damage(Path(url), path, flip(len(before[path]) // 2))
-    faults, blocks = repair_store(url, ignore_progress)
-    assert blocks == [1]
+    faults, blocks, is_complete = repair_store(url, ignore_progress)
+    assert (blocks, is_complete) == ([1], False)
     assert all(any(path in fault for fault in faults) for path in paths)
     kind.write(url, layout)
     assert tree(url) == before
-    assert repair_store(url, ignore_progress) == ([], [])
+    assert repair_store(url, ignore_progress) == ([], [], True)
 
 
 @pytest.mark.long

@@ -25,7 +25,8 @@ from nfm.storage_specs.storage.documents import canonical_json, sealed_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import Root, sha256
 from nfm.storage_specs.storage.npy import npy_bytes
-from nfm.storage_specs.writing.transfer import convert_store, copy_store, repair_store
+from nfm.storage_specs.writing.repair import repair_store
+from nfm.storage_specs.writing.transfer import convert_store, copy_store
 from nfm.storage_specs.writing.tuples import export_tuples
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.random_couplings import write_random_couplings

@@ -15,9 +15,11 @@ from nfm.storage_specs.format.layouts import Columns
 from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import find_faults
+from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import Root
-from nfm.storage_specs.writing.transfer import convert_store, copy_store, repair_store
+from nfm.storage_specs.storage.files import Root, sha256
+from nfm.storage_specs.writing.repair import repair_store
+from nfm.storage_specs.writing.transfer import convert_store, copy_store
 from nfm.storage_specs.writing.tuples import export_tuples
 from nfm.storage_specs.writing.units import UnitWriter
 from nfm.storage_specs.writing.writer import StoreWriter
@@ -95,6 +97,7 @@ def test_a_copy_is_the_same_bytes_and_continues(run: Run, tmp_path: Path, layout
     files = list(store.files.values())
     (tmp_path / "dataset.json").unlink()
     shutil.rmtree(tmp_path / "commits")
+    (tmp_path / "copy.json").write_bytes(canonical_json({"of": sha256(store.document)}))
     (tmp_path / files[1].path).unlink()
     damage(tmp_path, files[4].path, lambda data: data[:-1])
     damage(tmp_path, files[6].path, flip(70))  # of the right size: found at the end
@@ -192,8 +195,8 @@ def test_repair_queues_the_bad_blocks_and_the_job_writes_them_again(
     files = {(key.column, key.block, key.draw): record.path for key, record in store.files.items()}
     damage(tmp_path, files["z", 2, 1], flip(700))
     (tmp_path / files["x", 4, -1]).unlink()
-    faults, blocks = repair_store(store.url, ignore_progress)
-    assert blocks == [2, 4]
+    faults, blocks, is_complete = repair_store(store.url, ignore_progress)
+    assert (blocks, is_complete) == ([2, 4], False)
     assert {path for path in (files["z", 2, 1], files["x", 4, -1]) if any(path in fault for fault in faults)} == {
         files["z", 2, 1],
         files["x", 4, -1],
@@ -204,7 +207,7 @@ def test_repair_queues_the_bad_blocks_and_the_job_writes_them_again(
     encode_couplings(config, f"{run.samples}/train", run.teacher, str(tmp_path))
     assert content(store.url) == before
     assert Store(str(tmp_path)).dataset.id == Store(run.couplings[layout]).dataset.id
-    assert repair_store(str(tmp_path), ignore_progress) == ([], [])
+    assert repair_store(str(tmp_path), ignore_progress) == ([], [], True)
 
 
 def test_repair_of_a_broken_manifest_needs_no_block(run: Run, tmp_path: Path) -> None:
@@ -213,9 +216,8 @@ def test_repair_of_a_broken_manifest_needs_no_block(run: Run, tmp_path: Path) ->
     sound = Store(run.couplings["zarr"])
     damage(tmp_path, "versions/0001/manifest.parquet", flip(40))
     damage(tmp_path, "columns.zarr/z/zarr.json", lambda data: b"{}")
-    faults, blocks = repair_store(str(tmp_path), ignore_progress)
-    assert len(faults) == 1 and "manifest.parquet" in faults[0] and blocks == []
-    StoreWriter(str(tmp_path), sound.spec).finalize()
+    faults, blocks, is_complete = repair_store(str(tmp_path), ignore_progress)
+    assert len(faults) == 1 and "manifest.parquet" in faults[0] and (blocks, is_complete) == ([], True)
     repaired = Store(str(tmp_path))
     assert list(find_faults(repaired)) == []
     assert repaired.document == sound.document
@@ -230,8 +232,8 @@ def test_repair_reads_every_file_when_documents_are_damaged(run: Run, tmp_path: 
     damage(tmp_path, "z/k001/000002.tar", flip(700))
     damage(tmp_path, "noise/k002/000003.tar", flip(70))
     (tmp_path / "sums/000004.k000-003.npy").unlink()
-    faults, blocks = repair_store(str(tmp_path), ignore_progress)
-    assert blocks == [2, 3, 4] and len(faults) == 4
+    faults, blocks, is_complete = repair_store(str(tmp_path), ignore_progress)
+    assert blocks == [2, 3, 4] and not is_complete and len(faults) == 4
     for unit in StoreWriter(str(tmp_path), Store(run.couplings["webdataset"]).spec).list_missing_units():
         assert unit.block in blocks
     encode_in_process(run.config, f"{run.samples}/train", run.teacher, str(tmp_path), "webdataset")

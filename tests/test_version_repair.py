@@ -8,13 +8,16 @@ from subprocess import PIPE
 
 import pytest
 
+from nfm.storage_specs.format.names import LEASE_FILE
 from nfm.storage_specs.format.schema import Attribution
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import find_document_faults, find_faults
 from nfm.storage_specs.reading.versions import list_versions
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing.publish import annotate_store, tag_version
-from nfm.storage_specs.writing.transfer import copy_store, repair_store
+from nfm.storage_specs.writing.repair import repair_store
+from nfm.storage_specs.writing.transfer import copy_store
 from tests.tools.stores import damage, edit, flip, ignore_progress, tree
 from tests.tools.versions import encode, grown, interrupt_before
 
@@ -46,9 +49,8 @@ def test_a_lost_document_is_written_again_for_every_version_that_names_it(tmp_pa
         (tmp_path / "store" / path).unlink()
     else:
         damage(tmp_path / "store", path, flip(150))
-    faults, blocks = repair_store(url, ignore_progress)
-    assert path in faults[0] and blocks == []
-    encode(url, 4)
+    faults, blocks, is_complete = repair_store(url, ignore_progress)
+    assert path in faults[0] and (blocks, is_complete) == ([], True)
     assert Store(url).document == before and list_versions(Store(url).root) == [1, 2, 3]
     for reference in ("", "@v1", "@v2", "@paper"):
         assert list(find_faults(Store(f"{url}{reference}"))) == []
@@ -57,15 +59,56 @@ def test_a_lost_document_is_written_again_for_every_version_that_names_it(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["manifest.parquet", "sigma_f.npy", "croissant.json"])
-def test_a_damaged_document_of_an_older_version_is_a_fault_that_repair_leaves_alone(tmp_path: Path, name: str) -> None:
+def test_a_damaged_document_of_an_older_version_is_repaired_too(tmp_path: Path, name: str) -> None:
     url = grown(tmp_path)
-    (tmp_path / "store/versions/0001" / name).unlink()
     before = tree(url)
+    (tmp_path / "store/versions/0001" / name).unlink()
     (fault,) = find_faults(Store(url))
     assert fault.file == "versions/0001.json" and f"versions/0001/{name}" in fault.message
-    with pytest.raises(StoreError, match="The newest version is sound, and an older one cannot be repaired"):
+    with pytest.raises(StoreError, match=f"0001/{name}.* nfm store repair"):
+        copy_store(Store(url), f"{tmp_path}/copy", ignore_progress, None)
+    assert repair_store(url, ignore_progress).is_complete
+    assert tree(url) == before
+
+
+def test_an_older_versions_document_that_nothing_else_says_cannot_be_repaired(tmp_path: Path) -> None:
+    url = grown(tmp_path)
+    (tmp_path / "store/versions/0001.json").unlink()
+    before = tree(url)
+    with pytest.raises(StoreError, match=r"0001.json is missing.*can only come from a copy of the store"):
+        repair_store(url, ignore_progress)
+    assert tree(url) == before, "the newest version stays"
+    assert Store(url).dataset.version == 3
+
+
+def test_a_damaged_tag_or_card_takes_nothing_away(tmp_path: Path) -> None:
+    url = grown(tmp_path)
+    before = tree(url)
+    tag_version(Store(url), "paper")
+    damage(tmp_path / "store", "tags/paper.json", lambda data: data[:10])
+    damage(tmp_path / "store", "README.md", lambda data: b"")
+    assert len(repair_store(url, ignore_progress).faults) == 2
+    assert tree(url) == before, "the tag is deleted, the card written again"
+
+
+def test_a_store_that_is_being_written_is_not_repaired(tmp_path: Path) -> None:
+    url = grown(tmp_path)
+    damage(tmp_path / "store", "z/k003/000001.tar", flip(1200))
+    before = tree(url)
+    with Lease(url, LEASE_FILE), pytest.raises(StoreError, match="is writing into it"):
         repair_store(url, ignore_progress)
     assert tree(url) == before
+
+
+def test_between_repair_and_encode_every_command_says_what_to_do(tmp_path: Path) -> None:
+    url = grown(tmp_path)
+    damage(tmp_path / "store", "z/k003/000001.tar", flip(1200))
+    assert repair_store(url, ignore_progress).damaged_blocks == [1]
+    for call in (lambda: repair_store(url, ignore_progress), lambda: Store(url)):
+        with pytest.raises(StoreError, match=r"no dataset.json: .* interrupted, .*repair.*: run nfm encode .* again"):
+            call()
+    with pytest.raises(StoreError, match="no dataset.json, and nothing of a store"):
+        Store(f"{tmp_path}/elsewhere")
 
 
 def test_a_history_that_does_not_fit_is_a_fault(tmp_path: Path) -> None:
@@ -167,8 +210,7 @@ def test_all_documents_are_damaged_and_written_again(tmp_path: Path) -> None:
     before = Store(url).dataset
     for name in ("dataset.json", "versions/0003.json", "versions/0002.json"):
         damage(tmp_path / "store", name, lambda data: data[:100])
-    assert repair_store(url, ignore_progress)[1] == []
-    encode(url, 4)
+    assert repair_store(url, ignore_progress).is_complete
     repaired = Store(url)
     assert (repaired.dataset.id, repaired.dataset.version, repaired.dataset.parent) == (
         before.id,
@@ -180,6 +222,7 @@ def test_all_documents_are_damaged_and_written_again(tmp_path: Path) -> None:
 
 ANNOTATE = """
 import sys
+from nfm.storage_specs.format.names import LEASE_FILE
 from nfm.storage_specs.format.schema import Attribution
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.writing.publish import annotate_store

@@ -23,7 +23,8 @@ from nfm.storage_specs.reading.versions import find_version, list_tags, list_ver
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing.publish import annotate_store, tag_version
-from nfm.storage_specs.writing.transfer import copy_store, repair_store
+from nfm.storage_specs.writing.repair import repair_store
+from nfm.storage_specs.writing.transfer import copy_store
 from tests.tools.kinds import KINDS
 from tests.tools.make_fixtures import write_store
 from tests.tools.small_run import Run, encode_in_process

@@ -314,6 +314,10 @@ class Attribution(StrictModel):
         """This attribution with every field that `other` gives."""
         return self.model_copy(update=other.model_dump(exclude_none=True))
 
+    def without(self, fields: Iterable[str]) -> "Attribution":
+        """This attribution without these fields."""
+        return self.model_copy(update=dict.fromkeys(fields))
+
 
 UNKNOWN = Attribution()
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from nfm.storage_specs.format.dataset import parse_dataset
 from nfm.storage_specs.format.names import (
+    COPY_FILE,
     DATASET_FILE,
     MAX_METADATA_BYTES,
     SPEC_FILE,
@@ -94,7 +95,9 @@ def _open_version(root: Root, version: int) -> OpenedDocument:
     path = version_file(version)
     if not root.exists(path):
         versions = list_versions(root)
-        existing = f"versions 1 to {versions[-1]}" if len(versions) > 1 else "version 1" if versions else "no versions"
+        if not versions and root.exists(DATASET_FILE):
+            raise StoreError(f"{root.url}@v{version}: a store of schema 1.0 has no versions; give {root.url}")
+        existing = f"versions 1 to {versions[-1]}" if len(versions) > 1 else "version 1" if versions else "none"
         raise StoreError(f"{root.url}@v{version}: got a version that the store does not have; it has {existing}")
     opened = _read_document(root, path)
     if opened.dataset.version != version:
@@ -108,15 +111,26 @@ def _no_store_error(root: Root) -> StoreError:
     if splits:
         urls = " or ".join(f"{root.url}/{name}" for name in splits)
         return StoreError(f"{root.url}: got a folder of stores, expected one of them: {urls}")
-    return StoreError(
-        f"{root.url}: no dataset.json; expected a complete store there (if its job was interrupted, run it again)"
-    )
+    if root.exists(COPY_FILE):
+        return StoreError(f"{root.url}: no dataset.json: its copy was interrupted; run nfm store copy again")
+    if root.exists(SPEC_FILE):
+        return StoreError(
+            f"{root.url}: no dataset.json: the job that writes the store was interrupted, or nfm store repair took the "
+            "file away because blocks must be written again: run nfm encode (or prepare, or store convert) again, with "
+            "the same arguments"
+        )
+    return StoreError(f"{root.url}: no dataset.json, and nothing of a store; expected the URL of a complete one")
 
 
 def list_versions(root: Root) -> list[int]:
     """The numbers of the versions of a store, in order; none in a store of schema 1.0."""
     matches = (re.fullmatch(r"([0-9]{4,7})\.json", name) for name in root.list_names(VERSIONS_FOLDER))
     return sorted(int(match[1]) for match in matches if match)
+
+
+def list_documents(root: Root) -> list[Dataset]:
+    """The documents of all versions of a store, in order. Raises StoreError if one is damaged."""
+    return [_open_version(root, version).dataset for version in list_versions(root)]
 
 
 def list_tags(root: Root) -> list[str]:

@@ -1,6 +1,7 @@
 """Publishing versions of a store. A version never changes once its document, `versions/000N.json`, is written; what
 stands in the folder of the store itself are copies of the newest one's documents."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -70,17 +71,23 @@ class Content:
         return schema.content_id(self.spec, self.files, self.label_counts, derived)
 
 
-def publish(root: Root, content: Content, attribution: Attribution, inherited: Attribution) -> Dataset:
-    """Make a version of this content the newest, and return its document. It is the existing newest version if that has
+def publish(
+    root: Root, spec: Spec, content_of: Callable[[Spec], Content], attribution: Attribution, inherited: Attribution
+) -> Dataset:
+    """Make a version with this spec the newest, and return its document. It is the existing newest version if that has
     the same content and attribution and its files are intact; else one with the next number.
 
-    Its attribution is that of the version before, or for the first version `inherited`, with every field that
-    `attribution` gives.
+    `content_of` gives the content for the spec, or for that of an earlier version, which has fewer draws. Damaged
+    documents of earlier versions are written again. The attribution of the version is that of the one before, or for
+    the first version `inherited`, with every field that `attribution` gives.
     """
-    previous = _read_newest_version(root)
+    content = content_of(spec)
+    previous = read_newest_version(root)
     attribution = (previous.attribution if previous else inherited).updated(attribution)
     content_id = content.id()
     is_same = previous is not None and (previous.id, previous.attribution) == (content_id, attribution)
+    if previous is not None:
+        _restore_earlier_versions(root, previous.version, content_of, spec.lineage)
     if previous is not None and is_same:
         _restore_documents(root, previous, content)
         if _is_intact(root, previous):
@@ -131,7 +138,7 @@ def publish(root: Root, content: Content, attribution: Attribution, inherited: A
     return _publish_documents(root, _write_version(root, dataset))
 
 
-def _read_newest_version(root: Root) -> Dataset | None:
+def read_newest_version(root: Root) -> Dataset | None:
     """The newest version whose document can be read, whether dataset.json is a copy of it yet or not."""
     for version in reversed(list_versions(root)):
         path = version_file(version)
@@ -142,6 +149,20 @@ def _read_newest_version(root: Root) -> Dataset | None:
         except StoreError:
             continue  # damaged: its number is used again
     return None
+
+
+def _restore_earlier_versions(root: Root, newest: int, content_of: Callable[[Spec], Content], lineage: str) -> None:
+    """Write the damaged or missing documents of the versions before the newest again, as far as that is possible."""
+    for version in range(1, newest):
+        path = version_file(version)
+        try:
+            dataset = parse_dataset(root.read(path, MAX_METADATA_BYTES), f"{root.url}/{path}")
+        except StorageError:
+            raise
+        except StoreError:
+            continue  # `verify` tells; nothing says what the document was
+        if dataset.spec.lineage == lineage and not _is_intact(root, dataset):
+            _restore_documents(root, dataset, content_of(dataset.spec))
 
 
 def _restore_documents(root: Root, dataset: Dataset, content: Content) -> None:
@@ -205,9 +226,9 @@ def _publish_documents(root: Root, dataset: Dataset) -> Dataset:
     return dataset
 
 
-def annotate_store(store: Store, attribution: Attribution) -> Dataset:
-    """Publish a version with the fields that `attribution` gives, which shares all files of columns. Returns its
-    document; if nothing changes, that of the newest version.
+def annotate_store(store: Store, attribution: Attribution, removed: Iterable[str] = ()) -> Dataset:
+    """Publish a version with the fields that `attribution` gives and without the fields `removed`, which shares all
+    files of columns. Returns its document; if nothing changes, that of the newest version.
 
     Raises StoreError for a store of schema 1.0, for a version that is not the newest, and while the store is being
     written.
@@ -219,12 +240,12 @@ def annotate_store(store: Store, attribution: Attribution) -> Dataset:
     with Lease(store.url, LEASE_FILE, store.options):
         if Store(store.url, options=store.options).dataset != store.dataset:
             raise StoreError(f"{store.version_url}: got an older version; annotate {store.url}, the newest")
-        newest = _read_newest_version(store.root)  # later than dataset.json if a publication was interrupted
+        newest = read_newest_version(store.root)  # later than dataset.json if a publication was interrupted
         if newest is None or newest.id != store.dataset.id:
             raise StoreError(
                 f"{store.url}: the job that writes it was interrupted; run the same command again, and then annotate"
             )
-        updated = newest.attribution.updated(attribution)
+        updated = newest.attribution.without(removed).updated(attribution)
         if updated == newest.attribution:
             return _publish_documents(store.root, newest)
         version = newest.model_copy(update={"attribution": updated, "version": newest.version + 1, "parent": newest.id})

@@ -1,4 +1,4 @@
-"""Whole stores to another place or layout: convert, copy, and repair. The export of tuples is in tuples.py."""
+"""Whole stores to another place or layout: convert and copy. The export of tuples is in tuples.py."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from nfm.storage_specs.format.commits import StartedStore
 from nfm.storage_specs.format.dataset import is_1_0, parse_dataset
 from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.names import (
@@ -24,18 +23,19 @@ from nfm.storage_specs.format.names import (
     Z_SCALE_FILE,
     version_file,
 )
-from nfm.storage_specs.format.schema import SCHEMA_VERSION, Dataset, LayoutName
+from nfm.storage_specs.format.schema import Dataset, LayoutName
 from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.reading.verify import Fault, find_document_faults, find_faults
-from nfm.storage_specs.reading.versions import MAX_TAG_BYTES, check_no_version, list_tags, open_document, split_version
+from nfm.storage_specs.reading.verify import find_document_faults
+from nfm.storage_specs.reading.versions import MAX_TAG_BYTES, check_no_version, list_tags, open_document
 from nfm.storage_specs.storage.documents import canonical_json
-from nfm.storage_specs.storage.errors import StorageError, StoreError, UnsupportedError
+from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
 from nfm.storage_specs.storage.lease import Lease
+from nfm.storage_specs.storage.messages import list_numbers
 from nfm.storage_specs.writing import units
 from nfm.storage_specs.writing.claims import claim
 from nfm.storage_specs.writing.units import Unit, list_committed_units
-from nfm.storage_specs.writing.writer import StoreWriter, read_started_spec
+from nfm.storage_specs.writing.writer import StoreWriter, read_started
 
 Progress = Callable[[int], None]  # is called with the number of bytes or rows that were just completed
 MAX_CHECKS = 3  # of what was written; if files are damaged at each, the storage seems to lose written data
@@ -48,8 +48,9 @@ def convert_store(
 
     Totals and cost stay the same, so converting back gives the same bytes. The sha256 of every source file is checked,
     and everything that was written, by this call or before, is read back. If it was interrupted, the same call
-    continues. `progress` gets rows. Raises StoreError if layout and schema are the same, if the source is damaged
-    (sound blocks are written all the same), if `out` holds another store, or if the storage loses what was written.
+    continues. `progress` gets the rows that are written, and again those that are read back. Raises StoreError if
+    layout and schema are the same, if the source is damaged (sound blocks are written all the same), if `out` holds
+    another store, or if the storage loses what was written.
     """
     if layout == store.spec.layout and not is_1_0(store.dataset):
         raise StoreError(f"{store.url}: the store already has layout {layout}; to duplicate it, use `nfm store copy`")
@@ -61,7 +62,7 @@ def convert_store(
         progress(spec.rows - sum(spec.rows_of(unit.block) for unit in missing_units))
         for _ in range(MAX_CHECKS):
             _convert_units(store, writer, missing_units, progress)
-            missing_units = writer.read_back()
+            missing_units = writer.read_back(progress)
             if not missing_units:
                 return writer.finalize(store.cost, inherited=store.dataset.attribution)
         raise _untrusted_storage_error(out)
@@ -80,10 +81,9 @@ def _convert_units(store: Store, writer: StoreWriter, missing_units: list[Unit],
             damaged[unit.block] = error
         progress(spec.rows_of(unit.block))
     if damaged:
-        blocks = ", ".join(map(str, sorted(damaged)))
         raise StoreError(
-            f"{next(iter(damaged.values()))} (blocks {blocks} are damaged, all others are written to "
-            f"{writer.root.url}; the command that wrote the store completes it there)"
+            f"{next(iter(damaged.values()))} (damaged blocks: {list_numbers(damaged)}; all others are written. To complete "
+            f"the store, run the command that wrote the source with --out {writer.root.url})"
         )
 
 
@@ -115,7 +115,7 @@ def copy_store(store: Store, out: str, progress: Progress, options: dict[str, An
     check_no_version(out, options)
     faults = find_document_faults(store)
     if faults:
-        raise StoreError(f"{faults[0].message} (nothing was copied)")
+        raise StoreError(f"{faults[0].message} (nothing was copied; nfm store repair mends it, or says what does)")
     target = Root(out, options)
     _claim_copy(store, target, options)
 
@@ -216,7 +216,9 @@ def _read_commits(store: Store) -> Iterator[tuple[str, bytes]]:
     copied without them."""
     if not store.root.exists(SPEC_FILE):
         return
-    started = StartedStore(schema_version=SCHEMA_VERSION, spec=store.spec)
+    started = read_started(store.root)
+    assert started is not None
+    started = started.model_copy(update={"spec": store.spec})  # a driver may be adding draws
     yield SPEC_FILE, canonical_json(started.model_dump(mode="json"))
     for unit in sorted(list_committed_units(store.root)):
         if unit.block >= store.spec.num_blocks or unit.stop > store.spec.num_draws:
@@ -232,17 +234,6 @@ def _read_commits(store: Store) -> Iterator[tuple[str, bytes]]:
             if copied is None:
                 yield record.path, store.read_document(record.path, record.sha256, record.bytes)
         yield unit.commit_file, store.root.read(unit.commit_file, units.MAX_COMMIT_BYTES)
-
-
-def _restore_version(store: Store) -> None:
-    """Write the document of the newest version from dataset.json if it cannot be read itself."""
-    path = version_file(store.dataset.version)
-    try:
-        parse_dataset(store.root.read(path, MAX_METADATA_BYTES), f"{store.url}/{path}")
-    except StorageError:
-        raise
-    except StoreError:
-        store.root.write(path, store.document)
 
 
 def _claim_copy(store: Store, target: Root, options: dict[str, Any] | None) -> None:
@@ -265,72 +256,3 @@ def _is_earlier_version(copy: Store, store: Store) -> bool:
     if is_1_0(store.dataset) or version >= store.dataset.version:
         return False
     return store.root.read(version_file(version), MAX_METADATA_BYTES) == copy.document
-
-
-def repair_store(url: str, progress: Progress, options: dict[str, Any] | None = None) -> tuple[list[str], list[int]]:
-    """Prepare the newest version of a damaged store for the command that wrote it, so that it writes exactly the
-    damaged blocks again.
-
-    Deletes the commit records of the units with damaged or missing files, and dataset.json. `progress` gets the bytes
-    that were read. Returns the faults, one sentence each, and the damaged blocks; both are empty for a sound store.
-    Raises StoreError if the store cannot be repaired, as it has no commit records or its z_scale.npy is damaged or it
-    is of schema 1.0, and StorageError if storage cannot be read.
-    """
-    if split_version(url)[1] is not None and not Root(url, options).exists(DATASET_FILE):
-        raise StoreError(f"{url}: got a version; repair {split_version(url)[0]}, the newest")
-    root = Root(url, options)
-    store = None
-    try:
-        store = Store(url, options=options)
-        faults = list(find_faults(store, progress))
-    except (StorageError, UnsupportedError):
-        raise
-    except StoreError as error:
-        if not root.exists(DATASET_FILE):
-            raise
-        faults = [Fault(DATASET_FILE, str(error))]
-    if not faults:
-        return [], []
-    if store is not None:
-        earlier = {version_file(version) for version in range(1, store.dataset.version)}
-        lost = [fault for fault in faults if fault.file in earlier]
-        if len(lost) == len(faults):
-            raise StoreError(
-                f"{lost[0].message}. The newest version is sound, and an older one cannot be repaired; "
-                "get its files from a copy of the store"
-            )
-    if not root.exists(SPEC_FILE):
-        raise StoreError(
-            f"{faults[0].message}. {root.url} has no commit records, without which it cannot be repaired; "
-            "copy it again from its source"
-        )
-    for fault in faults:
-        if fault.file == Z_SCALE_FILE:
-            raise StoreError(
-                f"{fault.message}. No commit record holds its values, so {root.url} cannot be repaired; "
-                "copy it again from its source"
-            )
-    spec = read_started_spec(url, options)  # raises for schema 1.0, which is not written any more
-    assert spec is not None
-    damaged_files = {fault.file for fault in faults if isinstance(fault.file, FileKey)}
-    damaged_blocks = {key.block for key in damaged_files}
-    messages = [fault.message for fault in faults]
-    # The files that only commit records name were not read yet; if the documents are damaged, no file was.
-    checked_files = store.files.keys() if store is not None else ()
-    for unit in sorted(list_committed_units(root)):
-        if unit.block >= spec.num_blocks or unit.stop > spec.num_draws:
-            continue  # not of this store
-        other_faults = units.find_faults(root, spec, unit, checked_files)
-        messages += other_faults
-        if other_faults or any(unit.contains(key) for key in damaged_files):
-            damaged_blocks.add(unit.block)
-            root.delete(unit.commit_file)
-    if store is not None and not is_1_0(store.dataset):
-        _restore_version(store)
-    for fault in faults:
-        if isinstance(fault.file, str) and fault.file.startswith(f"{TAGS_FOLDER}/"):
-            root.delete(fault.file)
-    # Deleted last: after an interruption that deleted only dataset.json, the next run would see all units committed and
-    # finalize the damaged store.
-    root.delete(DATASET_FILE)
-    return messages, sorted(damaged_blocks)

@@ -6,7 +6,7 @@ the record that follows it was written.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -50,18 +50,24 @@ from nfm.storage_specs.writing.units import Unit, UnitWriter
 def read_started_spec(url: str, options: dict[str, Any] | None = None) -> Spec | None:
     """The spec of the store at a URL, complete or not; None if no writer has started one there. Raises StoreError for a
     store that this nfm does not write: of schema 1.0, or with another kind of coupling."""
-    started = _read_started(Root(url, options))
+    started = read_started(Root(url, options))
     return started.spec if started else None
 
 
-def _read_started(root: Root) -> StartedStore | None:
+def read_started(root: Root) -> StartedStore | None:
+    """`commits/spec.json` of a folder; None if there is none. Raises StoreError as `read_started_spec` does."""
     if not root.exists(SPEC_FILE):
         return None
     name, data = f"{root.url}/{SPEC_FILE}", root.read(SPEC_FILE, MAX_METADATA_BYTES)
     if not _has_schema_version(data):
+        if not root.exists(DATASET_FILE):
+            raise StoreError(
+                f"{root.url}: holds an unfinished store of schema 1.0, which this nfm cannot continue; "
+                "write to another URL"
+            )
         raise StoreError(
-            f"{root.url}: holds a store of schema 1.0, which nfm reads and does not write; "
-            "nfm store convert writes it as schema 1.1 to another URL, which the same command then continues"
+            f"{root.url}: holds a store of schema 1.0, which nfm reads and does not write; write it as schema 1.1 with "
+            f"nfm store convert {root.url} NEW --layout …, and run the same command with --out NEW"
         )
     read_schema_version(data, name)
     started = parse_json(StartedStore, data, name)
@@ -100,7 +106,7 @@ class StoreWriter:
         with the fields that differ, if the URL holds a store with another spec, or a conversion of another store, or
         something else.
         """
-        existing = _read_started(self.root)
+        existing = read_started(self.root)
         started = StartedStore(schema_version=SCHEMA_VERSION, spec=self.spec, converted_from=converted_from)
         if existing is None:
             check_unclaimed(self.root)
@@ -155,12 +161,13 @@ class StoreWriter:
         """The units that still have to be written. Takes one listing of the commit records."""
         return units.list_missing_units(self.spec, self._list_own_committed_units())
 
-    def read_back(self) -> list[Unit]:
+    def read_back(self, progress: Callable[[int], None] = lambda _rows: None) -> list[Unit]:
         """Read all committed units, and delete the commit records of the damaged ones. Returns the units that still
-        have to be written."""
+        have to be written. `progress` gets the rows of each unit that was read."""
         with ThreadPoolExecutor(IO_THREADS, "nfm-check") as pool:
             written = self._list_own_committed_units()
             for unit, faults in zip(written, pool.map(self.find_faults, written), strict=True):
+                progress(self.spec.rows_of(unit.block))
                 if faults:
                     self.delete_commit(unit)
         return self.list_missing_units()
@@ -218,6 +225,7 @@ class StoreWriter:
         cost: Cost | None = None,
         attribution: Attribution = UNKNOWN,
         inherited: Attribution = UNKNOWN,
+        is_repair: bool = False,
     ) -> Dataset:
         """Make the store complete, once every unit is committed: add up the commit records in the order of blocks and
         draws, and publish a version with σ_f, the sums over z, the names of the images, manifest and cards. If the
@@ -225,37 +233,43 @@ class StoreWriter:
 
         `cost` is that of the source, for a store that was converted; else the seconds of the units are added up.
         The attribution is that of the version before, or for the first version `inherited`, with every field that
-        `attribution` gives. Raises StoreError if a commit record is damaged, FloatingPointError if σ_f is out of range.
+        `attribution` gives. Unless it `is_repair`, the commit records must be those of which the newest version was
+        made. Raises StoreError if they are not or if one is damaged, FloatingPointError if σ_f is out of range.
         """
         committed = self._list_own_committed_units()
         assert not units.list_missing_units(self.spec, committed), "finalize before every unit was committed"
         with ThreadPoolExecutor(IO_THREADS, "nfm-finalize") as pool:
             commits = list(pool.map(lambda unit: units.read_commit(self.root, self.spec, unit), committed))
-            self._compare_with_published(commits, pool)
-            names = self._collect_names(commits, pool) if self.spec.names else None
-            derived = self._derived_files(commits, pool) if self.spec.coupling else {}
+            if not is_repair:
+                self._compare_with_published(commits, pool)
+            self.root.delete_temporary_files(keep=LEASE_FILE)
+            if self.spec.coupling:
+                cost = cost or _sum_cost(commits)
+                self.root.write(COST_FILE, canonical_json(cost.model_dump(mode="json")))
+            return publish(
+                self.root, self.spec, lambda spec: self._content(spec, commits, pool), attribution, inherited
+            )
+
+    def _content(self, spec: Spec, commits: list[Commit], pool: ThreadPoolExecutor) -> Content:
+        """The content of a version with `spec`, which has the draws of this writer or fewer. `commits` are in the order
+        of blocks and draws."""
+        derived = self._derived_files(spec, commits, pool) if spec.coupling else {}
         records = {FileKey(file.column, file.block, file.draw): file for commit in commits for file in commit.files}
-        files = [records[key] for key in expected_keys(self.spec, self.layout)]
+        files = [records[key] for key in expected_keys(spec, self.layout)]
         counts_of_block = {commit.block: commit.label_counts for commit in commits}
         label_counts = [
-            {int(label): count for label, count in counts_of_block[block].items()}
-            for block in range(self.spec.num_blocks)
+            {int(label): count for label, count in counts_of_block[block].items()} for block in range(spec.num_blocks)
         ]
-        self.root.delete_temporary_files(keep=LEASE_FILE)
-        if self.spec.coupling:
-            cost = cost or _sum_cost(commits)
-            self.root.write(COST_FILE, canonical_json(cost.model_dump(mode="json")))
-        content = Content(
-            spec=self.spec,
+        return Content(
+            spec=spec,
             files=files,
             label_counts=label_counts,
-            manifest=encode_manifest(self.spec, files, label_counts),
-            names=names,
+            manifest=encode_manifest(spec, files, label_counts),
+            names=self._collect_names(commits, pool) if spec.names else None,
             sigma_f=derived.get(SIGMA_F_NAME),
             z_sums=derived.get(Z_SUMS_NAME),
             z_class_sums=derived.get(Z_CLASS_SUMS_NAME),
         )
-        return publish(self.root, content, attribution, inherited)
 
     def _compare_with_published(self, commits: list[Commit], pool: ThreadPoolExecutor) -> None:
         """Raise StoreError if commit records of draws that the newest version has are not those that it was made of."""
@@ -278,10 +292,10 @@ class StoreWriter:
                     f"{published.dataset.version}; nfm store repair says what is damaged"
                 )
 
-    def _derived_files(self, commits: list[Commit], pool: ThreadPoolExecutor) -> dict[str, bytes]:
-        """The files that are computed from z, by name. `commits` are in the order of blocks and draws."""
-        sums = self._add_sums(commits, pool, self.spec.num_draws)
-        scale = sigma_f(self.spec, sums)
+    def _derived_files(self, spec: Spec, commits: list[Commit], pool: ThreadPoolExecutor) -> dict[str, bytes]:
+        """The files that are computed from z of the draws of `spec`, by name."""
+        sums = self._add_sums(commits, pool, spec.num_draws)
+        scale = sigma_f(spec, sums)
         if not ((scale > codecs.MIN_SCALE) & (scale < codecs.MAX_SCALE)).all():
             raise FloatingPointError(
                 f"σ_f is not between {codecs.MIN_SCALE} and {codecs.MAX_SCALE} in some dimension: "
