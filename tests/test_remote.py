@@ -33,6 +33,7 @@ from nfm.storage_specs.reading.stream import CouplingStream
 from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.storage import files
 from nfm.storage_specs.storage.cache import RANGE_BYTES, Cache
+from nfm.storage_specs.storage.cache_files import MARKER_FILE
 from nfm.storage_specs.storage.errors import OutageError, StoreError
 from nfm.storage_specs.storage.files import Root, set_file_system_options, sha256
 from nfm.storage_specs.writing.transfer import copy_store
@@ -96,7 +97,8 @@ def outage(server: ObjectStore, begin: threading.Event, failure: threading.Event
 
 
 def cached(cache: Path) -> list[Path]:
-    return [path for path in cache.glob("??/*") if path.is_file()]
+    """The complete files in the cache."""
+    return list(cache.glob("?" * 64))
 
 
 def batches(stream: CouplingStream, count: int) -> list[Batch]:
@@ -272,7 +274,7 @@ def test_training_stops_at_a_bad_file_and_names_it(
     with pytest.raises(StoreError, match=r"z/k001/000002\.tar"):
         next(stream)  # and not the batch after it
     stream.close()
-    assert not [path for path in cached(cache) if path.suffix != ".part" and sha256(path.read_bytes()) != path.name]
+    assert not [path for path in cached(cache) if sha256(path.read_bytes()) != path.name]
 
 
 @pytest.fixture
@@ -302,7 +304,7 @@ def test_files_of_many_parts_arrive_whole(s3: ObjectStore, cache: Path, size: in
     root.write("file", data)
     path = Cache().fetch(root, "file", size, sha256(data))
     assert path.read_bytes() == data
-    assert [path] == cached(cache), "no part is left"
+    assert {path, path.with_suffix(".record"), cache / MARKER_FILE} == set(cache.iterdir()), "no part is left"
 
 
 def test_the_cache_keeps_to_its_limit_and_drops_what_is_oldest(cache: Path) -> None:
@@ -320,7 +322,8 @@ def test_the_cache_keeps_to_its_limit_and_drops_what_is_oldest(cache: Path) -> N
 
     def fetch(i: int) -> Path:
         path = limited.fetch(root, str(i), 100_000, sha256(contents[i]))
-        wait_for(lambda: clock() > path.stat().st_mtime_ns, "the next tick of the file system's clock")
+        record = path.with_suffix(".record")  # its time is that of the last use
+        wait_for(lambda: clock() > record.stat().st_mtime_ns, "the next tick of the file system's clock")
         return path
 
     paths = [fetch(i) for i in range(4)]

@@ -1,19 +1,14 @@
 """Remote files on the local disk: a content-addressed cache with a size limit, which several processes may share."""
 
-import fcntl
-import mmap
+import math
 import os
+import re
 import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
-
+from nfm.storage_specs.storage.cache_files import Entry, Part, claim_folder, list_entries
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
 
@@ -22,126 +17,132 @@ DEFAULT_CACHE_GB = 200.0  # unless $NFM_CACHE_GB says otherwise
 # for, and as many for files fetched ahead: at most 3 · IO_THREADS · RANGE_BYTES are in memory.
 RANGE_BYTES = 8 << 20
 _DOWNLOADS_PER_SCAN = 16  # downloads after which the folder is listed again, to count what other processes added
-_ABANDONED_SECONDS = 86_400.0  # a partial file that was not written to for so long belongs to a killed process
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def cache_directory() -> Path:
-    """The folder of cached files: $NFM_CACHE, or else "nfm" in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nfm"
-    return Path(os.environ.get("NFM_CACHE", default))
+    """The folder of cached files: $NFM_CACHE, or else "nfm/files" in the user's cache folder. Raises StoreError if the
+    home folder is needed and there is none."""
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        if named := os.environ.get("NFM_CACHE"):
+            return Path(named).expanduser()
+        return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "nfm" / "files"
+    except RuntimeError as error:
+        raise StoreError("got a user without a home folder; set NFM_CACHE to a folder for remote files") from error
+
+
+def max_cache_bytes() -> int:
+    """The size limit: $NFM_CACHE_GB, or else DEFAULT_CACHE_GB. Raises StoreError if it is no number above 0."""
+    text = os.environ.get("NFM_CACHE_GB") or str(DEFAULT_CACHE_GB)
+    try:
+        num_bytes = float(text) * 1e9
+    except ValueError:
+        num_bytes = math.nan
+    if not 0 < num_bytes < math.inf:
+        raise StoreError(f"got NFM_CACHE_GB={text!r}; expected a finite number of GB above 0, such as 50")
+    return int(num_bytes)
 
 
 class Cache:
-    """Files by their sha256, which is checked once, when a file arrives. A file has its final name only when complete.
+    """Files by their sha256, in a folder that only this user can change (see cache_files.py).
 
-    When the files take more than `max_bytes` (by default $NFM_CACHE_GB, or DEFAULT_CACHE_GB), those used longest ago
-    are deleted. A process that has a deleted file mapped can go on reading it: POSIX frees a file when its last mapping
-    ends.
+    The sha256 of a file is compared when it arrives, and again when its inode, size or times are not those that were
+    noted then: so once for all processes that share the folder, unless somebody touches the file.
+
+    When the files take more than `max_bytes` (by default `max_cache_bytes()`), those used longest ago are deleted. A
+    process that has a deleted file mapped can go on reading it: POSIX frees a file when its last mapping ends.
     """
 
     def __init__(self, directory: Path | None = None, max_bytes: int | None = None) -> None:
-        """Raises StoreError if $NFM_CACHE_GB is no number."""
-        self.directory = directory or cache_directory()
-        try:
-            gigabytes = float(os.environ.get("NFM_CACHE_GB", DEFAULT_CACHE_GB))
-        except ValueError as error:
-            raise StoreError(f"got NFM_CACHE_GB={os.environ['NFM_CACHE_GB']!r}; expected a number") from error
-        self.max_bytes = int(gigabytes * 1e9) if max_bytes is None else max_bytes
+        """Raises StoreError if $NFM_CACHE_GB is needed and no number above 0."""
+        self.max_bytes = max_cache_bytes() if max_bytes is None else max_bytes
+        self._given_directory = directory
         self._range_pool = ThreadPoolExecutor(IO_THREADS, "nfm-range")
-        self._lock = threading.Lock()  # for the three counters
+        self._lock = threading.Lock()  # for the two counters
         self._used_bytes = 0  # on disk, with what is being downloaded; an estimate between two scans
-        self._downloading_bytes = 0
         self._downloads_until_scan = 0
 
-    def _final_path(self, digest: str) -> Path:
-        """The path of the file with this sha256 once it is cached, whether it is or not."""
-        return self.directory / digest[:2] / digest
+    @cached_property
+    def directory(self) -> Path:
+        """The folder, which is made when it is first needed: local stores need none. Raises StoreError as
+        `claim_folder` does."""
+        return claim_folder(self._given_directory or cache_directory())
 
     def fetch(self, root: Root, path: str, size: int, digest: str) -> Path:
         """The local path of a cached copy of the file `path` below `root`, downloaded if it is not cached yet.
 
-        Raises StoreError if the downloaded file has another size or sha256.
+        Raises StoreError if the downloaded file has another size or sha256, and StorageError if the folder or its disk
+        cannot be used, or if another process keeps the file locked (see `Entry.lock`).
         """
-        final = self._final_path(digest)
-        if _mark_used(final, size):
-            return final
-        final.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = final.with_suffix(".part")
-        with _open_locked(partial_file, final) as descriptor:
-            if not _mark_used(final, size):  # another process may have downloaded it while it had the lock
-                self._reserve_space(size)
+        if not _DIGEST.fullmatch(digest):
+            raise StoreError(f"{root.url}/{path}: got sha256 {digest!r}, expected 64 hexadecimal digits")
+        entry = Entry(self.directory, digest)
+        if entry.note_use(size):
+            return entry.content
+        claim_folder(self.directory)  # again, as it may have been deleted
+        with entry.lock(root.stop_retrying) as record:
+            # Another process may have brought the file while it had the lock.
+            if not entry.note_use(size) and not entry.check_content(size, record):
+                part = Part(entry.part, size)
                 try:
-                    self._download(root, path, size, digest, descriptor)
-                    os.replace(partial_file, final)
+                    self._make_room(size)  # the part counts already, also for other processes
+                    self._download(root, path, size, digest, part)
+                    entry.write_record(record, part.publish(entry.content))
                 finally:
-                    with self._lock:
-                        self._downloading_bytes -= size
-        return final
+                    part.close()
+        return entry.content
 
-    def _download(self, root: Root, path: str, size: int, digest: str, descriptor: int) -> None:
-        """Write the remote file to the open file `descriptor` and check its size and sha256."""
-        os.ftruncate(descriptor, 0)
+    def _download(self, root: Root, path: str, size: int, digest: str, part: Part) -> None:
+        """Write the remote file to `part`, and check its size and sha256."""
         if size <= RANGE_BYTES:
             data = root.read_range(path, 0, size + 1)  # one byte more than expected, to notice a longer file
             received_bytes, received_digest = len(data), sha256(data)
             if (received_bytes, received_digest) == (size, digest):
-                os.pwrite(descriptor, data, 0)
+                part.write(data, 0)
         else:
-            download_range = partial(_download_range, root, path, size, descriptor)
+            download_range = partial(_download_range, root, path, size, part)
             downloads = [self._range_pool.submit(download_range, start) for start in range(0, size, RANGE_BYTES)]
-            wait(downloads)  # also after a failure: no thread may still write when the descriptor is closed
-            received_bytes = sum(download.result() for download in downloads)
-            with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as content:
-                received_digest = sha256(np.frombuffer(content, np.uint8))
+            try:
+                wait(downloads, return_when=FIRST_EXCEPTION)
+                received_bytes = sum(download.result() for download in downloads)
+            finally:
+                for download in downloads:
+                    download.cancel()  # those that have not begun
+            received_digest = part.hash()
         if (received_bytes, received_digest) != (size, digest):
             raise StoreError(
                 f"{root.url}/{path}: got {received_bytes} bytes with sha256 {received_digest[:12]}…, "
                 f"expected {size} bytes with {digest[:12]}…; the file is damaged, repair or copy the store"
             )
-        os.fdatasync(descriptor)  # before the file gets its final name, so that it is complete even after a crash
 
-    def _reserve_space(self, size: int) -> None:
+    def _make_room(self, size: int) -> None:
         """Count `size` more bytes, and delete the files used longest ago if there are more than `max_bytes` then."""
         with self._lock:
-            self._downloading_bytes += size
             self._used_bytes += size
             self._downloads_until_scan -= 1
             if self._used_bytes <= self.max_bytes and self._downloads_until_scan > 0:
                 return
             self._downloads_until_scan = _DOWNLOADS_PER_SCAN
-            self._delete_abandoned_parts()
-            self._delete_least_recently_used()
-
-    def _delete_abandoned_parts(self) -> None:
-        """Delete partial files that no process can be writing any more."""
-        for part in self.directory.glob("??/*.part"):
-            if part.exists() and time.time() - part.stat().st_mtime > _ABANDONED_SECONDS:
-                part.unlink(missing_ok=True)
-
-    def _delete_least_recently_used(self) -> None:
-        """Count the bytes in the folder, and delete files until they are at most `max_bytes`."""
-        files = sorted(_list_files(self.directory), key=lambda file: (file.last_use, file.disk_bytes, file.path))
-        self._used_bytes = self._downloading_bytes + sum(file.disk_bytes for file in files)
-        for file in files:
-            if self._used_bytes <= self.max_bytes:
-                break
-            if file.path.exists() and file.path.stat().st_mtime == file.last_use:  # not used since it was listed
-                file.path.unlink(missing_ok=True)
-                self._used_bytes -= file.disk_bytes
+            self._used_bytes = _evict(self.directory, self.max_bytes)
 
 
-@dataclass(frozen=True)
-class CachedFile:
-    """A complete file in the cache."""
+def _evict(folder: Path, max_bytes: int) -> int:
+    """Delete what killed processes left, and the files used longest ago until all take at most `max_bytes`. Returns the
+    bytes that all take then."""
+    entries = list_entries(folder)
+    used_bytes = sum(entry.bytes for entry in entries)
+    for entry in sorted(entries, key=lambda entry: (entry.is_complete, entry.last_use, entry.bytes, entry.digest)):
+        if entry.is_complete and used_bytes <= max_bytes:
+            break
+        if entry.delete():
+            used_bytes -= entry.bytes
+    return used_bytes
 
-    path: Path
-    last_use: float  # modification time, which `_mark_used` sets
-    disk_bytes: int
 
-
-def _download_range(root: Root, path: str, size: int, descriptor: int, start: int) -> int:
-    """Copy the RANGE_BYTES from `start` of a remote file to the same place of the open file `descriptor`. Returns the
-    number of bytes. Raises StoreError if the server sends another number of bytes than was asked for."""
+def _download_range(root: Root, path: str, size: int, part: Part, start: int) -> int:
+    """Copy the RANGE_BYTES from `start` of a remote file to the same place of `part`. Returns the number of bytes.
+    Raises StoreError if the server sends another number of bytes than was asked for."""
     end = min(start + RANGE_BYTES, size)
     data = root.read_range(path, start, end)
     if len(data) != end - start:
@@ -149,56 +150,5 @@ def _download_range(root: Root, path: str, size: int, descriptor: int, start: in
             f"{root.url}/{path}: got {len(data)} bytes for a range of {end - start}; "
             "the file is not the one of the manifest, or its server does not support range requests"
         )
-    return os.pwrite(descriptor, data, start)
-
-
-def _mark_used(path: Path, size: int) -> bool:
-    """Set the time of last use of a cached file. Returns False if there is no such file of this size."""
-    try:
-        if path.stat().st_size != size:
-            return False
-        os.utime(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _list_files(directory: Path) -> Iterator[CachedFile]:
-    """The complete files of the cache."""
-    for folder in directory.glob("??"):
-        for path in folder.iterdir():
-            if path.suffix == ".part":
-                continue
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue  # another process deleted it
-            yield CachedFile(path, status.st_mtime, status.st_blocks * 512)
-
-
-@contextmanager
-def _open_locked(partial_file: Path, final: Path) -> Iterator[int]:
-    """An open descriptor of `partial_file` with an exclusive lock: no other thread or process writes the file.
-
-    Afterwards the partial file is deleted if the complete file, `final`, exists.
-    """
-    while True:
-        descriptor = os.open(partial_file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_still_at(descriptor, partial_file):
-                yield descriptor
-                if final.exists():
-                    partial_file.unlink(missing_ok=True)
-                return
-            # Whoever held the lock has renamed the file, and perhaps another process made a new one: open that.
-        finally:
-            os.close(descriptor)
-
-
-def _is_still_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
-    try:
-        return os.fstat(descriptor).st_ino == path.stat().st_ino
-    except FileNotFoundError:
-        return False
+    part.write(data, start)
+    return len(data)
