@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from nfm.storage_specs.format.attribution import canonical_licence, check_public_url
 from nfm.storage_specs.format.codecs import STORED_DTYPES, FloatDtype, ZDtype
 from nfm.storage_specs.storage.documents import StrictModel, canonical_json
 from nfm.storage_specs.storage.errors import StoreError, UnsupportedError
@@ -311,8 +312,15 @@ class Attribution(StrictModel):
     notes: Text | None = None
 
     def updated(self, other: "Attribution") -> "Attribution":
-        """This attribution with every field that `other` gives."""
-        return self.model_copy(update=other.model_dump(exclude_none=True))
+        """This attribution with every field that `other` gives.
+
+        Raises StoreError if what `other` gives may not be written (see attribution.py).
+        """
+        given = other.model_dump(exclude_none=True)
+        for field, check in (("licence", canonical_licence), ("source_url", check_public_url)):
+            if field in given:
+                given[field] = check(given[field])
+        return self.model_copy(update=given)
 
     def without(self, fields: Iterable[str]) -> "Attribution":
         """This attribution without these fields."""

@@ -105,5 +105,5 @@ def write_case(url: Path, case: Case, attribution: Attribution = Attribution()) 
             noise = rng.standard_normal((2, rows, *SHAPE), np.float32).astype("<f2") if case.noise_stored else None
         names = [ImageName(f"i{index}.png", "4" * 64) for index in spec.indices(block)] if case.names else None
         writer.write_block(block, base, z, noise, names)
-    writer.finalize(attribution=attribution)
+    writer.finalize(inherited=attribution)  # so that any text may be in it, as in a store of others
     return Store(str(url))
