@@ -190,7 +190,7 @@ class Progress:
         while outer is not None:
             parts.insert(0, outer._count())
             outer = outer.parent
-        print("; ".join(parts), file=sys.stderr, flush=True)
+        print(shown("; ".join(parts)), file=sys.stderr, flush=True)
 
     def _count(self) -> str:
         """`encode: 3/100 block`, or only the name where there is no total."""

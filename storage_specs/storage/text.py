@@ -19,7 +19,7 @@ _HIDDEN_NAME = "sig|token|secret|pass|pwd|cred|auth|key|cookie|policy|jwt|sessio
 _QUERY_VALUE = re.compile(rf"([?&;#][\w.%~-]{{0,64}}(?:{_HIDDEN_NAME})[\w.%~-]{{0,64}}=)[^\s&;#'\"<>]+", re.IGNORECASE)
 # user:password@ and, at a web or FTP server, token@. A password may hold what a URL must not: a slash up to the first
 # @, an @ before the first slash. host:8000/store@v1 is none.
-_USER_INFO = re.compile(r"(?<=://)[^\s/:@\[]{0,256}:(?:[^\s/]{0,512}@|(?!\d{1,5}(?:/|$))[^\s@]{0,512}@)")
+_USER_INFO = re.compile(r"(?<=://)[^\s/:@\[]{0,256}:(?!:)(?:[^\s/]{0,512}@|(?!\d{1,5}(?:/|$))[^\s@]{0,512}@)")
 _WEB_USER_INFO = re.compile(r"(\b(?:https?|ftps?)://)[^\s/@]{1,512}@", re.IGNORECASE)
 _OPTION_VALUE = re.compile(r"(storage\.options\.(?:[^\s=.]+\.)*([^\s=.]+)=)\S+")
 # Options of file systems whose values are no secrets. Texts of any other option are taken for one.

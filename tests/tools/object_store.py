@@ -74,9 +74,9 @@ class ObjectStore:
     """An S3 server whose data is in `folder`; as a context manager it runs inside the block."""
 
     key = "test:tester"
-    secret = "testing"
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, secret: str = "testing") -> None:
+        self.secret = secret
         self.folder = Path(folder).resolve()
         self._ports = free_ports(4)  # for life: a restarted server is found where it was
         self._launcher: subprocess.Popen[str] | None = None
@@ -115,6 +115,7 @@ class ObjectStore:
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
+            env=os.environ | {"OBJECT_STORE_SECRET": self.secret},
             start_new_session=True,  # Ctrl-C is for the tests, which may still need the store to end in order
         )
 

@@ -88,7 +88,7 @@ allowable_clock_skew = 900
 max_upload_part_num = 10000
 [filter:tempauth]
 use = egg:swift#tempauth
-user_test_tester = testing .admin
+user_test_tester = SECRET .admin
 [filter:copy]
 use = egg:swift#copy
 [filter:slo]
@@ -176,7 +176,8 @@ def configure(folder: Path, ports: dict[str, int]) -> None:
     user = pwd.getpwuid(os.getuid()).pw_name
     for name, port in ports.items():
         common = COMMON.format(port=port, user=user, folder=folder)
-        (folder / f"{name}-server.conf").write_text(common + PIPELINES[name])
+        pipeline = PIPELINES[name].replace("SECRET", os.environ["OBJECT_STORE_SECRET"])
+        (folder / f"{name}-server.conf").write_text(common + pipeline)
     for name in SERVERS[1:]:
         ring = RingBuilder(4, 1, 0)  # 2⁴ partitions, one replica
         ring.add_dev(
