@@ -46,7 +46,7 @@ class AttributionConfig(Section):
     @classmethod
     def _check_is_not_empty(cls, text: str | None) -> str | None:
         if text is not None and not text.strip():
-            raise ValueError(f"got {text!r}; expected a text, or no such key where nothing is known")
+            raise ValueError(f"got {text!r}; expected a text, or no such key (nfm store annotate --remove clears it)")
         return text
 
     @field_validator("licence")

@@ -321,6 +321,23 @@ def test_info_shows_what_the_store_holds(call: Nfm, run: Run) -> None:
         assert needle in out
 
 
+def test_info_lists_versions_and_annotate_says_what_changed(call: Nfm, run: Run, tmp_path: Path) -> None:
+    url = f"{tmp_path}/store"
+    shutil.copytree(run.couplings["zarr"], url)
+    content = Store(url).dataset.id[:12]
+    call("store", "tag", url, "paper")
+    assert call("store", "annotate", url, "--licence", "MIT")[1] == f"{url}: version 2, id {content}\n"
+    again = call("store", "annotate", url, "--licence", "MIT")
+    assert again[1] == f"{url}: nothing changed, version 2 stays, id {content}\n"
+    out = call("store", "info", url)[1].splitlines()
+    assert f"{'versions':12}@v1 @paper: id {content}, 3 draws" in out
+    assert f"{'':12}@v2: id {content}, 3 draws, licence MIT" in out
+    assert call("store", "annotate", url, "--remove", "licence")[1].startswith(f"{url}: version 3")
+    assert Store(url).dataset.attribution.licence is None
+    is_one_clear_line(call("store", "annotate", url), "nfm store annotate --help")
+    is_one_clear_line(call("store", "annotate", url, "--licence", ""), "--remove")
+
+
 # The nfm command, which waits after its second checkpoint, so that it is interrupted somewhere after the first one.
 UNFINISHED = """
 import itertools, time

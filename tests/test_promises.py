@@ -16,7 +16,7 @@ from nfm.stages.checkpoint import load_any_network
 from nfm.stages.errors import StageError
 from nfm.stages.reencode import verify_by_reencoding
 from nfm.storage_specs.format.pixels import to_uint8
-from nfm.storage_specs.format.schema import LayoutName, Spec
+from nfm.storage_specs.format.schema import Attribution, LayoutName, Spec
 from nfm.storage_specs.reading import rows as rows_module
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
@@ -25,11 +25,12 @@ from nfm.storage_specs.storage.documents import canonical_json, sealed_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import Root, sha256
 from nfm.storage_specs.storage.npy import npy_bytes
+from nfm.storage_specs.writing.publish import annotate_store, tag_version
 from nfm.storage_specs.writing.repair import repair_store
 from nfm.storage_specs.writing.transfer import convert_store, copy_store
 from nfm.storage_specs.writing.tuples import export_tuples
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.tools.random_couplings import write_random_couplings
+from tests.tools.random_couplings import random_coupling_spec, write_random_couplings
 from tests.tools.small_run import Run, encode_in_process
 from tests.tools.stores import LAYOUT_NAMES, damage, edit, flip, ignore_progress, reseal, sample_spec, tree
 
@@ -55,6 +56,10 @@ USERS: dict[str, Callable[[str, str], object]] = {
     "convert": lambda url, out: convert_store(Store(url), out, "zarr", ignore_progress, None),
     "copy": lambda url, out: copy_store(Store(url), out, ignore_progress, None),
     "export": lambda url, out: export_tuples(Store(url), out, ignore_progress, None),
+    "annotate": lambda url, out: annotate_store(Store(url), Attribution(notes="x")),
+    "tag": lambda url, out: tag_version(Store(url), "x"),
+    "encode": lambda url, out: StoreWriter(url, random_coupling_spec("webdataset", SHAPE, 70, 2)).is_complete(),
+    "add draws": lambda url, out: StoreWriter(url, random_coupling_spec("webdataset", SHAPE, 70, 4)).is_complete(),
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "class names": {"spec__class_names": ["a", "b", "d"]},
@@ -78,6 +83,31 @@ def test_a_changed_document_with_the_old_id_is_refused(store: Path, tmp_path: Pa
     with pytest.raises(StoreError, match="its id is not that of its spec and files|its totals are not those"):
         USERS[user](str(store), f"{tmp_path}/out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_a_file_that_is_not_in_the_manifest_is_a_fault_where_readers_would_take_it(
+    tmp_path: Path, layout: LayoutName
+) -> None:
+    """`datasets` reads all of x/*.tar. Zarr asks for the shards of the shape."""
+    url = f"{tmp_path}/store"
+    write_random_couplings(url, layout, SHAPE, rows=70, draws=2)
+    record = next(iter(Store(url).files.values()))
+    file = tmp_path / "store" / record.path
+    stray = file.with_name("000077" + file.suffix)
+    shutil.copy(file, stray)
+    shutil.copy(file, f"{file}.{'0' * 32}.tmp")  # of a writer that was killed
+    faults = [fault.message for fault in find_faults(Store(url))]
+    if layout == "zarr":
+        assert faults == []
+        return
+    assert faults == [f"{url}/x/000077.tar: it is not in the manifest, and stock readers would read it; delete it"]
+    with pytest.raises(StoreError, match="not in the manifest.*Nothing else is wrong"):
+        repair_store(url, ignore_progress)
+    copy_store(Store(url), f"{tmp_path}/copy", ignore_progress, None)
+    assert list(find_faults(Store(f"{tmp_path}/copy"))) == []
+    stray.unlink()
+    assert list(find_faults(Store(url))) == []
 
 
 def test_every_derived_file_is_computed_again(store: Path) -> None:

@@ -261,7 +261,7 @@ def _coupling_rows(dataset: Dataset, sigma_f_rms: float | None) -> list[tuple[st
     noise, teacher = nfm.noise, nfm.teacher
     z: str = nfm.z_dtype
     if dataset.totals.z_rms_error is not None and sigma_f_rms:
-        z += f", rounding error {dataset.totals.z_rms_error / sigma_f_rms:.1e} of its rms"
+        z += f", rounding error {dataset.totals.z_rms_error / sigma_f_rms:.2g} of its rms"
     noise_form = f"stored as {noise.dtype}"
     if not noise.stored:
         noise_form = f"recomputed from the seed; the teacher got it as {noise.dtype}"
@@ -273,6 +273,7 @@ def _coupling_rows(dataset: Dataset, sigma_f_rms: float | None) -> list[tuple[st
         ("noise", f"{noise_form} ({noise.law}, seed {noise.seed})"),
         ("teacher", f"{teacher_name(spec)} {teacher.sha256[:12]}{trained}"),
         ("source", nfm.source[:12]),
+        ("note", "z with its teacher and noise law is the image: a store without x would protect nothing"),
     ]
 
 

@@ -64,6 +64,7 @@ def find_faults(store: Store, progress: Callable[[int], None] = lambda _bytes: N
     """
     faults_of_documents = find_document_faults(store)
     yield from faults_of_documents
+    yield from find_stray_files(store)
     # Nothing is allocated by what the spec says alone: these grow with the files that are found.
     labels: dict[int, NDArray[np.int64]] = {}  # by block
     sums: ZSums | None = None
@@ -203,13 +204,12 @@ def _list_document_checks(store: Store) -> Iterator[tuple[str, Callable[[], obje
             yield version_file(earlier), partial(_check_earlier_version, store, earlier)
         for tag in list_tags(store.root):
             yield f"{TAGS_FOLDER}/{tag}.json", partial(open_document, f"{store.url}@{tag}", store.options)
-    yield from _list_stray_files(store)
     if is_newest:  # the metadata files of Zarr are those of the newest version
         for path, expected in store.layout.metadata_files(store.spec).items():
             yield path, partial(_compare_metadata, store, path, expected)
 
 
-def _list_stray_files(store: Store) -> Iterator[tuple[str, Callable[[], object]]]:
+def find_stray_files(store: Store) -> Iterator[Fault]:
     """The files in the folders of columns that are not in the manifest. Stock readers of WebDataset take all files of a
     folder; those of Zarr look for the shards of the shape alone."""
     if store.spec.layout != "webdataset":
@@ -219,11 +219,9 @@ def _list_stray_files(store: Store) -> Iterator[tuple[str, Callable[[], object]]
         for name in store.root.list_names(folder):
             path = f"{folder}/{name}"
             if path not in known and not is_temporary_file(path):
-                yield path, partial(_raise_stray_file, store, path)
-
-
-def _raise_stray_file(store: Store, path: str) -> None:
-    raise StoreError(f"{store.url}/{path}: it is not in the manifest, and stock readers would read it; delete it")
+                yield Fault(
+                    path, f"{store.url}/{path}: it is not in the manifest, and stock readers would read it; delete it"
+                )
 
 
 def _is_newest(store: Store) -> bool:

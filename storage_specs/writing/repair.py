@@ -17,7 +17,7 @@ from nfm.storage_specs.format.names import (
 )
 from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.reading.verify import Fault, find_document_faults, find_faults
+from nfm.storage_specs.reading.verify import Fault, find_document_faults, find_faults, find_stray_files
 from nfm.storage_specs.reading.versions import split_version
 from nfm.storage_specs.storage.errors import StorageError, StoreError, UnsupportedError
 from nfm.storage_specs.storage.files import Root
@@ -130,12 +130,13 @@ def _repair(
         root.delete(DATASET_FILE)
         return RepairedStore(messages, sorted(damaged_blocks), is_complete=False)
     writer.finalize(is_repair=True)
-    remaining = find_document_faults(Store(root.url, options=options))
-    if remaining:
-        raise StoreError(
-            f"{_summary(remaining)}. All else is repaired, and the newest version is whole; "
-            "what is lost can only come from a copy of the store"
-        )
+    repaired = Store(root.url, options=options)
+    lost = find_document_faults(repaired)
+    if lost:
+        raise StoreError(f"{_summary(lost)}. All else is repaired; what is lost can only come from a copy of the store")
+    stray = list(find_stray_files(repaired))
+    if stray:
+        raise StoreError(f"{_summary(stray)}. Nothing else is wrong any more")
     return RepairedStore(messages, [], is_complete=True)
 
 
