@@ -167,12 +167,13 @@ def list_folder(folder: str, path: str) -> list[str]:
 def list_files(folder: str) -> Iterator[tuple[str, int]]:
     """Path and size in bytes of every regular file below `folder`, without what links lead to; none if there is no such
     folder."""
-    for path, _, names, descriptor in os.fwalk(folder, follow_symlinks=False):
-        for name in names:
-            with suppress(FileNotFoundError):  # deleted since it was listed
-                status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-                if stat.S_ISREG(status.st_mode):
-                    yield posixpath.relpath(posixpath.join(path, name), folder), status.st_size
+    with suppress(FileNotFoundError), open_folder(folder, flags=_LIST) as top:
+        for path, _, names, descriptor in os.fwalk(".", dir_fd=top, follow_symlinks=False):
+            for name in names:
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode):
+                        yield posixpath.join(path, name).removeprefix("./"), status.st_size
 
 
 def write_file(file: LocalFile, data: bytes) -> None:
