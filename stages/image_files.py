@@ -24,7 +24,7 @@ from nfm.stages.progress import print_line
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 MAX_FILE_BYTES = 1 << 28
-MAX_PIXELS = 178_956_970  # of one image; Pillow's own limit
+MAX_PIXELS = 178_956_970  # of one image; Pillow's own limit. Decoding one takes up to 2 GB
 LARGE = 1 << 24  # pixels or bytes from which on images are decoded one at a time, so that their memory does not add up
 # What the pixels of a file become, as stores record it.
 DECODING = {
@@ -120,16 +120,16 @@ def _decode(path: Path, data: bytes, mode: str, stack: ExitStack) -> Image.Image
     """The first image in the bytes of a file, upright, in Pillow's mode "L" or "RGB". While `stack` is open, no other
     image is decoded if this one is large."""
     try:
-        with Image.open(io.BytesIO(_without_png_text(data)), formats=FORMATS) as opened:
-            num_pixels = opened.width * opened.height
-            if num_pixels > MAX_PIXELS:
-                raise ValueError(f"got {num_pixels} pixels, expected at most {MAX_PIXELS}")
-            if num_pixels > LARGE:
-                stack.enter_context(_large_image)
-            opened.load()
-            transposition = _ORIENTATIONS.get(_orientation(opened))
-            image = _flatten(opened, mode)
-        return image if transposition is None else image.transpose(transposition)
+        image = Image.open(io.BytesIO(_without_png_text(data)), formats=FORMATS)
+        num_pixels = image.width * image.height
+        if num_pixels > MAX_PIXELS:
+            raise ValueError(f"got {num_pixels} pixels, expected at most {MAX_PIXELS}")
+        if num_pixels > LARGE:
+            stack.enter_context(_large_image)
+        image.load()
+        transposition = _ORIENTATIONS.get(_orientation(image))
+        upright = image if transposition is None else image.transpose(transposition)
+        return _flatten(upright, mode)
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
@@ -172,4 +172,4 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")
         image.paste(rgba, mask=rgba)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
