@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nfm.models.tarflow import TarFlow, TarFlowConfig
@@ -18,6 +19,7 @@ from nfm.stages.reencode import verify_by_reencoding
 from nfm.stages.splits import open_splits
 from nfm.stages.support import check_supported
 from nfm.stages.train_student import train_student
+from nfm.storage_specs.format.dataset import expected_documents
 from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream
@@ -70,6 +72,10 @@ def test_couplings_that_only_the_schema_has_are_refused_with_one_line(
     damage(Path(url), "dataset.json", edit(spec__coupling=coupling))
     spec = Spec.model_validate(json.loads((tmp_path / "store/dataset.json").read_bytes())["spec"])
     assert spec.coupling is not None and spec.coupling.kind == coupling["kind"]
+    has_z = coupling is REFLOW
+    assert spec.draw_columns == (("z",) if has_z else ("counter",))
+    assert [spec.dtype(column) for column in spec.draw_columns] == [np.dtype("<f2" if has_z else "<i8")]
+    assert ("sigma_f" in expected_documents(spec), "z_sums" in expected_documents(spec)) == (has_z, has_z)
     with pytest.raises(StoreError, match=rf"^.*store/dataset\.json: {message}$"):
         Store(url)
     with pytest.raises(StoreError, match=rf"^.*store/dataset\.json: {message}$"):

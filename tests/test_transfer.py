@@ -105,6 +105,40 @@ def test_a_copy_is_the_same_bytes_and_continues(run: Run, tmp_path: Path, layout
     assert tree(out) == tree(store.url)
 
 
+def test_a_copy_of_a_conversion_says_what_it_was_converted_from(run: Run, tmp_path: Path) -> None:
+    converted, copy = f"{tmp_path}/converted", f"{tmp_path}/copy"
+    convert_store(Store(run.couplings["zarr"]), converted, "webdataset", ignore_progress, None)
+    copy_store(Store(converted), copy, ignore_progress, None)
+    assert tree(copy) == tree(converted)
+    assert b"converted_from" in tree(copy)["commits/spec.json"]
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "commits/notes.txt", ".", "z_scale.npy.txt"])
+def test_nothing_is_written_into_a_folder_of_other_things(run: Run, tmp_path: Path, name: str) -> None:
+    """Also not into a store, whose readers would find more files than they should."""
+    store = Store(run.couplings["webdataset"])
+    out = tmp_path / "out"
+    if name == ".":  # inside a store
+        shutil.copytree(store.url, out)
+        out = out / "zarr"
+        message = "lies inside"
+    else:
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_bytes(b"mine")
+        (out / ".hidden").touch()
+        message = f"holds {name}; expected an empty folder"
+    before = tree(str(tmp_path))
+    for write in (
+        lambda: copy_store(store, str(out), ignore_progress, None),
+        lambda: convert_store(store, str(out), "zarr", ignore_progress, None),
+        lambda: export_tuples(store, str(out), ignore_progress, None),
+        lambda: StoreWriter(str(out), store.spec).initialize(),
+    ):
+        with pytest.raises(StoreError, match=message):
+            write()
+    assert tree(str(tmp_path)) == before
+
+
 def test_the_progress_of_a_copy_counts_files_that_exist(run: Run, tmp_path: Path) -> None:
     """Every file twice: once it is written or exists, and once it was read back."""
     store, out = Store(run.couplings["zarr"]), str(tmp_path)

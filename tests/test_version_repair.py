@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from subprocess import PIPE
 
+import numpy as np
 import pytest
 
 from nfm.storage_specs.format.names import LEASE_FILE
-from nfm.storage_specs.format.schema import Attribution
+from nfm.storage_specs.format.schema import Attribution, LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import find_document_faults, find_faults
 from nfm.storage_specs.reading.versions import list_versions
@@ -18,7 +19,7 @@ from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing.publish import annotate_store, tag_version
 from nfm.storage_specs.writing.repair import repair_store
 from nfm.storage_specs.writing.transfer import copy_store
-from tests.tools.stores import damage, edit, flip, ignore_progress, tree
+from tests.tools.stores import LAYOUT_NAMES, damage, edit, flip, ignore_progress, tree
 from tests.tools.versions import encode, grown, interrupt_before
 
 
@@ -120,23 +121,29 @@ def test_a_history_that_does_not_fit_is_a_fault(tmp_path: Path) -> None:
         Store(f"{url}@v2")
 
 
-def test_an_interrupted_publication_leaves_the_old_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_an_interrupted_publication_leaves_the_old_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: LayoutName
+) -> None:
     """Whatever file is the last that was written, readers see version 1 or version 2, and the same command ends it."""
     whole = f"{tmp_path}/whole"
-    encode(whole, 2)
-    encode(whole, 4)
-    for stop_at in ("versions/0002/sigma_f.npy", "versions/0002/croissant.json", "versions/0002.json", "dataset.json"):
+    encode(whole, 2, layout)
+    encode(whole, 4, layout)
+    metadata = {path for path in tree(whole) if path.endswith("zarr.json")}
+    copies = {"README.md", "croissant.json", *metadata}  # of the newest version, replaced just before dataset.json
+    stops = ("versions/0002/sigma_f.npy", "versions/0002/croissant.json", "versions/0002.json", *sorted(copies))
+    for stop_at in (*stops, "dataset.json"):
         url = f"{tmp_path}/{stop_at.replace('/', '-')}"
-        encode(url, 2)
+        encode(url, 2, layout)
         with monkeypatch.context() as patch:
             interrupt_before(patch, stop_at)
             with pytest.raises(KeyboardInterrupt):
-                encode(url, 4)
+                encode(url, 4, layout)
         store = Store(url)
         assert store.spec.num_draws == 2
-        # The cards are replaced just before dataset.json; nothing else of version 1 is touched.
-        assert {fault.file for fault in find_faults(Store(f"{url}@v1"))} <= {"README.md", "croissant.json"}
-        encode(url, 4)
+        assert {fault.file for fault in find_faults(store)} <= copies
+        assert all(np.array_equal(store.z(0, draw), Store(whole).z(0, draw)) for draw in range(2))
+        encode(url, 4, layout)
         assert Store(url).dataset == Store(whole).dataset
         assert list(find_faults(Store(url))) == []
 

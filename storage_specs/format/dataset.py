@@ -56,7 +56,7 @@ def expected_documents(spec: Spec) -> set[str]:
     names = {"manifest", "readme", "croissant"}
     if spec.names:
         names.add("names")
-    if spec.coupling is not None:
+    if "z" in spec.draw_columns:
         names |= {"sigma_f", "z_sums"}
         if spec.has_labels:
             names.add("z_class_sums")

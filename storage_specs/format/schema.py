@@ -101,8 +101,8 @@ class NfmCoupling(StrictModel):
 
 
 class PotentialsSpec(StrictModel):
-    """The potentials of a semidiscrete optimal transport problem: the sha256 of their file, the cost that they are for,
-    and χ², how far the masses of their cells are from equal."""
+    """The potentials of a semidiscrete optimal transport problem: the sha256 of `potentials.npy`, the cost that they are
+    for, and χ², how far the masses of their cells are from equal."""
 
     sha256: Sha256
     cost: Literal["dot"]  # -⟨x, ε⟩
@@ -248,18 +248,26 @@ class Spec(StrictModel):
     @property
     def draw_columns(self) -> tuple[str, ...]:
         """The stored columns that have a value for each draw: one file for each block and draw."""
-        if self.coupling is None:
-            return ()
-        return ("z", "noise") if self.nfm.noise.stored else ("z",)
+        match self.coupling:
+            case None:
+                return ()
+            case SemidiscreteCoupling():
+                return ("counter",)
+            case ReflowCoupling():
+                return ("z",)  # it is the noise
+            case NfmCoupling(noise=noise):
+                return ("z", "noise") if noise.stored else ("z",)
 
     def dtype(self, column: str) -> np.dtype[Any]:
-        """The stored dtype of a column: "x", "x_mirrored", "label", "index", "z" or "noise"."""
-        if column in ("label", "index"):
+        """The stored dtype of a column: "x", "x_mirrored", "label", "index", "z", "noise" or "counter"."""
+        if column in ("label", "index", "counter"):
             return np.dtype("<i8")
         if column in ("x", "x_mirrored"):
             return np.dtype("u1" if self.x.dtype == "uint8" else STORED_DTYPES[self.x.dtype])
+        assert isinstance(self.coupling, NfmCoupling | ReflowCoupling), column
         if column == "z":
-            return np.dtype(STORED_DTYPES[self.nfm.z_dtype])
+            return np.dtype(STORED_DTYPES[self.coupling.z_dtype])
+        assert column == "noise", column
         return np.dtype(self.nfm.noise.dtype).newbyteorder("<")
 
     def to_json(self) -> bytes:

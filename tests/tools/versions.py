@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfm.storage_specs.format.schema import Attribution, Spec
+from nfm.storage_specs.format.schema import Attribution, LayoutName, Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.writing.publish import annotate_store
@@ -16,13 +16,13 @@ from tests.tools.stores import block_of
 SHAPE = (1, 4, 4)
 
 
-def spec_with(draws: int) -> Spec:
-    return random_coupling_spec("webdataset", SHAPE, rows=70, draws=draws)
+def spec_with(draws: int, layout: LayoutName = "webdataset") -> Spec:
+    return random_coupling_spec(layout, SHAPE, rows=70, draws=draws)
 
 
-def encode(url: str, draws: int) -> None:
+def encode(url: str, draws: int, layout: LayoutName = "webdataset") -> None:
     """Write a store with so many draws, or add them; z is a function of block and draw."""
-    spec = spec_with(draws)
+    spec = spec_with(draws, layout)
     writer = StoreWriter(url, spec)
     writer.initialize()
     for unit in writer.list_missing_units():
