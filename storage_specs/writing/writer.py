@@ -40,6 +40,7 @@ from nfm.storage_specs.reading.versions import check_no_version
 from nfm.storage_specs.storage.documents import canonical_json, list_differences, parse_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
+from nfm.storage_specs.storage.messages import list_fields
 from nfm.storage_specs.storage.npy import npy_bytes
 from nfm.storage_specs.writing import units
 from nfm.storage_specs.writing.claims import check_unclaimed
@@ -130,7 +131,7 @@ class StoreWriter:
         fields = list_differences(self.spec.model_dump(mode="json"), existing.model_dump(mode="json"))
         hint = " (draws can be added, not taken away)" if same_lineage else ""
         raise StoreError(
-            f"{self.root.url}: holds another store: {'; '.join(fields)}{hint}. Write to another URL, or delete it first"
+            f"{self.root.url}: holds another store: {list_fields(fields)}{hint}. Write to another URL, or delete it first"
         )
 
     @cached_property
