@@ -131,7 +131,8 @@ class StoreWriter:
         fields = list_differences(self.spec.model_dump(mode="json"), existing.model_dump(mode="json"))
         hint = " (draws can be added, not taken away)" if same_lineage else ""
         raise StoreError(
-            f"{self.root.url}: holds another store: {list_fields(fields)}{hint}. Write to another URL, or delete it first"
+            f"{self.root.url}: holds another store: {list_fields(fields)}{hint}. "
+            "Write to another URL, or delete it first"
         )
 
     @cached_property
