@@ -90,6 +90,7 @@ def _convert_units(store: Store, writer: StoreWriter, missing_units: list[Unit],
 def _convert_unit(store: Store, writer: StoreWriter, unit: Unit) -> None:
     spec = writer.spec
     base = {name: store.column(name, unit.block) for name in (*spec.image_columns, "label")}
+    store.column("index", unit.block)  # is written by its rows; a damaged file of it is refused like all others
     unit_writer = writer.unit_writer(unit, base.pop("label"))
     unit_writer.write_base(base, store.image_names_of(unit.block))
     for draw in unit.draws:

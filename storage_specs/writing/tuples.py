@@ -72,6 +72,7 @@ def _tuples_tar(store: Store, block: int, draw: int) -> Iterator[bytes]:
     numpy_has_dtype = spec.nfm.z_dtype in ("float32", "float16")
     z = store.column("z", block, draw) if numpy_has_dtype else store.z(block, draw)
     x, noise, label = store.x_of(block, draw), store.column("noise", block, draw), store.column("label", block)
+    store.column("index", block)  # not written; a damaged file of it is refused like all others
     for row, index in enumerate(spec.indices(block).tolist()):
         members = {
             "x.npy": npy_bytes(np.asarray(x[row])),
