@@ -6,25 +6,31 @@ One atomic rename replaces all of a checkpoint. Nothing in it can execute code. 
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nfm.models.sit import SiT, SiTConfig
 from nfm.models.tarflow import TarFlow, TarFlowConfig
 from nfm.stages.errors import StageError
+from nfm.stages.memory import check_memory
+from nfm.stages.safetensors_header import Header, no_checkpoint_error, parse_object, read_header
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import split_url
 
-MAX_BYTES = 1 << 38  # of a checkpoint that is read
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its library allows
+T = TypeVar("T")
+
+MAX_IMAGES = 1 << 53  # that a network was trained on
 DOCUMENT_KEY = "nfm"  # of the document in the header's metadata
-NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any]]] = {
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], type[TarFlowConfig | SiTConfig]]] = {
     "TarFlow": (TarFlow, TarFlowConfig),
     "SiT": (SiT, SiTConfig),
 }
@@ -39,13 +45,18 @@ class Checkpoint:
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors of one group, by their names in it."""
-        start = f"{prefix}."
-        return {name.removeprefix(start): tensor for name, tensor in self.tensors.items() if name.startswith(start)}
+        return select_group(prefix, self.tensors)
 
 
-def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as the group `prefix` of a checkpoint; `Checkpoint.group` is the inverse."""
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+def select_group(prefix: str, entries: Mapping[str, T]) -> dict[str, T]:
+    """What belongs to the group `prefix` of a checkpoint, by the names in it."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): entry for name, entry in entries.items() if name.startswith(start)}
+
+
+def add_prefix(prefix: str, entries: Mapping[str, T]) -> dict[str, T]:
+    """The entries as the group `prefix` of a checkpoint; `select_group` is the inverse."""
+    return {f"{prefix}.{name}": entry for name, entry in entries.items()}
 
 
 def exists(url: str) -> bool:
@@ -70,54 +81,62 @@ def save(url: str, checkpoint: Checkpoint) -> None:
 
 
 def load(url: str) -> Checkpoint:
-    """Read a checkpoint.
+    """Read a checkpoint. Its header is checked before its values are read.
 
-    Raises StoreError if there is no file, StageError if it is not a checkpoint of this project, or if it is the folder
-    of one.
+    Raises StoreError if there is no file, StageError if it is not a checkpoint of this project or the folder of one, if
+    it does not fit into memory, or if a tensor is not of floating-point numbers that are all finite.
     """
-    root, name = split_url(url)
-    try:
-        data = root.read(name, MAX_BYTES)
-    except StorageError:
-        raise
-    except StoreError as error:
-        model_url = f"{url.rstrip('/')}/model.safetensors"
-        if not exists(model_url):
-            raise
-        raise StageError(f"{url}: got a folder, expected a file; the model in it is {model_url}") from error
-    document = _parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")], url)
-    try:
-        tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise _no_checkpoint_error(url, error) from error
-    return Checkpoint(tensors, document)
+    header, document = _read_head(url)
+    return Checkpoint(_read_tensors(url, header), document)
 
 
 def load_document(url: str) -> dict[str, Any]:
     """The document of the checkpoint at the URL, without its tensors. Raises as `load` does."""
+    return _read_head(url)[1]
+
+
+def _read_head(url: str) -> tuple[Header, dict[str, Any]]:
+    """The header of a checkpoint, and the document in it."""
     root, name = split_url(url)
-    header_bytes = int.from_bytes(root.read_range(name, 0, 8), "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise _no_checkpoint_error(url, ValueError(f"a header of {header_bytes} bytes"))
-    return _parse_header(root.read_range(name, 8, 8 + header_bytes), url)
-
-
-def _parse_header(header: bytes, url: str) -> dict[str, Any]:
-    """The document in the header of a safetensors file."""
     try:
-        document = json.loads(json.loads(header)["__metadata__"][DOCUMENT_KEY])
-        if not (isinstance(document, dict) and isinstance(document.get("run"), dict)):
-            raise ValueError("its document has no run")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _no_checkpoint_error(url, error) from error
-    return document
+        header = read_header(root, name)
+    except StorageError:
+        raise
+    except (StoreError, StageError, IsADirectoryError) as error:
+        model_url = f"{url.rstrip('/')}/model.safetensors"
+        if exists(model_url):
+            raise StageError(f"{url}: got a folder, expected a file; the model in it is {model_url}") from error
+        if isinstance(error, IsADirectoryError):
+            raise StoreError(f"{url}: got a folder, expected a file") from error
+        raise
+    text = header.metadata.get(DOCUMENT_KEY)
+    if not isinstance(text, str):
+        raise no_checkpoint_error(url, "a safetensors file that nfm did not write")
+    document = parse_object(text, url)
+    if not isinstance(document.get("run"), dict):
+        raise no_checkpoint_error(url, "a document without a run")
+    return header, document
 
 
-def _no_checkpoint_error(url: str, error: Exception) -> StageError:
-    return StageError(
-        f"{url}: got no checkpoint of nfm ({type(error).__name__}: {error}); "
-        "expected a safetensors file that train-teacher or train-student wrote"
-    )
+def _read_tensors(url: str, header: Header) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose header was read."""
+    root, name = split_url(url)
+    # The bytes of the file, and the tensors that are made of them.
+    check_memory(2 * header.file_bytes, url, "read it on a larger one")
+    data = root.read(name, header.file_bytes)
+    if data[8 : 8 + len(header.data)] != header.data or len(data) != header.file_bytes:
+        raise StageError(f"{url}: the file was replaced while it was read; run the same command again")
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, RuntimeError) as error:
+        raise no_checkpoint_error(url, f"tensors that PyTorch does not take ({error})") from error
+    for tensor_name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise StageError(
+                f"{url}: got tensor {tensor_name!r} with NaN or infinite values, expected finite ones; "
+                "the training that made it has diverged, or the file is damaged"
+            )
+    return tensors
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
@@ -140,31 +159,46 @@ def architecture(network: nn.Module) -> dict[str, Any]:
 def build(checkpoint: Checkpoint, name: str, url: str) -> nn.Module:
     """The network of a finished model, in evaluation mode. `name` is the expected class, `url` is for messages.
 
-    Raises StageError if it is of another class, or if architecture and weights do not fit each other. The network is
-    made on the meta device and takes the tensors of the checkpoint, so a hostile architecture allocates no memory.
+    Raises StageError if it is of another class, or if architecture and weights do not fit each other.
     """
-    actual_name = network_name(checkpoint, url)
-    if actual_name != name:
-        raise StageError(f"{url}: got a checkpoint of {actual_name}, expected one of {name}")
-    network_class, config_class = NETWORKS[name]
-    document = checkpoint.document["architecture"]
-    # JSON has no tuples.
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
-    del values["name"]
     state = {key: tensor.float() for key, tensor in checkpoint.group("model").items()}
-    try:
-        config = config_class(**values)
-        layers = sum(config.depths) if name == "TarFlow" else config.depth
-        # Each layer has tensors of its own. Without this check, a hostile number of layers would take hours and all
-        # memory, as modules cost both even on the meta device.
-        if layers > len(state):
-            raise ValueError(f"{layers} layers, but only {len(state)} tensors")
-        with torch.device("meta"):
-            network = network_class(config)
-    except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
-        raise StageError(f"{url}: its architecture {values} is not one of {name}: {error}") from error
+    network = _empty_network(checkpoint.document, {key: tensor.shape for key, tensor in state.items()}, url, name)
     load_weights(network, state, url, assign=True)
     return network.requires_grad_(False).eval()
+
+
+def _empty_network(
+    document: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], url: str, expected_name: str | None = None
+) -> nn.Module:
+    """The network that a document describes, without values, for tensors of these shapes. Raises as `build` does.
+
+    It is made on the meta device, so that a hostile architecture allocates no memory.
+    """
+    name = network_name(document, url)
+    if expected_name is not None and name != expected_name:
+        raise StageError(f"{url}: got a checkpoint of {name}, expected one of {expected_name}")
+    network_class, config_class = NETWORKS[name]
+    values = {key: value for key, value in document["architecture"].items() if key != "name"}
+    try:
+        if unknown := values.keys() - {entry.name for entry in fields(config_class)}:
+            raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+        config = TypeAdapter(config_class).validate_json(json.dumps(values), strict=True)
+        layers = sum(config.depths) if isinstance(config, TarFlowConfig) else config.depth
+        # Each layer has several tensors of its own. Without this check, a hostile number of layers would take hours and
+        # all memory, as modules cost both even on the meta device.
+        if layers > len(shapes):
+            raise ValueError(f"{layers} layers, but only {len(shapes)} tensors")
+        with torch.device("meta"):
+            network = network_class(config)
+            state = {key: torch.empty(shape) for key, shape in shapes.items()}
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = ".".join(map(str, first["loc"]))
+        raise StageError(f"{url}: its architecture is not one of {name}: {what}: {first['msg']}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise StageError(f"{url}: its architecture {values} is not one of {name}: {error}") from error
+    load_weights(network, state, url, assign=True)
+    return network
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], url: str, assign: bool = False) -> None:
@@ -180,40 +214,95 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], url: str, assi
         raise StageError(f"{url}: its weights do not fit the architecture: {first_mismatch}") from error
 
 
+def load_network(url: str, name: str | None = None) -> tuple[SiT | TarFlow, dict[str, Any]]:
+    """The network of a finished model in evaluation mode on the CPU, and the document of its checkpoint.
+
+    `name` is the class that it must have, "TarFlow" or "SiT"; None: either. Raises StoreError if there is no file,
+    StageError if it is not a finished model of that class.
+    """
+    header, document = _read_head(url)
+    _empty_network(
+        document, select_group("model", header.shapes), url, name
+    )  # a file of other tensors is refused before its values are read
+    network = build(Checkpoint(_read_tensors(url, header), document), network_name(document, url), url)
+    assert isinstance(network, SiT | TarFlow)
+    return network, document
+
+
 def load_any_network(url: str) -> SiT | TarFlow:
     """The network of a finished model (`model.safetensors`), a student's or a teacher's, in evaluation mode on the CPU.
 
     Raises StoreError if there is no file, StageError if it is not a finished model of this project.
     """
-    checkpoint = load(url)
-    network = build(checkpoint, network_name(checkpoint, url), url)
-    assert isinstance(network, SiT | TarFlow)
-    return network
+    return load_network(url)[0]
 
 
-def network_name(checkpoint: Checkpoint, url: str) -> str:
-    """The name of the class of a checkpoint's network: "TarFlow" for a teacher, "SiT" for a student.
+def network_name(document: dict[str, Any], url: str) -> str:
+    """The name of the class of the network of a checkpoint's document: "TarFlow" for a teacher, "SiT" for a student.
 
     Raises StageError if the checkpoint has no such network, as the state of a run that is not finished.
     """
-    architecture_document = checkpoint.document.get("architecture")
+    architecture_document = document.get("architecture")
     name = architecture_document.get("name") if isinstance(architecture_document, dict) else None
     if name is None:
-        raise StageError(
-            f"{url}: got a checkpoint without an architecture, "
-            "expected the model.safetensors of a finished student or teacher"
-        )
+        got = "a checkpoint without an architecture"
+        if "stream" in document:
+            got = "the state of a training that is not finished, which the command that began it continues"
+        raise StageError(f"{url}: got {got}, expected the model.safetensors of a finished student or teacher")
     if not isinstance(name, str) or name not in NETWORKS:
         raise StageError(f"{url}: got a checkpoint of {name!r}, expected one of {' or '.join(NETWORKS)}")
     return name
 
 
+def _run_section(document: dict[str, Any]) -> dict[str, Any]:
+    """The section `teacher` or `student` of a checkpoint's run; empty without one."""
+    section = document["run"].get("teacher") or document["run"].get("student")
+    return section if isinstance(section, dict) else {}
+
+
 def has_dropped_labels(document: dict[str, Any]) -> bool:
     """Whether the network of this checkpoint's document was trained with dropped labels, which guidance needs."""
-    training = document["run"].get("teacher") or document["run"].get("student") or {}
     # nfm's trainings always record it. Where it is missing, as in a document made for imported weights, nothing says
     # that the network cannot be guided, so it counts as dropped.
-    return bool(training.get("label_drop", 1) > 0)
+    return bool(_run_section(document).get("label_drop", 1) != 0)
+
+
+def trained_on(document: dict[str, Any]) -> list[str | None]:
+    """The ids of the coupling stores that a student was trained on, in the order of its mixture; None where the
+    document has none."""
+    couplings = document["run"].get("couplings")
+    entries = couplings if isinstance(couplings, list) else [{"id": couplings}]
+    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
+    return [content_id if isinstance(content_id, str) else None for content_id in ids]
+
+
+@dataclass
+class Curves:
+    """Curves of a run: `loss[i]` is the mean training loss between `images[i - 1]` and `images[i]` images, and `val[i]`
+    the validation after `val_images[i]` images."""
+
+    images: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    val_images: list[int] = field(default_factory=list)
+    val: list[float] = field(default_factory=list)
+
+    def final_loss(self) -> float:
+        """Mean training loss over the last tenth of the run."""
+        last_images = self.images[-1]
+        losses = [loss for images, loss in zip(self.images, self.loss, strict=True) if images > 0.9 * last_images]
+        return sum(losses) / len(losses)
+
+
+def read_curves(document: dict[str, Any], url: str) -> Curves:
+    """The curves in the document of a finished model. Raises StageError if it has none."""
+    try:
+        curves: Curves = TypeAdapter(Curves).validate_json(json.dumps(document.get("curves")), strict=True)
+    except ValidationError as error:
+        raise StageError(f"{url}: its curves are no lists of numbers; expected those that a training wrote") from error
+    has_points = 0 < len(curves.images) == len(curves.loss) and len(curves.val_images) == len(curves.val)
+    if not (has_points and all(a < b for a, b in pairwise([0, *curves.images, MAX_IMAGES]))):
+        raise StageError(f"{url}: its curves have no points, or points out of order; expected those of a training")
+    return curves
 
 
 @dataclass(frozen=True)
@@ -230,19 +319,12 @@ def read_teacher_training(document: dict[str, Any], url: str) -> TeacherTraining
     """Raises StageError if the document of a checkpoint does not say how a teacher was trained."""
     try:
         config, training = dict(document["run"]["teacher"]), document["training"]
-        return TeacherTraining(config, float(config["eta"]), int(training["images"]), float(training["val"]))
-    except (KeyError, TypeError, ValueError) as error:
+        teacher = TeacherTraining(config, float(config["eta"]), int(training["images"]), float(training["val"]))
+        if not (math.isfinite(teacher.val_nll) and 0 <= teacher.eta < math.inf):
+            raise ValueError(f"η = {teacher.eta}, val = {teacher.val_nll}")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StageError(
             f"{url}: got a teacher that does not say how it was trained ({type(error).__name__}: {error}); "
             "expected the model.safetensors that train-teacher wrote"
         ) from error
-
-
-def load_network(url: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a finished model in evaluation mode on the CPU, and the document of its checkpoint.
-
-    `name` is the class that it must have: "TarFlow" or "SiT". Raises StoreError if there is no file, StageError if it
-    is not a finished model of that class.
-    """
-    checkpoint = load(url)
-    return build(checkpoint, name, url), checkpoint.document
+    return teacher

@@ -4,34 +4,30 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from nfm.models.fields import Guided
 from nfm.models.labels import NULL_LABEL
 from nfm.models.sit import SiT
 from nfm.models.solvers import Sampler, parse_sampler
 from nfm.models.tarflow import Guide, TarFlow
-from nfm.stages.checkpoint import (
-    Checkpoint,
-    build,
-    has_dropped_labels,
-    load,
-    network_name,
-    read_teacher_training,
-)
+from nfm.stages.checkpoint import has_dropped_labels, load_network, read_teacher_training
 from nfm.stages.errors import StageError
+from nfm.stages.memory import check_memory
 from nfm.stages.progress import Progress, count_calls
-from nfm.storage_specs.format.pixels import to_uint8
+from nfm.storage_specs.format.pixels import PICTURE_CHANNELS, to_uint8
 from nfm.storage_specs.storage.files import split_url
 
 DEFAULT_SAMPLER = "heun31"  # of students
 GRID_SCALE = 4  # pixels of the grid for a pixel of an image that is smaller than GRID_SCALE_BELOW
 GRID_SCALE_BELOW = 64
+MAX_GRID_BYTES = 1 << 30  # of the pixels of a grid; few programs show a larger picture
+BATCH_VALUES = 1 << 28  # float32 values of the images and velocities that a batch of images keeps while it is generated
 
 
 @dataclass(frozen=True)
@@ -50,12 +46,15 @@ class SampleRequest:
     batch_size: int = 256
 
 
-def check_request(request: SampleRequest, network: SiT | TarFlow, checkpoint: Checkpoint) -> None:
-    """Raise StageError for classes that the network does not have, and for options that do not apply to it."""
+def check_request(request: SampleRequest, network: SiT | TarFlow, document: dict[str, Any]) -> None:
+    """Raise StageError for classes that the network does not have, and for options that do not apply to it. `document`
+    is that of its checkpoint."""
     num_classes = network.config.num_classes
     for label in request.classes:
         if not NULL_LABEL <= label < num_classes:
             raise StageError(f"got class {label}, expected 0 to {num_classes - 1}, or -1 for none")
+    if num_classes < 1 and not request.classes:
+        raise StageError("got a network without classes; expected --class -1")
     is_teacher = isinstance(network, TarFlow)
     if is_teacher and request.sampler is not None:
         raise StageError(
@@ -75,18 +74,48 @@ def check_request(request: SampleRequest, network: SiT | TarFlow, checkpoint: Ch
             f"got --guidance {request.guidance:g} for images without a class, which it cannot change; "
             "expected no --guidance, or another --class than -1"
         )
-    if not has_dropped_labels(checkpoint.document):
+    if not has_dropped_labels(document):
         raise StageError(
             f"got --guidance {request.guidance:g} for a network that never saw a dropped label (label_drop = 0), "
             "so there is nothing to guide with; expected no --guidance"
         )
 
 
-@torch.no_grad()
-def generate(network: SiT | TarFlow, request: SampleRequest, eta: float) -> tuple[Tensor, Tensor]:
-    """Images (count, C, H, W) in [-1, 1] on the CPU, and their labels (count,).
+def values_kept(network: SiT | TarFlow, sampler: Sampler) -> int:
+    """Float32 values that each image of a batch keeps while it is generated, without those inside the network."""
+    config = network.config
+    evaluations = 0 if isinstance(network, TarFlow) else sampler.nfe
+    return (evaluations + 8) * config.channels * config.image_size**2
 
-    The η-noise of a teacher's images is removed by one score step; `eta` is not used for a student.
+
+def check_size(request: SampleRequest, network: SiT | TarFlow, as_grid: bool) -> None:
+    """Raise StageError for more images than a grid or the memory of this machine holds."""
+    config = network.config
+    side = config.image_size
+    images = f"{request.count} images of {config.channels}×{side}×{side}"
+    if as_grid and config.channels not in PICTURE_CHANNELS:
+        raise StageError(f"got {images} for a grid, expected 1 or 3 channels; give --out with a name ending in .npz")
+    if as_grid:
+        rows, columns = grid_shape(request.count)
+        cell = side * grid_scale(side) + 1
+        grid_bytes = rows * columns * cell**2 * config.channels
+        if grid_bytes > MAX_GRID_BYTES:
+            raise StageError(
+                f"got {images} for a grid, which needs {grid_bytes / 1e9:,.1f} GB, expected at most "
+                f"{MAX_GRID_BYTES / 1e9:,.1f} GB; give a smaller --count, or --out with a name ending in .npz"
+            )
+    pixels = request.count * config.channels * side**2
+    kept = values_kept(network, request.sampler or parse_sampler(DEFAULT_SAMPLER))
+    # The pixels and the file of them, and at least one image on its way.
+    check_memory(2 * pixels + 4 * kept, images, "give a smaller --count")
+
+
+@torch.no_grad()
+def generate(network: SiT | TarFlow, request: SampleRequest, eta: float) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The pixels (count, C, H, W) of images, and their labels (count,).
+
+    The η-noise of a teacher's images is removed by one score step; `eta` is not used for a student. Raises
+    FloatingPointError if an image is not finite.
     """
     config = network.config
     device = next(network.parameters()).device
@@ -94,8 +123,9 @@ def generate(network: SiT | TarFlow, request: SampleRequest, eta: float) -> tupl
     labels = classes[torch.arange(request.count) % len(classes)]
     generator = torch.Generator().manual_seed(request.seed)
     sampler = request.sampler or parse_sampler(DEFAULT_SAMPLER)
-    batches = labels.split(request.batch_size)
-    images: list[Tensor] = []
+    batches = labels.split(max(1, min(request.batch_size, BATCH_VALUES // values_kept(network, sampler))))
+    pixels = np.empty((request.count, config.channels, config.image_size, config.image_size), dtype=np.uint8)
+    done = 0
     if isinstance(network, TarFlow):
         total, unit = len(batches) * network.config.decode_steps, "token"
     else:
@@ -109,52 +139,67 @@ def generate(network: SiT | TarFlow, request: SampleRequest, eta: float) -> tupl
             if isinstance(network, TarFlow):
                 # A request counts guidance as `Guided` does, where 1 is none; for a Guide, 0 is none.
                 noisy = network.sample(noise, y, Guide(weight=request.guidance - 1), progress.advance)
-                images.append(network.denoise(noisy, y, eta))
+                images = network.denoise(noisy, y, eta)
             else:
                 field = count_calls(Guided(network, request.guidance), progress)
-                images.append(sampler(field, noise, y).x)
-        result = torch.cat(images).clamp(-1, 1).cpu()
-    return result, labels
+                images = sampler(field, noise, y).x
+            pixels[done : done + len(y)] = to_uint8(images)
+            done += len(y)
+    return pixels, labels.numpy()
 
 
 def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
     """Generate images with the finished model at `checkpoint`, a student or a teacher.
 
     `out` ends in .png, for a grid of the images, or in .npz, for the arrays `x` (uint8, (N, C, H, W)) and `label`
-    (int64, (N,)). Raises StageError for another name, and for a request that does not fit the model.
+    (int64, (N,)). Raises StageError for another name, and for a request that does not fit the model or the memory,
+    FloatingPointError if an image is not finite.
     """
-    if Path(out).suffix not in (".png", ".npz"):
+    suffix = Path(out).suffix
+    if suffix not in (".png", ".npz"):
         raise StageError(f"got output {out!r}; expected a name ending in .png or .npz")
     with Progress(f"read {checkpoint}"):
-        loaded = load(checkpoint)
-        network = build(loaded, network_name(loaded, checkpoint), checkpoint)
-    assert isinstance(network, SiT | TarFlow)
-    check_request(request, network, loaded)
+        network, document = load_network(checkpoint)
+    check_request(request, network, document)
+    check_size(request, network, as_grid=suffix == ".png")
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     eta = 0.0
     if isinstance(network, TarFlow):
-        eta = read_teacher_training(loaded.document, checkpoint).eta
-    images, labels = generate(network, request, eta)
-    pixels = to_uint8(images)
+        eta = read_teacher_training(document, checkpoint).eta
+    try:
+        pixels, labels = generate(network, request, eta)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{checkpoint}: {error}; nothing was written") from error
     buffer = io.BytesIO()
-    if Path(out).suffix == ".npz":
-        np.savez(buffer, x=pixels, label=labels.numpy())
+    if suffix == ".npz":
+        np.savez(buffer, x=pixels, label=labels)
     else:
-        columns = min(len(pixels), max(1, round(len(pixels) ** 0.5)))
-        grid_image(pixels, columns).save(buffer, "PNG")
+        grid_image(pixels, grid_shape(len(pixels))[1]).save(buffer, "PNG")
     root, name = split_url(out)
     root.write(name, buffer.getvalue())
+
+
+def grid_shape(count: int) -> tuple[int, int]:
+    """Rows and columns of the grid of `count` images."""
+    columns = max(1, round(count**0.5))
+    return math.ceil(count / columns), columns
+
+
+def grid_scale(height: int) -> int:
+    """Pixels of the grid, in each direction, for a pixel of an image."""
+    return GRID_SCALE if height < GRID_SCALE_BELOW else 1
 
 
 def grid_image(pixels: NDArray[np.uint8], columns: int) -> Image.Image:
     """Images (N, C, H, W), uint8, as one picture of `columns` columns, row by row, with a white line between them."""
     count, channels, height, width = pixels.shape
     rows = math.ceil(count / columns)
-    scale = GRID_SCALE if height < GRID_SCALE_BELOW else 1
+    scale = grid_scale(height)
     cell_height = height * scale + 1  # with the white line after it
     cell_width = width * scale + 1
     canvas = np.full((rows * cell_height - 1, columns * cell_width - 1, channels), 255, dtype=np.uint8)
-    for i, image in enumerate(pixels.repeat(scale, axis=2).repeat(scale, axis=3)):
+    for i, small in enumerate(pixels):
+        image = small.repeat(scale, axis=1).repeat(scale, axis=2)
         row, column = divmod(i, columns)
         top = row * cell_height
         left = column * cell_width

@@ -12,9 +12,9 @@ from nfm.models.couplings import COUPLINGS, CouplingName
 from nfm.models.labels import drop_labels
 from nfm.models.paths import flow_matching_loss, linear_path, logit_normal
 from nfm.models.sit import SIZE_GRAMMAR, SiT, SiTConfig, parse_size
-from nfm.stages.checkpoint import exists, load_document
+from nfm.stages.checkpoint import exists, load_document, trained_on
 from nfm.stages.errors import StageError
-from nfm.stages.progress import Progress
+from nfm.stages.progress import Progress, print_line
 from nfm.stages.section import Section
 from nfm.stages.support import check_supported
 from nfm.stages.training import TrainConfig, Trainer, checkpoint_urls, join_world, open_stream
@@ -70,15 +70,11 @@ def find_trained_versions(sources: list[Source], out: str) -> list[Source]:
     """The sources of the training in the folder `out`, in the versions with which it began: a store may have got draws
     since. Without a training in the folder, the sources as they are."""
     document = next((load_document(url) for url in checkpoint_urls(out) if exists(url)), None)
-    trained_on = document["run"].get("couplings") if document else None
-    entries = trained_on if isinstance(trained_on, list) else [{"id": trained_on}]
-    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
+    ids = trained_on(document) if document else []
     if len(ids) != len(sources):
-        return sources  # another run, which the trainer refuses
+        return sources  # no training, or another one, which the trainer refuses
     return [
-        replace(source, url=find_version(source.url, content_id, source.options))
-        if isinstance(content_id, str)
-        else source
+        replace(source, url=find_version(source.url, content_id, source.options)) if content_id else source
         for source, content_id in zip(sources, ids, strict=True)
     ]
 
@@ -91,8 +87,10 @@ def train_student(config: StudentConfig, couplings: str | Sequence[Source], out:
     differs. Raises StageError or StoreError for stores, sizes or a folder that do not fit, FloatingPointError if
     training becomes not finite.
     """
-    sources = find_trained_versions([Source(couplings)] if isinstance(couplings, str) else list(couplings), out)
+    given = [Source(couplings)] if isinstance(couplings, str) else list(couplings)
+    sources = find_trained_versions(given, out)
     stores = [check_supported(Store(source.url, "couplings", source.options)) for source in sources]
+    older = [(source.url, before.url) for source, before in zip(sources, given, strict=True) if source != before]
     # The stream opens the same versions, also if a store gets a newer one in this moment.
     sources = [replace(source, url=opened.version_url) for source, opened in zip(sources, stores, strict=True)]
     store = stores[0]
@@ -113,6 +111,8 @@ def train_student(config: StudentConfig, couplings: str | Sequence[Source], out:
         return flow_matching_loss(model, linear_path(batch.x, epsilon, t), y)
 
     with join_world() as world:
+        for trained, newest in older if world.is_first_rank else ():
+            print_line(f"{out} stays on {trained}, on which it was begun; another folder would take the newer {newest}")
         with Progress("build the network", enabled=world.is_first_rank):
             torch.manual_seed(config.train.seed)
             network = SiT(sizes)

@@ -20,13 +20,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nfm.models.ema import EMA
-from nfm.stages.checkpoint import Checkpoint, add_prefix, architecture, exists, load, load_weights, remove, save
+from nfm.stages.checkpoint import (
+    Checkpoint,
+    Curves,
+    add_prefix,
+    architecture,
+    exists,
+    load,
+    load_weights,
+    remove,
+    save,
+)
 from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress
 from nfm.stages.section import Section
+from nfm.stages.training_checks import check_points, divergence_error, read_state
 from nfm.storage_specs.reading.batches import Batch
-from nfm.storage_specs.reading.stream import CouplingStream, Source, StreamState, View
+from nfm.storage_specs.reading.stream import CouplingStream, Source, View
 from nfm.storage_specs.storage.documents import list_differences
+from nfm.storage_specs.storage.errors import StoreError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -80,17 +92,6 @@ class TrainConfig(Section):
 Loss = Callable[[nn.Module, Batch, torch.Generator], Tensor]
 # Validation of the EMA network at each checkpoint: (network, progress) to a number of which lower is better.
 Validate = Callable[[nn.Module, Progress], float]
-
-
-@dataclass
-class Curves:
-    """Curves of a run: `loss[i]` is the mean training loss between `images[i - 1]` and `images[i]` images, and `val[i]`
-    the validation after `val_images[i]` images."""
-
-    images: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    val_images: list[int] = field(default_factory=list)
-    val: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ class Trainer:
         self.document = document
         self.world = world
         self.validate = validate
+        check_points(name, config.images, config.batch_size, (config.log_images, config.checkpoint_images))
         with Progress("copy the network for its average", enabled=world.is_first_rank):
             self.network = network.to(world.device)
             self.ema = EMA(self.network, config.ema)
@@ -315,7 +317,7 @@ class Trainer:
     def _step(self, model: nn.Module, batch: Batch) -> Tensor:
         """One step of the optimizer and the EMA; returns the mean loss of the batch.
 
-        Raises FloatingPointError naming the images if the loss or the gradient is not finite.
+        Raises FloatingPointError if the loss or the gradient is not finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.images)
@@ -323,20 +325,12 @@ class Trainer:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.world.device.type == "cuda"):
             losses = self.loss(model, batch, generator)
         loss = losses.mean()
-        if not torch.isfinite(loss):
-            bad_images = batch.index[~torch.isfinite(losses)].tolist()
-            raise FloatingPointError(
-                f"{self.name}: loss is {loss.item()} at {self.images} images; "
-                f"the loss of images {bad_images[:8]} of the store is not finite"
-            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"{self.name}: the gradient is not finite at {self.images} images; "
-                f"the batch was images {batch.index[:8].tolist()}… of the store"
-            )
+        # After `backward`, which averages over the ranks: what is not finite on one of them stops all of them.
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise divergence_error(self.name, self.images, batch, losses)
         self.optimizer.step()
         self.ema.update(self.network, self.images // self.config.batch_size)
         return loss
@@ -358,8 +352,6 @@ class Trainer:
             if val < self.best_val:
                 self.best_val = val
                 self.best = {name: tensor.clone() for name, tensor in self.ema.network.state_dict().items()}
-        if not self.world.is_first_rank:
-            return
         tensors = add_prefix("network", self.network.state_dict())
         tensors |= add_prefix("ema", self.ema.network.state_dict())
         tensors |= add_prefix("best", self.best)
@@ -373,24 +365,41 @@ class Trainer:
             "best_val": self.best_val if self.best else None,
         }
         with progress.step("write state.safetensors"):
-            save(self.state_url, Checkpoint(tensors, document))
+            self._save(self.state_url, Checkpoint(tensors, document))
+
+    def _save(self, url: str, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint on the first rank. If that fails, every rank raises, so that none waits for another."""
+        failure: OSError | StoreError | None = None
+        if self.world.is_first_rank:
+            try:
+                save(url, checkpoint)
+            except (OSError, StoreError) as error:
+                failure = error
+        failures = torch.tensor(float(failure is not None), device=self.world.device)
+        if self.world.size > 1:
+            dist.all_reduce(failures)
+        if failure is not None:
+            raise failure
+        if failures:
+            raise StageError(f"{url}: the first process could not write it, and says why")
 
     def _restore(self) -> None:
-        """Continue from `state.safetensors`. Raises StageError if it is of another run."""
+        """Continue from `state.safetensors`. Raises StageError if it is of another run, or not what one wrote."""
         with Progress("read state.safetensors", enabled=self.world.is_first_rank):
             state = load(self.state_url)
         check_same_run(state.document, self.document, self.state_url)
+        restored = read_state(state, self.network, self.state_url)
         load_weights(self.network, state.group("network"), self.state_url)
         load_weights(self.ema.network, state.group("ema"), self.state_url)
         optimizer = self.optimizer.state_dict()
         numbers = range(len(optimizer["param_groups"][0]["params"]))
         optimizer["state"] = {number: state.group(f"optimizer.{number}") for number in numbers}
         self.optimizer.load_state_dict(optimizer)
-        self.images = state.document["images"]
-        self.stream.state = StreamState(**state.document["stream"])
-        self.curves = Curves(**state.document["curves"])
+        self.images = restored.images
+        self.stream.state = restored.stream
+        self.curves = restored.curves
         self.best = {name: tensor.to(self.world.device) for name, tensor in state.group("best").items()}
-        self.best_val = state.document["best_val"] if self.best else math.inf
+        self.best_val = math.inf if restored.best_val is None else restored.best_val
 
     def _finish(self, timing: dict[str, float]) -> dict[str, Any]:
         """Write the finished model in place of the state; returns its document."""
@@ -407,9 +416,9 @@ class Trainer:
             "training": {"images": self.images, "val": val, "chosen_at": chosen_at, **timing},
             "curves": vars(self.curves),
         }
+        with Progress("write model.safetensors", enabled=self.world.is_first_rank):
+            self._save(self.model_url, Checkpoint(add_prefix("model", weights), document))
         if self.world.is_first_rank:
-            with Progress("write model.safetensors"):
-                save(self.model_url, Checkpoint(add_prefix("model", weights), document))
             remove(self.state_url)
         return document
 

@@ -17,10 +17,9 @@ import torch
 import nfm
 from nfm.models.sit import SiT
 from nfm.models.tarflow import TarFlow
-from nfm.pipeline.config import Config
 from nfm.stages.checkpoint import Checkpoint, load, save
 from nfm.stages.errors import StageError
-from nfm.stages.evaluate import FrechetDistance
+from nfm.stages.frechet import FrechetDistance
 from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.small_run import Run
 
@@ -134,11 +133,10 @@ def test_streams_and_stores_say_what_is_wrong(run: Run, tmp_path: Path) -> None:
         nfm.CouplingStream(run.couplings["zarr"], 33, 0, world_size=2)
 
 
-def test_inception_features_name_the_extra_that_brings_them(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inception_features_name_the_extra_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
-    evaluate = config.evaluate.model_copy(update={"features": "inception"})
     with pytest.raises(StageError, match=r"needs torch-fidelity .*; install nfm\[fid\], or use 'pixels'"):
-        FrechetDistance(evaluate, dim=64, device=torch.device("cpu"))
+        FrechetDistance("inception", batch_size=8, dim=64, device=torch.device("cpu"))
 
 
 def imported_packages(paths: list[Path]) -> set[str]:

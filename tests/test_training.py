@@ -19,6 +19,8 @@ from nfm.stages.progress import Progress
 from nfm.stages.train_student import StudentConfig, train_student
 from nfm.stages.train_teacher import VAL_DRAWS, train_teacher
 from nfm.stages.training import TrainConfig, Trainer, crosses_multiple, learning_rate, step_seed
+from nfm.stages.training_checks import divergence_error
+from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.progress_log import record_progress
@@ -149,19 +151,29 @@ def test_couplings_share_everything_but_epsilon(run: Run, tmp_path: Path, monkey
         assert torch.equal(y1, y2)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_images_it_came_from(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import nfm.stages.train_student as module
+def batch_of(x: Tensor) -> Batch:
+    rows = torch.arange(len(x)) + 10
+    return Batch(x=x, z=torch.empty(0, *x.shape[1:]), label=rows, index=rows, draw=rows, source=torch.zeros_like(rows))
 
-    def poisoned(*arguments: Any) -> Tensor:
-        loss = torch.zeros(64, requires_grad=True)
-        return torch.where(torch.arange(64) == 3, torch.nan, loss)
 
-    monkeypatch.setattr(module, "flow_matching_loss", poisoned)
-    message = r"loss is nan at 0 images; the loss of images \[\d+\] of the store is not finite"
-    with pytest.raises(FloatingPointError, match=message):
-        train_student(run.config.student, run.couplings["webdataset"], str(tmp_path))
+def test_a_loss_that_is_not_finite_blames_images_only_if_their_values_are_not_finite() -> None:
+    x = torch.zeros(4, 1, 2, 2)
+    diverged = divergence_error("train", 64, batch_of(x), torch.tensor([0.0, torch.nan, 0.0, 0.0]))
+    assert "the loss is nan after 64 images" in str(diverged)
+    assert "the training has diverged" in str(diverged)
+    gradient = divergence_error("train", 64, batch_of(x), torch.zeros(4))
+    assert "the gradient is not finite after 64 images" in str(gradient)
+    x[2, 0, 1, 1] = torch.inf
+    blamed = divergence_error("train", 64, batch_of(x), torch.full((4,), torch.nan))
+    assert "images [12] of the store have values that are not finite" in str(blamed)
+    assert "diverged" not in str(blamed)
+
+
+def test_a_training_that_diverges_stops_and_says_so(run: Run, tmp_path: Path) -> None:
+    train = run.config.student.train.model_copy(update={"lr": 1e30, "warmup_images": 0})
+    config = run.config.student.model_copy(update={"train": train})
+    with pytest.raises(FloatingPointError, match=r"after \d+ images; the values of its images are finite.* lower lr"):
+        train_student(config, run.couplings["webdataset"], str(tmp_path))
 
 
 def test_learning_rate() -> None:

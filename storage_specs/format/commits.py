@@ -4,8 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from nfm.storage_specs.format.schema import FileRecord, FiniteNonNegative, Sha256, Spec
+from nfm.storage_specs.format.schema import FileRecord, Sha256, Spec
 from nfm.storage_specs.storage.documents import StrictModel
+
+# Of work, up to thirty million years: sums of them are finite.
+Seconds = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 
 
 class StartedStore(StrictModel):
@@ -29,7 +32,7 @@ class Commit(StrictModel):
     rows: int
     files: list[FileRecord]
     label_counts: dict[str, int]
-    seconds: FiniteNonNegative  # that the worker spent in the teacher
+    seconds: Seconds  # that the worker spent in the teacher
     device: str
 
 
@@ -37,7 +40,7 @@ class Cost(StrictModel):
     """`cost.json`: the seconds that the teacher took to make the couplings, by device name. No hash covers this file:
     it is information, which nobody can check."""
 
-    seconds: dict[str, FiniteNonNegative]
+    seconds: dict[str, Seconds]
 
     @property
     def total(self) -> float:

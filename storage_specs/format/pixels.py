@@ -7,6 +7,8 @@ from torch import Tensor
 
 from nfm.storage_specs.format.schema import LatentSpec, PixelSpec
 
+PICTURE_CHANNELS = (1, 3)  # of images that can be shown: grey or RGB
+
 
 def scale_x(stored: Tensor, x_spec: PixelSpec | LatentSpec, out: Tensor) -> Tensor:
     """Write the x that stored values stand for to the float32 tensor `out` of the same shape. Returns `out`.
@@ -32,5 +34,11 @@ def to_float(pixels: NDArray[np.uint8]) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """The pixels 0 … 255, rounded, of images in [-1, 1]. Values outside are clipped."""
+    """The pixels 0 … 255, rounded, of images (B, C, H, W) in [-1, 1]. Values outside are clipped.
+
+    Raises FloatingPointError for NaN and infinity, which are no pixels.
+    """
+    is_finite = images.isfinite().flatten(1).all(dim=1)
+    if not is_finite.all():
+        raise FloatingPointError(f"{int((~is_finite).sum())} of {len(images)} images are not finite")
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()

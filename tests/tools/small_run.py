@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from nfm.pipeline.config import Config
 from nfm.stages.checkpoint import Checkpoint, load, save
 from nfm.stages.encode import UnitEncoder, output_spec
@@ -54,9 +52,9 @@ def encode_in_process(config: Config, samples: str, teacher: str, out: str, layo
 
 
 def infinite_teacher(run: Run, folder: Path, label: int) -> str:
-    """A checkpoint of the teacher of `run` whose z is infinite for one class."""
+    """A checkpoint of the teacher of `run` whose z is infinite for one class. Its weights are finite."""
     checkpoint, url = load(run.teacher), f"{folder}/infinite/model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
-    tensors["model.blocks.0.class_embed"][label] = torch.inf
+    tensors["model.blocks.0.class_embed"][label] = 1e38  # the log-scales that follow from it are beyond what exp takes
     save(url, Checkpoint(tensors, checkpoint.document))
     return url

@@ -1,0 +1,142 @@
+"""The header of a safetensors file: what the file holds, checked before any of its values is read.
+
+A file is eight bytes with the length of the header, the header in JSON, and the values of the tensors one after another
+(https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from nfm.stages.errors import StageError
+from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import Root
+
+LENGTH_BYTES = 8  # of the length of the header
+MAX_HEADER_BYTES = 1 << 25
+# Lists and objects of a header: each takes far more memory than its text. A state of 10,000 tensors has 30,000.
+MAX_CONTAINERS = 300_000
+MAX_DIMENSIONS = 8
+MAX_SIZE = 1 << 48  # of one dimension
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # of the dtypes that weights may have
+METADATA_KEY = "__metadata__"
+# How files begin that are given for a checkpoint by mistake.
+OTHER_KINDS = {
+    b"PK\x03\x04": "a zip archive, as PyTorch's .pt and .pth files are (which may run code when they are read)",
+    b"\x80": "a pickle, as old .pt and .pth files are (which may run code when they are read)",
+    b"{": "a JSON document",
+    b"\x89HDF": "an HDF5 file",
+    b"\x89PNG": "a picture",
+    b"\x93NUMPY": "a NumPy array",
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """The shapes of a file's tensors by their names, its metadata, its own bytes, and the size of the file."""
+
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, Any]
+    data: bytes
+    file_bytes: int
+
+
+def read_header(root: Root, name: str) -> Header:
+    """Read and check the header of the file `name`: its tensors must be of DTYPE_BYTES, and fill the file exactly.
+
+    Raises StoreError if there is no file, StageError if it is no safetensors file or one of other tensors.
+    """
+    url = f"{root.url}/{name}"
+    file_bytes = root.size(name)
+    if file_bytes is None:
+        raise StoreError(f"{url} is missing; the URL is wrong, or what writes it has not finished")
+    if file_bytes < LENGTH_BYTES:
+        raise no_checkpoint_error(url, f"a file of {file_bytes} bytes")
+    start = root.read_range(name, 0, LENGTH_BYTES)
+    header_bytes = int.from_bytes(start, "little")
+    if header_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+        kinds = (kind for beginning, kind in OTHER_KINDS.items() if start.startswith(beginning))
+        raise no_checkpoint_error(url, next(kinds, f"a header of {header_bytes} bytes in a file of {file_bytes}"))
+    data = root.read_range(name, LENGTH_BYTES, LENGTH_BYTES + header_bytes)
+    return _parse_header(data, file_bytes, url)
+
+
+def _parse_header(data: bytes, file_bytes: int, url: str) -> Header:
+    header = parse_object(data, url)
+    metadata = header.pop(METADATA_KEY, {})
+    if not isinstance(metadata, dict):
+        raise no_checkpoint_error(url, f"{METADATA_KEY} that is no object")
+    ranges = [(*_value_range(entry, tensor, url), tensor) for tensor, entry in header.items()]
+    end = 0
+    for begin, next_begin, tensor in sorted(ranges):
+        if begin != end:
+            raise no_checkpoint_error(url, f"tensor {tensor!r} at {begin}, where {end} is next")
+        end = next_begin
+    if LENGTH_BYTES + len(data) + end != file_bytes:
+        raise no_checkpoint_error(url, f"{end} bytes of tensors in a file of {file_bytes}")
+    return Header({tensor: tuple(entry["shape"]) for tensor, entry in header.items()}, metadata, data, file_bytes)
+
+
+def _value_range(entry: Any, tensor: str, url: str) -> tuple[int, int]:
+    """Where the values of a tensor begin and end, as its entry in the header says."""
+    if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
+        raise no_checkpoint_error(url, f"tensor {tensor!r} without dtype, shape and data_offsets alone")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not (isinstance(dtype, str) and dtype in DTYPE_BYTES):
+        raise StageError(f"{url}: got tensor {tensor!r} of dtype {dtype}, expected one of {', '.join(DTYPE_BYTES)}")
+    if not (_are_sizes(shape) and len(shape) <= MAX_DIMENSIONS and _are_sizes(offsets) and len(offsets) == 2):
+        raise no_checkpoint_error(url, f"tensor {tensor!r} whose shape or data_offsets are no sizes")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise no_checkpoint_error(url, f"tensor {tensor!r} of shape {shape} in {end - begin} bytes")
+    return begin, end
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= MAX_SIZE for value in values)
+
+
+def parse_object(data: bytes | str, url: str) -> dict[str, Any]:
+    """The JSON object in a header or in its metadata. NaN, infinity, numbers beyond float64 and keys that come twice
+    are refused. Raises StageError."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        if text.count("[") + text.count("{") > MAX_CONTAINERS:
+            raise ValueError(f"more than {MAX_CONTAINERS} lists and objects")
+        value = json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+        )
+    except (ValueError, RecursionError) as error:
+        raise no_checkpoint_error(url, f"a header that is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise no_checkpoint_error(url, "a header that is no JSON object")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} comes twice")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"the number {constant}")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text}")
+    return value
+
+
+def no_checkpoint_error(url: str, got: str) -> StageError:
+    """The error for a file that is no checkpoint, which says what was got instead."""
+    return StageError(
+        f"{url}: got no checkpoint of nfm ({got}); "
+        "expected a safetensors file that train-teacher or train-student wrote"
+    )
