@@ -192,7 +192,7 @@ def hold_out(config: DataConfig, images: Images) -> dict[str, Images]:
         advice = (
             f"data.holdout = {min(working, key=lambda share: abs(share - config.holdout))} does"
             if working
-            else "no share does, as each class keeps an image in train: add images, or a folder val/"
+            else "no share does, as each class keeps one in train: add images, or a folder val/"
         )
         raise StageError(
             f"got {len(images.names)} images in {len(counts)} classes, the largest of {counts.max()}: "
