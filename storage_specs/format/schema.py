@@ -21,6 +21,7 @@ SCHEMA_MAJOR = 1
 SCHEMA_MINOR = 1
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_ROW_BYTES = 1 << 28  # of one float32 image; a spec with more is damaged or hostile
+MAX_SQUARED_ERROR = 1e100  # of a file; that of float32 values is below it, and no sum over files overflows
 MAX_TEXT = 20_000  # characters of a text in an attribution
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -294,7 +295,7 @@ class FileRecord(StrictModel):
     path: str
     bytes: Annotated[int, Field(ge=0)]
     sha256: Sha256
-    squared_error: FiniteNonNegative | None = None
+    squared_error: Annotated[float, Field(ge=0, le=MAX_SQUARED_ERROR)] | None = None
 
 
 class Totals(StrictModel):
