@@ -75,10 +75,13 @@ def info(store: Store, plot: str | None) -> None:
     echo(*summarize(store.dataset, rms).split("\n"))
     if store.z_sums is not None:
         moments = compute_moments(store.spec, store.z_sums.by_dimension)
-        echo(
-            f"{'z moments':12}mean {moments.mean:.3f} σ, skewness {moments.skewness:.3f}, "
+        text = (
+            f"mean {moments.mean:.3f} σ, skewness {moments.skewness:.3f}, "
             f"excess kurtosis {moments.excess_kurtosis:.3f} (rms over dimensions; 0 of a Gaussian)"
         )
+        if not np.isfinite(moments).all():
+            text = "none: z does not vary, or its sums are not those of any values; nfm store verify compares them"
+        echo(f"{'z moments':12}{text}")
     for number, line in enumerate(versions):
         echo(f"{'versions' if number == 0 else '':12}{line}")
     if plot is not None:

@@ -78,13 +78,15 @@ class Moments(NamedTuple):
 
 
 def moments(spec: Spec, by_dimension: NDArray[np.float64]) -> Moments:
-    """The moments of z from its sums by dimension, (4, C, H, W)."""
-    m1, m2, m3, m4 = by_dimension.reshape(NUM_POWERS, -1) / (spec.rows * spec.num_draws)
-    variance = np.maximum(m2 - m1**2, np.finfo(np.float64).tiny)
-    third = m3 - 3 * m1 * m2 + 2 * m1**3  # central moments
-    fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
+    """The moments of z from its sums by dimension, (4, C, H, W). They are not finite where z does not vary, or where
+    the sums are not those of any values."""
+    with np.errstate(all="ignore"):
+        m1, m2, m3, m4 = by_dimension.reshape(NUM_POWERS, -1) / (spec.rows * spec.num_draws)
+        variance = np.maximum(m2 - m1**2, np.finfo(np.float64).tiny)
+        third = m3 - 3 * m1 * m2 + 2 * m1**3  # central moments
+        fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
+        return Moments(_rms(m1 / np.sqrt(variance)), _rms(third / variance**1.5), _rms(fourth / variance**2 - 3))
 
-    def rms(values: NDArray[np.float64]) -> float:
-        return float(np.sqrt(np.mean(np.square(values))))
 
-    return Moments(rms(m1 / np.sqrt(variance)), rms(third / variance**1.5), rms(fourth / variance**2 - 3))
+def _rms(values: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
