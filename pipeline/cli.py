@@ -241,12 +241,21 @@ def train_teacher(config: Config, samples: str, out: str) -> None:
     type=click.IntRange(min=1),
     help="CPU cores of each worker.",
 )
+@click.option(
+    "--insecure-cluster",
+    cls=Shortcut,
+    key="encode.insecure_cluster",
+    flag_value="true",
+    help="Use a cluster in RAY_ADDRESS that has no authentication.",
+)
 @click.option("--json-progress", "as_json", is_flag=True, help="Progress and summary as JSON lines on stdout.")
 @click.option(
     "--estimate", is_flag=True, help="Time the teacher on one worker, print what the job costs and saves, and stop."
 )
 def encode(config: Config, samples: str, teacher: str, out: str, as_json: bool, estimate: bool) -> None:
     """Sample store + teacher → coupling store, on all GPUs of a Ray cluster (RAY_ADDRESS) or of this machine.
+
+    z together with its teacher and the noise law is the image: a coupling store is as private as its images.
 
     Exit code 75: it received SIGTERM, or the cluster is lost; run the same command again to continue.
     """

@@ -8,7 +8,7 @@ from nfm.pipeline.config import Config
 from nfm.pipeline.encode_job import encode_couplings
 from nfm.pipeline.evaluation import evaluate_and_report
 from nfm.pipeline.output import echo
-from nfm.pipeline.pool import ray_session
+from nfm.pipeline.ray_session import ray_session
 from nfm.stages.prepare import prepare
 from nfm.stages.progress import Progress, print_line
 from nfm.stages.train_student import train_student
@@ -56,7 +56,9 @@ def _encode_stores(config: Config, samples: str, teacher: str, stores: dict[Layo
     with ExitStack() as stack:
         if not all(Root(url).exists(DATASET_FILE) for url in stores.values()):
             with Progress("encode: starting Ray"):
-                stack.enter_context(ray_session(lambda status: print_line(f"encode: {status}")))
+                stack.enter_context(
+                    ray_session(lambda status: print_line(f"encode: {status}"), config.encode.insecure_cluster)
+                )
         for layout, url in stores.items():
             encode = config.encode.model_copy(update={"layout": layout})
             encode_couplings(encode, samples, teacher, url, config.storage, attribution=config.attribution)

@@ -6,9 +6,9 @@ from typing import Any
 from nfm.models.sit import training_flops
 from nfm.models.tarflow import forward_flops
 from nfm.pipeline.config import StorageConfig
-from nfm.pipeline.encode_job import read_output_spec, worker_pool
+from nfm.pipeline.encode_job import read_output_spec, show_waiting, worker_pool
 from nfm.pipeline.encode_report import EncodeProgress, format_flop, teacher_config
-from nfm.pipeline.pool import ray_session
+from nfm.pipeline.ray_session import ray_session
 from nfm.stages.encode import EncodeConfig, Speed
 from nfm.stages.train_student import StudentConfig, sit_config
 from nfm.storage_specs.format.layouts import LAYOUTS
@@ -227,11 +227,16 @@ def _time_teacher(
     """The speed of the teacher on one worker."""
     one_worker = config.model_copy(update={"workers": 1})
     timing_status = f"timing the teacher for {TRIAL_SECONDS:.0f} s on one worker"
-    with ray_session(progress.set_status), worker_pool(one_worker, samples, teacher, out, spec, storage) as pool:
-        progress.set_status("waiting for the first worker")
+    with (
+        ray_session(progress.set_status, config.insecure_cluster),
+        worker_pool(one_worker, samples, teacher, out, spec, storage) as pool,
+    ):
+        show_waiting(pool, progress)
 
         def tick() -> bool:
-            if pool.num_ready and progress.status != timing_status:
+            if not pool.num_ready:
+                show_waiting(pool, progress)
+            elif progress.status != timing_status:
                 progress.set_status(timing_status)
             return True
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from nfm.pipeline.config import StorageConfig
 from nfm.pipeline.encode_report import EncodeProgress, Summary
-from nfm.pipeline.pool import Pool, ray_session
+from nfm.pipeline.pool import Pool
+from nfm.pipeline.ray_session import ray_session
 from nfm.stages.attribution import AttributionConfig, update_attribution
 from nfm.stages.encode import EncodeConfig, EncodedUnit, Speed, UnitEncoder, output_spec
 from nfm.stages.errors import ResumableError, StageError
@@ -86,19 +87,18 @@ def encode_couplings(
         spec, z_scale = read_output_spec(config, samples, teacher, out, progress)
         writer = StoreWriter(out, spec)
         if writer.is_complete():
+            progress.warn(f"{out} is complete already; its files are not read again: nfm store verify does that")
             update_attribution(out, attribution or AttributionConfig())
             return Summary(Store(out).dataset, units_before=len(list_committed_units(writer.root)))
-        progress.set_status(f"waiting for the lease of {out}, which another driver may hold", announce=False)
-        with Lease(absolute_url(out), LEASE_FILE) as lease:
-            writer.initialize(z_scale)
-            with (
-                ray_session(progress.set_status),
-                worker_pool(config, samples, teacher, out, spec, storage) as pool,
-            ):
-                progress.set_status("waiting for the first worker")
-                job = EncodeJob(config, writer, lease, pool, notice, progress)
-                inherited = Store(samples, kind="samples").dataset.attribution
-                return job.run((attribution or AttributionConfig()).to_attribution(), inherited)
+        with ray_session(progress.set_status, config.insecure_cluster):  # first: until it is there, the output is free
+            progress.set_status(f"waiting for the lease of {out}, which another driver may hold", announce=False)
+            with Lease(absolute_url(out), LEASE_FILE) as lease:
+                writer.initialize(z_scale)
+                with worker_pool(config, samples, teacher, out, spec, storage) as pool:
+                    show_waiting(pool, progress)
+                    job = EncodeJob(config, writer, lease, pool, notice, progress)
+                    inherited = Store(samples, kind="samples").dataset.attribution
+                    return job.run((attribution or AttributionConfig()).to_attribution(), inherited)
 
 
 def read_output_spec(
@@ -134,6 +134,15 @@ def worker_pool(
         return options.remote(device=device, **arguments)
 
     return Pool(make_actor, config.workers, config.cpus_per_worker, config.device)
+
+
+def show_waiting(pool: Pool, progress: EncodeProgress) -> None:
+    """Say what a job without a worker waits for."""
+    status = "waiting for the first worker"
+    if pool.missing_node is not None:
+        status = f"waiting for a node with {pool.missing_node}, which one worker needs, to join the Ray cluster"
+    if progress.status != status:
+        progress.set_status(status)
 
 
 def absolute_url(url: str) -> str:
@@ -239,6 +248,8 @@ class EncodeJob:
             self.units_in_lease = sorted(started_units)
             self.lease.set_in_flight(self.units_in_lease)
         self.progress.update(self.pool.num_ready, self.pool.num_retries, self.pool.progress_in_flight)
+        if self.progress.first_worker_at is None:
+            show_waiting(self.pool, self.progress)
         if self.pool.num_ready and not self.summary.start_seconds:
             self.summary.start_seconds = time.monotonic() - self.started_at
         if self.notice.received_at is None:

@@ -5,27 +5,20 @@ in flight on an actor when it died go to another. Tasks must be harmless to repe
 """
 
 import errno
-import logging
-import os
-import signal
 import socket
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from nfm.stages.errors import ResumableError, StageError
-from nfm.storage_specs.storage.errors import StoreError
-
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics to Ray's makers
-os.environ.setdefault("RAY_worker_niceness", "0")  # run workers of a cluster started here at normal priority
-# When one task ends the job, Ray would print the errors of the others, which nobody fetches any more.
-os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from nfm.pipeline.ray_session import ClusterLostError, is_local
+from nfm.stages.errors import StageError
+from nfm.storage_specs.storage.errors import StoreError
 
 T = TypeVar("T")
 
@@ -36,53 +29,8 @@ TICK_SECONDS = 0.5
 GROW_SECONDS = 2.0  # between two checks whether the cluster has room for more actors
 PROGRESS_SECONDS = 2.0  # between two progress requests to an actor
 CLUSTER_TIMEOUT_SECONDS = 20.0  # without an answer, after which the cluster counts as lost
-LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray accepts; only a few numbers per unit pass through it
-FINAL_ERRORS = (StageError, StoreError, FloatingPointError)  # another actor would raise the same
+FINAL_ERRORS = (StageError, StoreError, FloatingPointError, PermissionError)  # another actor would raise the same
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a full or read-only disk: another actor would fail too
-
-
-class ClusterLostError(ResumableError):
-    """The Ray cluster went away; the same command continues on another."""
-
-    skips_cleanup = True
-
-
-@contextmanager
-def ray_session(announce: Callable[[str], None]) -> Iterator[None]:
-    """Connect to Ray for the duration of the block: to the cluster that RAY_ADDRESS names, or to one that is started on
-    this machine. Inside another session this does nothing.
-
-    `announce` is called with a line of text before the connection, which takes some seconds. Raises StageError if no
-    cluster answers at RAY_ADDRESS.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    sigterm_handler = signal.getsignal(signal.SIGTERM)
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        announce(f"connecting to the Ray cluster at {address}")
-        try:
-            ray.init(address=address, **quiet)
-        except (ValueError, ConnectionError, RuntimeError) as error:
-            raise StageError(
-                f"got RAY_ADDRESS={address}, where no Ray cluster answers: {_first_line(error)}"
-            ) from error
-    else:
-        announce("starting Ray on this machine")
-        ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, sigterm_handler)  # Ray replaces the handler
-    cluster_lost = False
-    try:
-        yield
-    except ClusterLostError:
-        cluster_lost = True
-        raise
-    finally:
-        if not cluster_lost:  # shutdown would wait for a cluster that no longer answers
-            ray.shutdown()
 
 
 @dataclass
@@ -104,7 +52,8 @@ class Pool:
     """A pool of Ray actors that grows with the cluster and replaces actors that die. Use it inside a `with` block.
 
     `make_actor(resources, device)` gives a new actor, which must have a method `ready`. At most `max_actors` are made;
-    None: as many as the nodes have room for. All actors have one kind of device: "cuda", "cpu", or, for None, "cuda" if
+    None: as many as the nodes have room for. Where more are asked for than that, they wait for nodes that join the
+    cluster, but not on this machine alone. All actors have one kind of device: "cuda", "cpu", or, for None, "cuda" if
     the cluster has a GPU when the pool is made.
     """
 
@@ -122,6 +71,7 @@ class Pool:
         self.actors: list[PooledActor] = []
         self.num_retries = 0  # tasks that went to another actor
         self.num_actor_deaths = 0
+        self.missing_node: str | None = None  # what an actor needs and no node has: "2 CPUs and a GPU"
         self.deaths_by_task: Counter[Any] = Counter()  # of actors, for each task that is not finished
         self._failed_starts = 0  # since an actor last became ready
         self._last_death_reason = ""
@@ -172,8 +122,8 @@ class Pool:
         that returns a number for each task that the actor is working on, as a dict. Each actor is asked every
         PROGRESS_SECONDS, and the method must return without waiting.
 
-        Raises a task's own error if another actor would raise the same, StageError if actors keep dying, and
-        ClusterLostError.
+        Raises a task's own error if another actor would raise the same, StageError if actors keep dying or no node can
+        ever hold one, and ClusterLostError.
         """
         pending = deque(tasks)
         while True:
@@ -261,7 +211,7 @@ class Pool:
             resources["num_gpus"] = 1
         num_free = sum(not actor.ready or not actor.in_flight for actor in self.actors)  # starting, or without a task
         try:
-            capacity = self.max_actors or self._cluster_capacity()
+            capacity = self._find_capacity()
             for _ in range(min(capacity - len(self.actors), num_pending - num_free)):
                 actor = PooledActor(self.make_actor(resources, self.device))
                 actor.in_flight[actor.handle.ready.remote()] = None
@@ -270,27 +220,36 @@ class Pool:
             if self._check_cluster():
                 raise
 
-    def _cluster_capacity(self) -> int:
-        """How many actors the nodes have room for, whoever uses that room now.
-
-        Raises StageError if no node is large enough for one.
-        """
+    def _find_capacity(self) -> int:
+        """How many actors to have. Raises StageError if none of them could ever start."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        capacity = 0
-        for node in nodes:
-            node_capacity = int(node.get("CPU", 0) // self.cpus_per_actor)
-            if self.device == "cuda":
-                node_capacity = min(node_capacity, int(node.get("GPU", 0)))
-            capacity += node_capacity
-        if capacity == 0 and not self.actors:
-            needs = "1 CPU" if self.cpus_per_actor == 1 else f"{self.cpus_per_actor} CPUs"
-            if self.device == "cuda":
-                needs += " and a GPU"
+        room = sum(self._room_on(node) for node in nodes)  # whoever uses it now
+        self.missing_node = None if room else self._needs()
+        if self.max_actors is not None and not is_local():
+            return self.max_actors  # Ray makes those for which there is no room wait, and an autoscaler sees them
+        if room == 0 and not self.actors:
+            if is_local():
+                cpus = sum(int(node.get("CPU", 0)) for node in nodes)
+                gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+                raise StageError(
+                    f"one worker needs {self._needs()}, but this machine has {cpus} CPUs and {gpus or 'no'} GPUs; "
+                    "lower --cpus-per-worker, use --device cpu, or name a cluster in RAY_ADDRESS"
+                )
             raise StageError(
-                f"no node of the Ray cluster has {needs}, which one worker needs; "
+                f"no node of the Ray cluster has {self._needs()}, which one worker needs; "
                 "lower --cpus-per-worker, or set --workers N if such nodes will join"
             )
-        return capacity
+        return room if self.max_actors is None else min(room, self.max_actors)
+
+    def _room_on(self, node: dict[str, float]) -> int:
+        """How many actors fit on a node with these resources."""
+        room = int(node.get("CPU", 0) // self.cpus_per_actor)
+        return min(room, int(node.get("GPU", 0))) if self.device == "cuda" else room
+
+    def _needs(self) -> str:
+        """What one actor needs, for messages."""
+        cpus = "1 CPU" if self.cpus_per_actor == 1 else f"{self.cpus_per_actor} CPUs"
+        return f"{cpus} and a GPU" if self.device == "cuda" else cpus
 
     def _remove_failed_actor(self, actor: PooledActor, error: RayError) -> list[Any]:
         """Remove an actor whose call failed, and return the tasks that it had in flight.
@@ -321,11 +280,10 @@ class Pool:
         for task in tasks:
             self.deaths_by_task[task] += 1
             if self.deaths_by_task[task] > MAX_RETRIES:
-                raise StageError(
-                    f"workers died {self.deaths_by_task[task]} times on {task}, "
-                    f"at last with {self._last_death_reason}; "
-                    "if memory ran out, give each worker more"
-                )
+                times = f"{self.deaths_by_task[task]} times on {task}, at last with {self._last_death_reason}"
+                if cause is not None:
+                    raise StageError(f"workers failed {times}") from cause
+                raise StageError(f"workers died {times}; if memory ran out, give each worker more")
         return tasks
 
     def _check_cluster(self) -> bool:

@@ -92,6 +92,11 @@ class EncodeConfig(Section):
         "Without it: one for each GPU of the cluster, or on CPUs one for each `cpus_per_worker` cores.",
     )
     cpus_per_worker: int = Field(default=1, ge=1, description="CPU cores of each worker.")
+    insecure_cluster: bool = Field(
+        default=False,
+        description="Whether the cluster that RAY_ADDRESS names may be one without authentication. "
+        "Whoever reaches such a cluster can run code in it.",
+    )
 
 
 @dataclass(frozen=True)

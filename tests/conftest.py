@@ -4,6 +4,7 @@ import os
 import signal
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from tests.tools.object_store import ObjectStore
 from tests.tools.ray_cluster import MARK
 from tests.tools.small_run import SMALL, Run, encode_in_process
 
+_ray = ExitStack()  # ends the Ray of the tests
+
 
 def _uses_ray(item: pytest.Item | None) -> bool:
     return "ray_cluster" in getattr(item, "fixturenames", ())
@@ -41,9 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     if _uses_ray(item) and not _uses_ray(nextitem):
-        import ray
-
-        ray.shutdown()
+        _ray.close()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -92,12 +93,12 @@ def student(run: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray for all tests that need it."""
-    import ray
+    from nfm.pipeline.ray_session import local_ray
 
     os.environ[MARK] = uuid.uuid4().hex  # of its processes
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+    _ray.enter_context(local_ray(num_cpus=2))
     yield
-    ray.shutdown()
+    _ray.close()
 
 
 @pytest.fixture(scope="module")

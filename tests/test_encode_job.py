@@ -48,7 +48,7 @@ def test_two_workers_write_the_bytes_of_one_process(run: Run, tmp_path: Path, la
     assert list(find_faults(Store(str(tmp_path)))) == []
 
 
-def test_only_missing_blocks_are_encoded(run: Run, tmp_path: Path) -> None:
+def test_only_missing_blocks_are_encoded(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encode(run, str(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
     for name in ("dataset.json", "commits/000003.k000-003.json"):
@@ -57,7 +57,11 @@ def test_only_missing_blocks_are_encoded(run: Run, tmp_path: Path) -> None:
     changed = {path for path in before if path.stat().st_mtime_ns != before[path]}
     assert {path.stem for path in changed} == {"000003"}
     assert content(str(tmp_path)) == content(run.couplings["webdataset"])
-    encode(run, str(tmp_path))  # complete: nothing to do
+    capsys.readouterr()
+    assert encode(run, str(tmp_path)).units_encoded == 0
+    assert capsys.readouterr().err == (
+        f"{tmp_path} is complete already; its files are not read again: nfm store verify does that\n"
+    )
 
 
 @pytest.mark.long

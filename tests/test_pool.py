@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 class Flaky:
     """Squares numbers, and fails as the files in a folder say.
 
-    <task>.dies, <task>.errs or <task>.full holds how many times the task still fails in that way. A task for which
-    there is a file <task>.waits reports progress 7 and does not end before that file is gone.
+    <task>.dies, .errs, .full or .denied holds how many times the task still fails in that way. A task for which there
+    is a file <task>.waits reports progress 7 and does not end before that file is gone.
     """
 
     def __init__(self, folder: str) -> None:
@@ -47,7 +47,7 @@ class Flaky:
         raise KeyError("no such unit")
 
     def _fail(self, task: str) -> None:
-        for kind in ("dies", "errs", "full"):
+        for kind in ("dies", "errs", "full", "denied"):
             file = self.folder / f"{task}.{kind}"
             num_failures = int(file.read_text()) if file.exists() else 0
             if num_failures:
@@ -56,6 +56,8 @@ class Flaky:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if kind == "full":
                     raise OSError(errno.ENOSPC, "No space left on device")
+                if kind == "denied":
+                    raise PermissionError("Access Denied")
                 raise RuntimeError("CUDA error")
 
 
@@ -84,9 +86,16 @@ def test_tasks_of_a_dead_or_failing_actor_go_to_another(pool: Pool, tmp_path: Pa
     assert not pool.deaths_by_task and not pool.tasks_in_flight
 
 
-def test_a_task_that_kills_every_actor_is_named(pool: Pool, tmp_path: Path) -> None:
-    (tmp_path / "1.errs").write_text("99")
-    with pytest.raises(StageError, match=f"died {MAX_RETRIES + 1} times on 1, at last with RuntimeError: CUDA error"):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("errs", f"workers failed {MAX_RETRIES + 1} times on 1, at last with RuntimeError: CUDA error$"),
+        pytest.param("dies", f"workers died {MAX_RETRIES + 1} times on 1.*; if memory ran out", marks=pytest.mark.long),
+    ],
+)
+def test_a_task_that_fails_on_every_actor_is_named(pool: Pool, tmp_path: Path, kind: str, message: str) -> None:
+    (tmp_path / f"1.{kind}").write_text("99")
+    with pytest.raises(StageError, match=message):
         run(pool, range(1, 2))
 
 
@@ -96,17 +105,48 @@ def test_actors_that_die_as_they_start_end_the_job(pool: Pool, tmp_path: Path) -
         run(pool, range(2))
 
 
-def test_a_worker_that_no_node_has_room_for_is_refused() -> None:
+@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize(("cpus", "device", "needs"), [(64, "cpu", "64 CPUs"), (1, "cuda", "1 CPU and a GPU")])
+def test_a_worker_that_this_machine_has_no_room_for_is_refused(
+    workers: int | None, cpus: int, device: str, needs: str
+) -> None:
     with (
-        Pool(lambda _resources, _device: None, max_actors=None, cpus_per_actor=64) as pool,
+        Pool(lambda _resources, _device: None, workers, cpus, device) as pool,
+        pytest.raises(StageError, match=f"one worker needs {needs}, but this machine has 2 CPUs and no GPUs; lower"),
+    ):
+        next(pool.run("square", [1], lambda: True))
+
+
+def test_workers_for_nodes_that_may_join_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a cluster: a number of workers is waited for, and what they need is known; without one, it is refused."""
+    monkeypatch.setattr(pool_module, "is_local", lambda: False)
+    actor = ray.remote(Flaky)
+
+    def make_actor(resources: dict[str, float], _device: str) -> Any:
+        return actor.options(**resources).remote(str(tmp_path))
+
+    with Pool(make_actor, max_actors=1, cpus_per_actor=64) as pool:
+        assert list(pool.run("square", [1], lambda: pool.missing_node is None)) == []
+        assert pool.missing_node == "64 CPUs" and len(pool.actors) == 1
+    with (
+        Pool(make_actor, max_actors=None, cpus_per_actor=64) as pool,
         pytest.raises(StageError, match="no node of the Ray cluster has 64 CPUs, .*; lower --cpus-per-worker"),
     ):
         next(pool.run("square", [1], lambda: True))
 
 
-def test_a_full_disk_is_no_fault_of_the_actor(pool: Pool, tmp_path: Path) -> None:
-    (tmp_path / "0.full").write_text("1")
-    with pytest.raises(OSError, match="No space left"):
+def test_no_more_actors_are_made_than_this_machine_has_room_for(pool: Pool) -> None:
+    pool.max_actors = 9
+    assert run(pool, range(9)) == {task: task * task for task in range(9)}
+    assert len(pool.actors) == 2
+
+
+@pytest.mark.parametrize(("kind", "message"), [("full", "No space left"), ("denied", "Access Denied")])
+def test_storage_that_is_full_or_refuses_access_is_no_fault_of_the_actor(
+    pool: Pool, tmp_path: Path, kind: str, message: str
+) -> None:
+    (tmp_path / f"0.{kind}").write_text("1")
+    with pytest.raises(OSError, match=message):
         run(pool, range(3))
 
 

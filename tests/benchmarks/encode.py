@@ -25,7 +25,7 @@ import torch
 from nfm.models.tarflow import TarFlow, forward_flops
 from nfm.pipeline.config import StorageConfig
 from nfm.pipeline.encode_job import encode_couplings
-from nfm.pipeline.pool import ray_session
+from nfm.pipeline.ray_session import ray_session
 from nfm.stages.checkpoint import Checkpoint, architecture, save
 from nfm.stages.encode import EncodeConfig, UnitEncoder, output_spec
 from nfm.storage_specs.format.pixels import to_float
