@@ -196,7 +196,8 @@ def _empty_network(
         what = ".".join(map(str, first["loc"]))
         raise StageError(f"{url}: its architecture is not one of {name}: {what}: {first['msg']}") from error
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise StageError(f"{url}: its architecture {values} is not one of {name}: {error}") from error
+        reason = str(error).partition("\n")[0]  # PyTorch adds a stack
+        raise StageError(f"{url}: its architecture is not one of {name}: {reason}") from error
     load_weights(network, state, url, assign=True)
     return network
 
