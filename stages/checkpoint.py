@@ -29,6 +29,7 @@ from nfm.storage_specs.storage.files import split_url
 T = TypeVar("T")
 
 MAX_IMAGES = 1 << 53  # that a network was trained on
+MAX_ETA = 1e6  # of a teacher; pixels and latents are around 1, and η² must stay finite
 DOCUMENT_KEY = "nfm"  # of the document in the header's metadata
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], type[TarFlowConfig | SiTConfig]]] = {
     "TarFlow": (TarFlow, TarFlowConfig),
@@ -321,7 +322,7 @@ def read_teacher_training(document: dict[str, Any], url: str) -> TeacherTraining
     try:
         config, training = dict(document["run"]["teacher"]), document["training"]
         teacher = TeacherTraining(config, float(config["eta"]), int(training["images"]), float(training["val"]))
-        if not (math.isfinite(teacher.val_nll) and 0 <= teacher.eta < math.inf):
+        if not (math.isfinite(teacher.val_nll) and 0 <= teacher.eta <= MAX_ETA):
             raise ValueError(f"η = {teacher.eta}, val = {teacher.val_nll}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StageError(

@@ -234,7 +234,7 @@ def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "teacher",
-    [{"eta": None}, {"eta": -0.1}, {}, None, {"eta": "much"}, {"eta": 10**400}],
+    [{"eta": None}, {"eta": -0.1}, {}, None, {"eta": "much"}, {"eta": 10**400}, {"eta": 1e200}],
 )
 def test_a_teacher_without_eta_is_refused(teacher: Any) -> None:
     document = {"run": {"teacher": teacher}, "training": {"images": 1, "val": 0.5}}
