@@ -5,6 +5,7 @@ published SiT state dicts. Those were trained with time running the other way: w
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,10 @@ SIZE_GRAMMAR = "\n".join(
 )
 
 
+def _is_size(text: str) -> bool:
+    return re.fullmatch("[1-9][0-9]{0,5}", text) is not None
+
+
 def parse_size(name: str) -> dict[str, Any]:
     """Returns `depth`, `width`, `heads` and `patch` of a name such as `SiT-XL/4` or `SiT-28x1152h16/4`.
 
@@ -67,11 +72,11 @@ def parse_size(name: str) -> dict[str, Any]:
     """
     kind, _, rest = name.partition("-")
     size, _, patch = rest.partition("/")
-    if kind == "SiT" and patch.isdigit() and int(patch) > 0:
+    if kind == "SiT" and _is_size(patch):
         if size in SIZES:
             return dict(zip(("depth", "width", "heads"), SIZES[size], strict=True)) | {"patch": int(patch)}
         numbers = size.replace("h", "x").split("x")
-        if len(numbers) == 3 and all(number.isdigit() and int(number) > 0 for number in numbers):
+        if len(numbers) == 3 and all(_is_size(number) for number in numbers):
             depth, width, heads = map(int, numbers)
             return {"depth": depth, "width": width, "heads": heads, "patch": int(patch)}
     raise ValueError(

@@ -5,6 +5,7 @@ falling from 1 to 0 with one more entry than there are steps. NFE is counted as 
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from nfm.models.fields import VelocityField
 
+MAX_NFE = 10_000  # of a sampler; a trajectory keeps the velocity of every step
 SolverName = Literal["euler", "heun"]
 ScheduleName = Literal["t", "t2"]
 
@@ -143,9 +145,10 @@ class Sampler:
     schedule: ScheduleName = "t2"
 
     def __post_init__(self) -> None:
-        if self.nfe < 1 or (self.solver == "heun" and self.nfe % 2 == 0):
+        if not 1 <= self.nfe <= MAX_NFE or (self.solver == "heun" and self.nfe % 2 == 0):
             raise ValueError(
-                f"got {self.solver} with NFE {self.nfe}; expected at least 1, and for heun an odd number (2·steps - 1)"
+                f"got {self.solver} with NFE {self.nfe}; expected 1 to {MAX_NFE}, and for heun an odd number "
+                "(2·steps - 1)"
             )
 
     @property
@@ -165,7 +168,7 @@ class Sampler:
 SAMPLER_GRAMMAR = """\
 <solver><NFE>[:<schedule>]
   <solver>    euler or heun
-  <NFE>       number of network evaluations for one image: steps of euler, 2·steps - 1 of heun (always odd)
+  <NFE>       number of network evaluations for one image, up to 10000: steps of euler, 2·steps - 1 of heun (always odd)
   <schedule>  t2 (the default): times fall from 1 to 0 as (1 - i/steps)²; t: as 1 - i/steps
 heun31 has 16 steps, euler5 has 5 steps, euler128:t has 128 steps of equal length."""
 
@@ -179,6 +182,6 @@ def parse_sampler(text: str) -> Sampler:
     schedule_name = schedule_name or "t2"
     for solver in SOLVERS:
         digits = head.removeprefix(solver)
-        if digits != head and digits.isdigit() and schedule_name in ("t", "t2"):
+        if re.fullmatch("[0-9]{1,9}", digits) and schedule_name in ("t", "t2"):
             return Sampler(solver, int(digits), "t" if schedule_name == "t" else "t2")
     raise ValueError(f"got sampler {text!r}; expected euler<NFE> or heun<NFE>, optionally ':t' or ':t2'")

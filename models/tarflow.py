@@ -84,7 +84,8 @@ def parse_notation(notation: str) -> dict[str, Any]:
 
     Raises ValueError for a name that NOTATION_GRAMMAR does not allow.
     """
-    match = re.fullmatch(r"TF-(\d+[×x]\d+(?:\+\d+[×x]\d+)*)-(\d+)/(\d+)", notation)
+    number = "[1-9][0-9]{0,5}"
+    match = re.fullmatch(rf"TF-({number}[×x]{number}(?:\+{number}[×x]{number})*)-({number})/({number})", notation)
     if match is None:
         raise ValueError(f"got TarFlow notation {notation!r}; expected one like 'TF-6×2+2×26-1024/2'")
     groups, width, patch = match.groups()

@@ -81,7 +81,10 @@ def test_free_sizes() -> None:
     assert parse_size("SiT-4x64h2/2") == {"depth": 4, "width": 64, "heads": 2, "patch": 2}
 
 
-@pytest.mark.parametrize("name", ["SiT", "SiT-M/2", "SiT-XL", "SiT-XL/0", "SiT-4x64/2", "DiT-XL/2"])
+@pytest.mark.parametrize(
+    "name",
+    ["SiT", "SiT-M/2", "SiT-XL", "SiT-XL/0", "SiT-4x64/2", "DiT-XL/2", "SiT-XL/²", "SiT-4x٣h2/2", "SiT-9999999x4h1/2"],
+)
 def test_unknown_sizes(name: str) -> None:
     with pytest.raises(ValueError, match="expected SiT"):
         parse_size(name)

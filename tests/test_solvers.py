@@ -94,7 +94,21 @@ def test_samplers_count_nfe_as_the_paper(text: str, steps: int) -> None:
     assert len(trajectory.velocities) == steps
 
 
-@pytest.mark.parametrize("text", ["heun30", "euler0", "rk4", "euler", "euler5:cos", "heun-3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "heun30",
+        "euler0",
+        "rk4",
+        "euler",
+        "euler5:cos",
+        "heun-3",
+        "euler٣",
+        "euler²",
+        "euler10001",
+        "euler" + "9" * 30,
+    ],
+)
 def test_unknown_samplers(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
         parse_sampler(text)

@@ -184,7 +184,10 @@ def test_notation() -> None:
     assert parse_notation("TF-8x8-768/2") == {"depths": (8,) * 8, "width": 768, "patch": 2}
 
 
-@pytest.mark.parametrize("text", ["", "TF-8-768/2", "TF-8×8-768", "SiT-XL/2", "TF-8×8+-768/2"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "TF-8-768/2", "TF-8×8-768", "SiT-XL/2", "TF-8×8+-768/2", "TF-8×٣-768/2", "TF-0×8-768/2", "TF-9999999×8-8/2"],
+)
 def test_notation_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="expected one like"):
         parse_notation(text)
