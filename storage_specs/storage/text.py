@@ -21,7 +21,7 @@ _QUERY_VALUE = re.compile(rf"([?&;#][\w.%~-]{{0,64}}(?:{_HIDDEN_NAME})[\w.%~-]{{
 # @, an @ before the first slash. host:8000/store@v1 is none.
 _USER_INFO = re.compile(r"(?<=://)[^\s/:@\[]{0,256}:(?!:)(?:[^\s/]{0,512}@|(?!\d{1,5}(?:/|$))[^\s@]{0,512}@)")
 _WEB_USER_INFO = re.compile(r"(\b(?:https?|ftps?)://)[^\s/@]{1,512}@", re.IGNORECASE)
-_OPTION_VALUE = re.compile(r"(storage\.options\.(?:[^\s=.]+\.)*([^\s=.]+)=)\S+")
+_OPTION_VALUE = re.compile(r"(storage\.options\.(?:[^\s=.]+\.)*([^\s=.]+)=)(\S+)")
 # Options of file systems whose values are no secrets. Texts of any other option are taken for one.
 _PLAIN_NAMES = """
 account_name addressing_style cache_type consistency default_cache_type endpoint endpoint_url host hostname profile
@@ -58,10 +58,19 @@ def redact(text: str) -> str:
         text = _WEB_USER_INFO.sub(rf"\g<1>{HIDDEN}@", text)
     if "=" in text:
         text = _QUERY_VALUE.sub(rf"\g<1>{HIDDEN}", text)
-        text = _OPTION_VALUE.sub(lambda match: match[0] if match[2] in _PLAIN_OPTIONS else match[1] + HIDDEN, text)
+        text = _OPTION_VALUE.sub(_redact_option, text)
     for secret in sorted(_secrets, key=len, reverse=True):  # one may hold another
         text = text.replace(secret, HIDDEN)
     return text
+
+
+def _redact_option(match: re.Match[str]) -> str:
+    """`storage.options.….name=value` without a value that may be a secret."""
+    _, name, text = match.groups()
+    value: object = text
+    if re.fullmatch(r"true|false|[0-9]+", text):
+        value = int(text) if text.isdigit() else text == "true"
+    return match[1] + HIDDEN if _may_be_secret(name, value) else match[0]
 
 
 def shown(text: str) -> str:
