@@ -11,10 +11,12 @@ from nfm.pipeline.output import echo
 from nfm.pipeline.ray_session import ray_session
 from nfm.stages.prepare import prepare
 from nfm.stages.progress import Progress, print_line
-from nfm.stages.train_student import train_student
+from nfm.stages.train_student import find_trained_versions, train_student
 from nfm.stages.train_teacher import train_teacher
 from nfm.storage_specs.format.names import DATASET_FILE
 from nfm.storage_specs.format.schema import LayoutName
+from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.stream import Source
 from nfm.storage_specs.storage.files import Root
 
 NUM_STAGES = 6
@@ -38,7 +40,8 @@ def run_demo(config: Config, out: str, data: Path | None, skip_bad_images: bool)
     print_stage(3, "encode: teacher × noise draws → coupling stores, on Ray, in both layouts")
     stores: dict[LayoutName, str] = {"webdataset": f"{out}/couplings-webdataset", "zarr": f"{out}/couplings-zarr"}
     _encode_stores(config, f"{out}/samples/train", teacher, stores)
-    couplings = stores[config.encode.layout]
+    # The students of an earlier run stay on the version that they were trained on, and are measured on it.
+    couplings = find_trained_versions([Source(stores[config.encode.layout])], f"{out}/student-nfm")[0].url
     students = {}
     print_stage(4, "train-student: flow matching on the teacher's pairs and on random pairs")
     for coupling in ("nfm", "independent"):
@@ -60,5 +63,16 @@ def _encode_stores(config: Config, samples: str, teacher: str, stores: dict[Layo
                     ray_session(lambda status: print_line(f"encode: {status}"), config.encode.insecure_cluster)
                 )
         for layout, url in stores.items():
-            encode = config.encode.model_copy(update={"layout": layout})
+            encode = config.encode.model_copy(update={"layout": layout, "draws": _count_draws(config, url)})
             encode_couplings(encode, samples, teacher, url, config.storage, attribution=config.attribution)
+
+
+def _count_draws(config: Config, url: str) -> int:
+    """The draws of a complete store that has got more since it was made; else those of the config."""
+    draws = config.encode.draws
+    if not Root(url).exists(DATASET_FILE):
+        return draws
+    more = Store(url, kind="couplings").spec.num_draws
+    if more > draws:
+        print_line(f"{url} has {more} draws an image, more than encode.draws = {draws}; the demo keeps them")
+    return max(more, draws)

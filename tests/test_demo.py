@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from nfm.pipeline.config import Config
 from nfm.pipeline.demo import run_demo
 from nfm.storage_specs.reading.store import Store
+from tests.tools.small_run import encode_in_process
 
 
 @pytest.fixture
@@ -83,6 +85,37 @@ def test_metrics_of_another_version_are_not_reused(demo: Path, config: Config) -
     (demo / "metrics.json").write_text(json.dumps(older))
     run_demo(config, str(demo), None, skip_bad_images=False)
     assert json.loads((demo / "metrics.json").read_text())["encode"] == metrics["encode"]
+
+
+@pytest.fixture
+def demo_with_more_draws(demo: Path, config: Config, tmp_path: Path) -> Path:
+    """A copy of the demo whose stores have one draw more."""
+    shutil.copytree(demo, tmp_path / "demo")
+    more = config.model_copy(update={"encode": config.encode.model_copy(update={"draws": config.encode.draws + 1})})
+    for layout in ("webdataset", "zarr"):
+        teacher = f"{tmp_path}/demo/teacher/model.safetensors"
+        encode_in_process(
+            more, f"{tmp_path}/demo/samples/train", teacher, f"{tmp_path}/demo/couplings-{layout}", layout
+        )
+    return tmp_path / "demo"
+
+
+def test_draws_that_were_added_stay_and_change_no_number(
+    demo_with_more_draws: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (demo_with_more_draws / "metrics.json").read_bytes()
+    capsys.readouterr()
+    run_demo(config, str(demo_with_more_draws), None, skip_bad_images=False)
+    assert "has 4 draws an image, more than encode.draws = 3" in capsys.readouterr().err
+    assert (demo_with_more_draws / "metrics.json").read_bytes() == before
+    assert Store(f"{demo_with_more_draws}/couplings-zarr").spec.num_draws == 4
+
+
+def test_new_students_learn_from_draws_that_were_added(demo_with_more_draws: Path, config: Config) -> None:
+    for coupling in ("nfm", "independent"):
+        shutil.rmtree(demo_with_more_draws / f"student-{coupling}")
+    run_demo(config, str(demo_with_more_draws), None, skip_bad_images=False)
+    assert json.loads((demo_with_more_draws / "metrics.json").read_text())["encode"]["draws"] == 4
 
 
 @pytest.mark.long
