@@ -140,7 +140,7 @@ def config_command(config: Config) -> None:
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="Image folder: train/<class>/*.jpg (or .jpeg, .png), and optionally val/<class>/*.jpg.",
+    help="Image folder: train/<class>/*.jpg (or .jpeg, .png, .webp, .gif, .bmp), and optionally val/<class>/*.jpg.",
 )
 @required_option("--out", help="Where the sample stores train and val are written.")
 @click.option(
@@ -150,8 +150,8 @@ def config_command(config: Config) -> None:
 def prepare(config: Config, data: Path | None, out: str, skip_bad_images: bool) -> None:
     """Images → sample stores (x as uint8, label, index).
 
-    Images are resized to data.image_size with PIL's box filter, as in the paper. One that is not square is stretched to
-    a square as a whole: nothing is cropped or padded.
+    Images are turned upright as their EXIF data say, and resized to data.image_size with PIL's box filter, as in the
+    paper. One that is not square is stretched to a square as a whole: nothing is cropped or padded.
     """
     from nfm.stages.prepare import prepare as run
 
