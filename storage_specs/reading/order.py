@@ -124,8 +124,8 @@ class Mixture:
         """
         self.seed = seed
         shares = np.array(weights, dtype=np.float64)
-        if not (np.isfinite(shares) & (shares > 0)).all():
-            raise ValueError(f"got weights {weights}; expected positive numbers")
+        if not ((shares >= 1e-100) & (shares <= 1e100)).all():  # so that their sum is finite
+            raise ValueError(f"got weights {weights}; expected positive numbers, from 1e-100 to 1e100")
         shares *= MIXTURE_PERIOD / shares.sum()
         # Samples of each store in a period: shares rounded down, and one more for those with the largest remainders.
         self.quotas = np.floor(shares).astype(np.int64)
