@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from nfm.models.sit import SiT, SiTConfig
 from nfm.models.solvers import parse_sampler
-from nfm.stages.checkpoint import Checkpoint, load, save
+from nfm.stages.checkpoint import Checkpoint, add_prefix, architecture, load, save
 from nfm.stages.errors import StageError
 from nfm.stages.sample import SampleRequest, sample
+from nfm.storage_specs.format.pixels import to_uint8
 from tests.tools.progress_log import record_progress
 from tests.tools.small_run import Run
 
@@ -86,3 +89,84 @@ def test_guidance_needs_a_model_that_saw_dropped_labels(run: Run, student: str, 
         sample(url, f"{tmp_path}/x.npz", SampleRequest(count=4, guidance=2.0))
     sample(url, f"{tmp_path}/x.npz", SampleRequest(count=4))
     assert (tmp_path / "x.npz").exists()
+
+
+def scaled(url: str, factor: float, folder: Path) -> str:
+    """The same model with weights so large that what it makes is not finite."""
+    checkpoint = load(url)
+    copy = f"{folder}/scaled.safetensors"
+    save(copy, Checkpoint({name: tensor * factor for name, tensor in checkpoint.tensors.items()}, checkpoint.document))
+    return copy
+
+
+@pytest.mark.parametrize("model", ["teacher", "student"])
+@pytest.mark.parametrize("suffix", ["png", "npz"])
+def test_samples_that_are_not_finite_are_not_written(
+    run: Run, student: str, tmp_path: Path, model: str, suffix: str
+) -> None:
+    url = scaled({"teacher": run.teacher, "student": student}[model], 1e37, tmp_path)
+    with pytest.raises(FloatingPointError, match=r"scaled\.safetensors: \d+ of 4 images are not finite; nothing was"):
+        sample(url, f"{tmp_path}/x.{suffix}", SampleRequest(count=4))
+    assert not (tmp_path / f"x.{suffix}").exists()
+
+
+def test_guidance_that_overflows_writes_nothing(student: str, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="images are not finite"):
+        sample(student, f"{tmp_path}/x.png", SampleRequest(count=4, guidance=1e300))
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_pixels_are_made_of_finite_images_alone(value: float) -> None:
+    images = torch.zeros(3, 1, 2, 2)
+    images[1, 0, 1, 1] = value
+    with pytest.raises(FloatingPointError, match="1 of 3 images are not finite"):
+        to_uint8(images)
+
+
+def wide_student(folder: Path, size: int, channels: int = 1) -> str:
+    """A small student of large images: one patch is an eighth of their side."""
+    network = SiT(SiTConfig(channels, size, size // 8, width=4, depth=1, heads=1, num_classes=2))
+    document = {"run": {"student": {}}, "architecture": architecture(network)}
+    save(f"{folder}/wide.safetensors", Checkpoint(add_prefix("model", network.state_dict()), document))
+    return f"{folder}/wide.safetensors"
+
+
+def test_more_images_than_a_grid_or_memory_holds_are_refused_with_what_they_need(tmp_path: Path) -> None:
+    url = wide_student(tmp_path, 4096)
+    with pytest.raises(
+        StageError, match=r"100 images of 1×4096×4096 for a grid, which needs 1\.7 GB, expected at most"
+    ):
+        sample(url, f"{tmp_path}/x.png", SampleRequest(count=100))
+    with pytest.raises(StageError, match=r"1000000 images of 1×4096×4096: got about 33,\d+\.\d GB of memory to fill"):
+        sample(url, f"{tmp_path}/x.npz", SampleRequest(count=1_000_000))
+
+
+def test_a_grid_is_grey_or_coloured(tmp_path: Path) -> None:
+    url = wide_student(tmp_path, 16, channels=2)
+    with pytest.raises(StageError, match=r"4 images of 2×16×16 for a grid, expected 1 or 3 channels; .* \.npz"):
+        sample(url, f"{tmp_path}/x.png", SampleRequest(count=4))
+    sample(url, f"{tmp_path}/x.npz", SampleRequest(count=4))
+    assert np.load(f"{tmp_path}/x.npz", allow_pickle=False)["x"].shape == (4, 2, 16, 16)
+
+
+def test_large_images_pass_in_smaller_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = wide_student(tmp_path, 64)
+    sample(url, f"{tmp_path}/whole.npz", SampleRequest(count=10))
+    monkeypatch.setattr("nfm.stages.sample.BATCH_VALUES", 3 * (31 + 8) * 64**2)
+    ended = record_progress(monkeypatch)
+    sample(url, f"{tmp_path}/parts.npz", SampleRequest(count=10))
+    assert ("sample", 4 * 31, 4 * 31) in ended
+    whole, parts = (np.load(f"{tmp_path}/{name}.npz", allow_pickle=False)["x"] for name in ("whole", "parts"))
+    np.testing.assert_array_equal(whole, parts)
+
+
+def test_a_teacher_without_classes_is_sampled_without_a_class(run: Run, tmp_path: Path) -> None:
+    checkpoint = load(run.teacher)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "class_embed" not in name}
+    document = checkpoint.document | {"architecture": checkpoint.document["architecture"] | {"num_classes": 0}}
+    save(f"{tmp_path}/plain.safetensors", Checkpoint(tensors, document))
+    with pytest.raises(StageError, match="got a network without classes; expected --class -1"):
+        sample(f"{tmp_path}/plain.safetensors", f"{tmp_path}/x.png", SampleRequest(count=4))
+    sample(f"{tmp_path}/plain.safetensors", f"{tmp_path}/x.png", SampleRequest(count=4, classes=(-1,)))
+    assert (tmp_path / "x.png").exists()
