@@ -208,6 +208,8 @@ def test_shortcuts_take_what_their_keys_take() -> None:
         key: Key = KEYS[option.key]
         if isinstance(option.type, click.Choice):
             values = " or ".join(f'"{choice}"' for choice in option.type.choices)
+        elif option.is_flag:
+            values = "boolean"
         elif option.type is click.STRING:
             values = "string"
         else:
