@@ -62,7 +62,7 @@ class Root:
         self.url = expand_home(url).rstrip("/") or "/"
         options = dict(options or {})
         hide_url(self.url)
-        hide_options(options)
+        hide_options(fsspec.config.conf | options)  # also those from FSSPEC_S3_SECRET and its like
         if self.url.startswith(("http://", "https://")):
             options["get_client"] = bounded_http.open_session
         try:
@@ -325,6 +325,5 @@ def check_file_size(name: str | Path, actual_bytes: int, expected_bytes: int) ->
 def set_file_system_options(options: dict[str, dict[str, Any]]) -> None:
     """Set options of fsspec file systems by protocol (`s3`, `gs`, `http`, …), for every `Root` made afterwards in this
     process."""
-    hide_options(options)
     for protocol, values in options.items():
         fsspec.config.conf[protocol] = {**fsspec.config.conf.get(protocol, {}), **values}
