@@ -21,7 +21,7 @@ from nfm.stages.prepare import DataConfig
 from nfm.stages.section import Section
 from nfm.stages.train_student import StudentConfig
 from nfm.stages.train_teacher import TeacherConfig
-from nfm.storage_specs.format.schema import Attribution
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.storage.files import set_file_system_options
 from nfm.storage_specs.storage.text import HIDDEN, shown_options
 

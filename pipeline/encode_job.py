@@ -23,8 +23,9 @@ from nfm.pipeline.ray_session import ray_session
 from nfm.stages.attribution import AttributionConfig, update_attribution
 from nfm.stages.encode import EncodeConfig, EncodedUnit, Speed, UnitEncoder, output_spec
 from nfm.stages.errors import ResumableError, StageError
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.names import LEASE_FILE
-from nfm.storage_specs.format.schema import Attribution, Spec
+from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.lease import Lease

@@ -6,8 +6,7 @@ from pydantic import Field, field_validator
 
 from nfm.stages.progress import print_line
 from nfm.stages.section import Section
-from nfm.storage_specs.format.attribution import canonical_licence, check_public_url
-from nfm.storage_specs.format.schema import MAX_TEXT, Attribution
+from nfm.storage_specs.format.attribution import MAX_TEXT, Attribution, canonical_licence, check_public_url
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.writing.publish import annotate_store
 

@@ -8,7 +8,7 @@ from nfm.pipeline.config import load_config
 from nfm.pipeline.errors import ConfigError
 from nfm.stages.attribution import AttributionConfig
 from nfm.stages.prepare import DataConfig, prepare
-from nfm.storage_specs.format.schema import Attribution
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.writing.publish import annotate_store

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.card import readme, summarize
 from nfm.storage_specs.format.card_text import escape_markdown, quote_yaml
-from nfm.storage_specs.format.schema import Attribution, Dataset
+from nfm.storage_specs.format.schema import Dataset
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.text import printable
 from nfm.storage_specs.writing.tuples import export_tuples

@@ -15,10 +15,11 @@ import pytest
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.card import readme
 from nfm.storage_specs.format.card_text import Z_IS_THE_IMAGE
 from nfm.storage_specs.format.croissant import croissant
-from nfm.storage_specs.format.schema import Attribution, LayoutName
+from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.writing.publish import annotate_store
 from nfm.storage_specs.writing.tuples import export_tuples

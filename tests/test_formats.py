@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from nfm.pipeline.cli import nfm
-from nfm.storage_specs.format.schema import SCHEMA_VERSION, Attribution, LayoutName
+from nfm.storage_specs.format.attribution import Attribution
+from nfm.storage_specs.format.schema import SCHEMA_VERSION, LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import describe_weak_promises, find_faults
 from nfm.storage_specs.storage.errors import StoreError

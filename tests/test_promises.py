@@ -15,8 +15,9 @@ from nfm.models.tarflow import TarFlow
 from nfm.stages.checkpoint import load_any_network
 from nfm.stages.errors import StageError
 from nfm.stages.reencode import verify_by_reencoding
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.pixels import to_uint8
-from nfm.storage_specs.format.schema import Attribution, LayoutName, Spec
+from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.reading import rows as rows_module
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream

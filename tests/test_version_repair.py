@@ -9,8 +9,9 @@ from subprocess import PIPE
 import numpy as np
 import pytest
 
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.names import LEASE_FILE
-from nfm.storage_specs.format.schema import Attribution, LayoutName
+from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import find_document_faults, find_faults
 from nfm.storage_specs.reading.versions import list_versions
@@ -230,7 +231,7 @@ def test_all_documents_are_damaged_and_written_again(tmp_path: Path) -> None:
 ANNOTATE = """
 import sys
 from nfm.storage_specs.format.names import LEASE_FILE
-from nfm.storage_specs.format.schema import Attribution
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.writing.publish import annotate_store
 store = Store(sys.argv[1])

@@ -14,8 +14,8 @@ import torch
 
 from nfm.stages.train_student import train_student
 from nfm.stages.training import Trainer
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.names import LEASE_FILE
-from nfm.storage_specs.format.schema import Attribution
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream, StreamState
 from nfm.storage_specs.reading.verify import find_document_faults, find_faults

@@ -5,9 +5,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.codecs import STORED_MEANING
 from nfm.storage_specs.format.names import Z_SCALE_FILE
-from nfm.storage_specs.format.schema import Attribution, LatentSpec, Spec
+from nfm.storage_specs.format.schema import LatentSpec, Spec
 from nfm.storage_specs.storage.text import printable
 
 Z_IS_THE_IMAGE: Final = (

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from nfm.storage_specs.format.attribution import canonical_licence, check_public_url
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.codecs import STORED_DTYPES, FloatDtype, ZDtype
 from nfm.storage_specs.storage.documents import StrictModel, canonical_json
 from nfm.storage_specs.storage.errors import StoreError, UnsupportedError
@@ -22,7 +22,6 @@ SCHEMA_MINOR = 1
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_ROW_BYTES = 1 << 28  # of one float32 image; a spec with more is damaged or hostile
 MAX_SQUARED_ERROR = 1e100  # of a file; that of float32 values is below it, and no sum over files overflows
-MAX_TEXT = 20_000  # characters of a text in an attribution
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["samples", "couplings"]
@@ -305,38 +304,6 @@ class Totals(StrictModel):
     bytes: int
     label_counts: dict[str, int]
     z_rms_error: FiniteNonNegative | None  # of z as stored against the teacher's own
-
-
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-
-
-class Attribution(StrictModel):
-    """Where the data come from and on what terms; what is not known is null. It is outside the store's id, so it can be
-    corrected by a new version."""
-
-    licence: Text | None = None  # an SPDX expression, such as "CC-BY-4.0" or "LicenseRef-ImageNet"
-    citation: Text | None = None
-    creator: Text | None = None
-    source_url: Text | None = None
-    notes: Text | None = None
-
-    def updated(self, other: "Attribution") -> "Attribution":
-        """This attribution with every field that `other` gives.
-
-        Raises StoreError if what `other` gives may not be written (see attribution.py).
-        """
-        given = other.model_dump(exclude_none=True)
-        for field, check in (("licence", canonical_licence), ("source_url", check_public_url)):
-            if field in given:
-                given[field] = check(given[field])
-        return self.model_copy(update=given)
-
-    def without(self, fields: Iterable[str]) -> "Attribution":
-        """This attribution without these fields."""
-        return self.model_copy(update=dict.fromkeys(fields))
-
-
-UNKNOWN = Attribution()
 
 
 class DocumentFile(StrictModel):

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.codecs import ZDtype
 from nfm.storage_specs.format.names import MANIFEST_NAME, SIGMA_F_NAME
 from nfm.storage_specs.format.schema import (
-    Attribution,
     Dataset,
     DocumentFile,
     Documents,

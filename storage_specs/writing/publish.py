@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from nfm.storage_specs.format import schema
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.card import readme
 from nfm.storage_specs.format.croissant import croissant
 from nfm.storage_specs.format.dataset import is_1_0, layout_of, parse_dataset
@@ -29,7 +30,6 @@ from nfm.storage_specs.format.names import (
 )
 from nfm.storage_specs.format.schema import (
     SCHEMA_VERSION,
-    Attribution,
     Dataset,
     DocumentFile,
     Documents,

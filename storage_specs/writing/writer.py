@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.attribution import UNKNOWN, Attribution
 from nfm.storage_specs.format.commits import Commit, Cost, StartedStore
 from nfm.storage_specs.format.dataset import check_kind_is_supported
 from nfm.storage_specs.format.image_names import ImageName
@@ -33,7 +34,7 @@ from nfm.storage_specs.format.names import (
     Z_SCALE_FILE,
     Z_SUMS_NAME,
 )
-from nfm.storage_specs.format.schema import SCHEMA_VERSION, UNKNOWN, Attribution, Dataset, Spec, read_schema_version
+from nfm.storage_specs.format.schema import SCHEMA_VERSION, Dataset, Spec, read_schema_version
 from nfm.storage_specs.format.sums import ZSums, sigma_f
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.versions import check_no_version

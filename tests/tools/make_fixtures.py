@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.commits import Cost
 from nfm.storage_specs.format.image_names import ImageName
-from nfm.storage_specs.format.schema import Attribution, LayoutName, Spec
+from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.writing.publish import annotate_store, tag_version
 from nfm.storage_specs.writing.writer import StoreWriter

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.image_names import ImageName
 from nfm.storage_specs.format.schema import (
-    Attribution,
     DecoderSpec,
     LatentSpec,
     LayoutName,

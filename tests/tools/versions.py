@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfm.storage_specs.format.schema import Attribution, LayoutName, Spec
+from nfm.storage_specs.format.attribution import Attribution
+from nfm.storage_specs.format.schema import LayoutName, Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.writing.publish import annotate_store
