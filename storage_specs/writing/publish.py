@@ -11,7 +11,14 @@ from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.card import readme
 from nfm.storage_specs.format.croissant import croissant
 from nfm.storage_specs.format.dataset import is_1_0, layout_of, parse_dataset
-from nfm.storage_specs.format.image_names import encode_names, hash_rows
+from nfm.storage_specs.format.image_names import encode_names, hash_rows, max_names_bytes, parse_names
+from nfm.storage_specs.format.manifest import (
+    FILE_SCHEMA,
+    max_manifest_bytes,
+    parse_file_records,
+    parse_label_counts,
+    parse_manifest,
+)
 from nfm.storage_specs.format.names import (
     CROISSANT_FILE,
     DATASET_FILE,
@@ -89,8 +96,9 @@ def publish(
     if previous is not None:
         _restore_earlier_versions(root, previous.version, content_of, spec.lineage)
     if previous is not None and is_same:
+        previous = _restore_version(root, previous, content)
         _restore_documents(root, previous, content)
-        if _is_intact(root, previous):
+        if _is_intact(root, previous) and _holds(root, previous, content):
             return _publish_documents(root, previous)
     number = previous.version + 1 if previous else 1
     for unreadable in list_versions(root):
@@ -110,7 +118,7 @@ def publish(
     if content.names is not None:
         rows_sha256 = hash_rows(content.names)
         names = previous.documents.names if previous else None
-        if names is None or names.rows_sha256 != rows_sha256 or not _has_sha256(root, names):
+        if names is None or not (_has_sha256(root, names) and _holds_names(root, names, content)):
             file = write(NAMES_NAME, encode_names(content.names))
             assert file is not None
             names = NamesFile(path=file.path, sha256=file.sha256, rows_sha256=rows_sha256)
@@ -163,6 +171,53 @@ def _restore_earlier_versions(root: Root, newest: int, content_of: Callable[[Spe
             continue  # `verify` tells; nothing says what the document was
         if dataset.spec.lineage == lineage and not _is_intact(root, dataset):
             _restore_documents(root, dataset, content_of(dataset.spec))
+
+
+def _restore_version(root: Root, dataset: Dataset, content: Content) -> Dataset:
+    """The document of a version of this content. It is written again if fields that follow from the content, which the
+    id alone does not protect, are others in it."""
+    computed = dataset.model_copy(
+        update={
+            "spec": content.spec,
+            "totals": sum_totals(content.spec, content.files, content.label_counts),
+            "records": layout_of(dataset).describe_records(content.spec),
+        }
+    )
+    if computed != dataset:
+        root.write(version_file(dataset.version), canonical_json(computed.model_dump(mode="json")))
+    return computed
+
+
+def _holds(root: Root, dataset: Dataset, content: Content) -> bool:
+    """Whether manifest and names of a version, whose sha256 were compared, say what the content does. Their bytes
+    differ between versions of the library that writes Parquet."""
+    path, spec, layout = dataset.documents.manifest.path, content.spec, layout_of(dataset)
+    try:
+        data = root.read(path, max_manifest_bytes(spec, layout))
+        table = parse_manifest(data, spec, layout, FILE_SCHEMA, path)
+        files = list(parse_file_records(table, spec, layout, path).values())
+        label_counts = parse_label_counts(table, spec, path)
+    except StorageError:
+        raise
+    except StoreError:
+        return False
+    names = dataset.documents.names
+    return (files, label_counts) == (content.files, content.label_counts) and (
+        names is None or _holds_names(root, names, content)
+    )
+
+
+def _holds_names(root: Root, file: NamesFile, content: Content) -> bool:
+    """Whether a file of names, whose sha256 was compared, has the rows of the content."""
+    assert content.names is not None
+    try:
+        data = root.read(file.path, max_names_bytes(content.spec.rows))
+        rows_sha256 = hash_rows(parse_names(data, 0, content.spec.rows, file.path))
+    except StorageError:
+        raise
+    except StoreError:
+        return False
+    return rows_sha256 == file.rows_sha256 == hash_rows(content.names)
 
 
 def _restore_documents(root: Root, dataset: Dataset, content: Content) -> None:
