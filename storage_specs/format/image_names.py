@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.parquet import open_parquet
+from nfm.storage_specs.storage.parquet import Limits, read_table
 
 MAX_NAME_BYTES = 1024  # of a name as UTF-8
 _ROWS_AT_ONCE = 1 << 16  # as Python objects
@@ -46,26 +47,14 @@ def encode_names(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def parse_names(data: bytes, first_index: int, rows: int, name: str) -> pa.Table:
+def parse_names(data: bytes | NDArray[np.uint8], first_index: int, rows: int, name: str) -> pa.Table:
     """The table in a file of the names of so many images, with consecutive indices from `first_index`.
 
     Raises StoreError with the file's `name` if it holds another table, or if its values would take more memory than
     names can.
     """
     expected = f"expected the names of {rows} images from index {first_index}; the file is damaged"
-    try:
-        parquet = open_parquet(data)
-        groups = range(parquet.metadata.num_row_groups)
-        stated_bytes = sum(parquet.metadata.row_group(group).total_byte_size for group in groups)
-        is_expected = parquet.metadata.num_rows == rows and parquet.schema_arrow.equals(NAMES_SCHEMA)
-        if not is_expected or stated_bytes > max_names_bytes(rows):
-            raise StoreError(f"{name}: got {parquet.metadata.num_rows} rows of {stated_bytes} bytes, {expected}")
-        table = parquet.read(use_threads=False)
-        table.validate(full=True)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{name}: not a Parquet file: {error}") from error
-    if table.num_rows != rows or table.nbytes > max_names_bytes(rows):  # whatever the metadata said
-        raise StoreError(f"{name}: got {table.num_rows} rows of {table.nbytes} bytes, {expected}")
+    table = read_table(data, NAMES_SCHEMA, Limits(rows, max_names_bytes(rows), MAX_NAME_BYTES), name)
     if table["index"].null_count or not np.array_equal(table["index"].to_numpy(), np.arange(rows) + first_index):
         raise StoreError(f"{name}: got other indices, {expected}")
     name_bytes = pc.binary_length(table["name"])

@@ -4,16 +4,21 @@ spec."""
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nfm.storage_specs.format.layouts import Layout
-from nfm.storage_specs.format.schema import FileRecord, Spec
+from nfm.storage_specs.format.schema import MAX_SQUARED_ERROR, FileRecord, Spec
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.parquet import open_parquet
+from nfm.storage_specs.storage.parquet import Limits, read_table
+
+MAX_MANIFEST_BYTES = 1 << 29
+MAX_TEXT_BYTES = 256  # of a path, the longest text of a row
+_ROWS_AT_ONCE = 1 << 14  # as Python objects
 
 FILE_SCHEMA = pa.schema(
     [
@@ -65,7 +70,8 @@ def view_of(spec: Spec, key: FileKey) -> str:
 
 def max_manifest_bytes(spec: Spec, layout: Layout) -> int:
     """Upper bound of the size of a manifest, both of its file and of its values in memory."""
-    return (1 << 16) + count_expected_files(spec, layout) * (1024 + 16 * min(spec.num_classes, spec.block_rows))
+    bytes_per_file = 1024 + 16 * min(spec.num_classes, spec.block_rows)
+    return min((1 << 16) + count_expected_files(spec, layout) * bytes_per_file, MAX_MANIFEST_BYTES)
 
 
 def encode_manifest(spec: Spec, files: list[FileRecord], label_counts: list[dict[int, int]]) -> bytes:
@@ -101,34 +107,24 @@ def parse_manifest(data: bytes, spec: Spec, layout: Layout, schema: pa.Schema, n
     Raises StoreError with the file's `name` if it is another table, or if its values would take more memory than a
     manifest can.
     """
-    expected_rows, max_bytes = count_expected_files(spec, layout), max_manifest_bytes(spec, layout)
-    try:
-        parquet = open_parquet(data)
-        if parquet.metadata.num_rows != expected_rows:
-            raise StoreError(f"{name}: got {parquet.metadata.num_rows} files, expected the {expected_rows} of the spec")
-        groups = range(parquet.metadata.num_row_groups)
-        if sum(parquet.metadata.row_group(group).total_byte_size for group in groups) > max_bytes:
-            raise StoreError(f"{name}: got more than {max_bytes} bytes of values, too many for {expected_rows} files")
-        if not parquet.schema_arrow.equals(schema):
-            raise StoreError(f"{name}: its columns are not those of a manifest; the file is of another version")
-        table = parquet.read(use_threads=False)
-        table.validate(full=True)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{name}: not a Parquet file: {error}") from error
-    if table.num_rows != expected_rows or table.nbytes > max_bytes:  # whatever the metadata said
-        raise StoreError(
-            f"{name}: got {table.nbytes} bytes of values in {table.num_rows} rows, expected {expected_rows} rows"
-        )
+    limits = Limits(count_expected_files(spec, layout), max_manifest_bytes(spec, layout), MAX_TEXT_BYTES)
+    table = read_table(data, schema, limits, name)
     if table["label_counts"].null_count:
         raise StoreError(f"{name}: got no label_counts in some row, expected them in each")
     return table
+
+
+def _iterate_values(table: pa.Table, field: str) -> Iterator[Any]:
+    """The values of one column of a table, as Python objects, of which only some exist at a time."""
+    for start in range(0, table.num_rows, _ROWS_AT_ONCE):
+        yield from table[field].slice(start, _ROWS_AT_ONCE).to_pylist()
 
 
 def parse_label_counts(table: pa.Table, spec: Spec, name: str) -> list[dict[int, int]]:
     """The number of rows of each label, block by block. Raises StoreError with the manifest's `name` if they do not add
     up to the rows of each block, or name a class that the spec does not have."""
     counts_by_block: list[dict[int, int]] = []
-    for block, pairs in enumerate(table["label_counts"][: spec.num_blocks].to_pylist()):  # those of x come first
+    for block, pairs in enumerate(_iterate_values(table.slice(0, spec.num_blocks), "label_counts")):  # those of x
         counts = dict(pairs)
         is_valid = len(counts) == len(pairs) and all(
             0 <= label < spec.num_classes and count is not None and count > 0 for label, count in pairs
@@ -138,7 +134,7 @@ def parse_label_counts(table: pa.Table, spec: Spec, name: str) -> list[dict[int,
                 f"{name}: the label counts of block {block} are not those of its {spec.rows_of(block)} rows"
             )
         counts_by_block.append(counts)
-    if any(table["label_counts"][spec.num_blocks :].to_pylist()):
+    if any(_iterate_values(table.slice(spec.num_blocks), "label_counts")):
         raise StoreError(f"{name}: got label_counts of files that hold no labels, expected them of x alone")
     return counts_by_block
 
@@ -153,9 +149,8 @@ def parse_file_records(table: pa.Table, spec: Spec, layout: Layout, name: str) -
     has_views = "view" in table.column_names  # not in schema 1.0
     if has_views:
         fields.append("view")
-    rows = zip(*(table[field].to_pylist() for field in fields), strict=True)
-    digests = table["sha256"].to_pylist()
-    squared_errors = table["squared_error"].to_pylist()
+    rows = zip(*(_iterate_values(table, field) for field in fields), strict=True)
+    digests, squared_errors = _iterate_values(table, "sha256"), _iterate_values(table, "squared_error")
     file_sizes: dict[tuple[str, int], int] = {}  # by column and rows; there are few
     files: dict[FileKey, FileRecord] = {}
     row_values = zip(expected_keys(spec, layout), rows, digests, squared_errors, strict=True)
@@ -177,11 +172,11 @@ def parse_file_records(table: pa.Table, spec: Spec, layout: Layout, name: str) -
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise StoreError(f"{name}: the sha256 of {path} is not 64 hexadecimal digits")
         has_squared_error = squared_error is not None
-        is_valid = not has_squared_error or 0 <= squared_error < math.inf
+        is_valid = not has_squared_error or 0 <= squared_error <= MAX_SQUARED_ERROR
         if has_squared_error != (key.column == "z") or not is_valid:
             raise StoreError(
                 f"{name}: got squared_error {squared_error} of {path}, "
-                "expected a finite number >= 0 for files of z and none for others"
+                f"expected 0 to {MAX_SQUARED_ERROR} for files of z and none for others"
             )
         files[key] = FileRecord(
             column=key.column,

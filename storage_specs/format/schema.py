@@ -14,13 +14,14 @@ from pydantic import Field, model_validator
 
 from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.codecs import STORED_DTYPES, FloatDtype, ZDtype
-from nfm.storage_specs.storage.documents import StrictModel, canonical_json
+from nfm.storage_specs.storage.documents import StrictModel, canonical_json, load_json
 from nfm.storage_specs.storage.errors import StoreError, UnsupportedError
 
 SCHEMA_MAJOR = 1
 SCHEMA_MINOR = 1
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_ROW_BYTES = 1 << 28  # of one float32 image; a spec with more is damaged or hostile
+MAX_FILES = 1 << 20  # of columns; a larger store needs larger blocks
 MAX_SQUARED_ERROR = 1e100  # of a file; that of float32 values is below it, and no sum over files overflows
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -180,6 +181,12 @@ class Spec(StrictModel):
             raise ValueError("a store has a 'coupling' section exactly when its kind is 'couplings'")
         if self.dim * 4 > MAX_ROW_BYTES:
             raise ValueError(f"shape {self.shape} has more than {MAX_ROW_BYTES} bytes a row")
+        max_files = self.num_blocks * (len(self.image_columns) + 2 + 2 * self.num_draws)  # in any layout
+        if max_files > MAX_FILES:
+            raise ValueError(
+                f"{self.rows} rows in blocks of {self.block_rows} with {self.num_draws} draws are up to {max_files} "
+                f"files, expected at most {MAX_FILES}; larger blocks make fewer"
+            )
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
         if self.views not in (["plain"], ["plain", "mirrored"]):
@@ -398,13 +405,14 @@ def content_id(
 def read_schema_version(data: bytes, name: str) -> tuple[int, int]:
     """Major and minor schema version of a document. Raises StoreError with the file's `name` if it has none, or one
     that this nfm cannot read; the message then says which nfm can."""
+    document = load_json(data, name)
     try:
-        version = json.loads(data)["schema_version"]
+        version = document["schema_version"]
         match = re.fullmatch(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})", version)
         if match is None:
             raise ValueError(version)
         major, minor = int(match[1]), int(match[2])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{name}: got no readable schema_version; expected the dataset.json of a store") from error
     if major != SCHEMA_MAJOR or minor > SCHEMA_MINOR:
         needed = f"nfm {major}.x" if major != SCHEMA_MAJOR else f"a later nfm {major}.x"

@@ -30,6 +30,7 @@ from nfm.storage_specs.format.schema import DocumentFile
 from nfm.storage_specs.format.sums import NUM_POWERS, ZSums, sigma_f, sum_z
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.versions import list_tags, open_document
+from nfm.storage_specs.storage.documents import load_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, sha256
 from nfm.storage_specs.storage.local import is_temporary_file, map_file
@@ -242,11 +243,7 @@ def _compare_metadata(store: Store, path: str, expected: bytes) -> None:
     """Raise StoreError unless a metadata file of Zarr says what it must. Versions of zarr-python spell it differently,
     and leave out or write what is empty."""
     data = store.root.read(path, MAX_METADATA_BYTES)
-    try:
-        metadata = json.loads(data)
-    except (ValueError, RecursionError):
-        metadata = None
-    if _without_empty(metadata) != _without_empty(json.loads(expected)):
+    if _without_empty(load_json(data, f"{store.url}/{path}")) != _without_empty(json.loads(expected)):
         raise StoreError(f"{store.url}/{path}: it is not the metadata of this spec; repair or copy the store")
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -9,6 +11,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from nfm.storage_specs.storage.errors import StoreError
 
 MAX_VALUE_LENGTH = 60  # characters of a value in a message
+# Of a document. A million classes have two million values, the record of a unit of 65,536 draws 131,000 objects.
+MAX_VALUES = 3_000_000
+MAX_CONTAINERS = 300_000  # lists and objects
+MAX_DEPTH = 64
+_STRING = re.compile(rb'"[^"]*"?')  # without escapes; the last one may have no end
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class StrictModel(BaseModel):
@@ -26,26 +34,73 @@ def canonical_json(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
-class _ConstantError(ValueError):
-    """A number that JSON does not have."""
-
-
 def _refuse_constant(constant: str) -> None:
-    raise _ConstantError(constant)
+    raise ValueError(f"got {constant}, which is no JSON")
+
+
+def _parse_finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"got {text[:MAX_VALUE_LENGTH]}, which is too large a number")
+    return value
+
+
+def _strip_strings(data: bytes) -> bytes:
+    """What is left of a document without its strings."""
+    without_escapes = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return _STRING.sub(b"", without_escapes)
+
+
+def _check_structure(structure: bytes) -> None:
+    """Raise ValueError if a document, of which the strings are left out, is nested too deep or has too many values:
+    they take up to 50 times the memory of their text, and as much again while a model is made of them."""
+    if structure.count(b",") > MAX_VALUES:
+        raise ValueError(f"got more than {MAX_VALUES} values")
+    brackets = structure.translate(None, delete=_NO_BRACKETS)
+    if len(brackets) > 2 * MAX_CONTAINERS:
+        raise ValueError(f"got more than {MAX_CONTAINERS} lists and objects")
+    depth = 0
+    for bracket in brackets:
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"got lists and objects nested more than {MAX_DEPTH} deep")
+
+
+def _count_keys(value: Any) -> int:
+    """The number of members of all objects in a JSON value."""
+    count, remaining = 0, [value]
+    while remaining:
+        container = remaining.pop()
+        if isinstance(container, dict):
+            count += len(container)
+            container = container.values()
+        remaining += [item for item in container if isinstance(item, (dict, list))]
+    return count
+
+
+def load_json(data: bytes, name: str) -> Any:
+    """The value of a JSON document (RFC 8259, in UTF-8) that anybody may have written.
+
+    Raises StoreError with the file's `name` if it is none, has a key twice in an object (of which readers take one or
+    the other), a number that is not finite, or more or deeper nested values than any document of this project.
+    """
+    try:
+        structure = _strip_strings(data)
+        _check_structure(structure)
+        value = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_parse_finite)
+        if isinstance(value, (dict, list)) and _count_keys(value) != structure.count(b":"):
+            raise ValueError("got a key twice in one object")
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{name}: not a JSON document: {error}; the file is damaged") from error
+    return value
 
 
 def parse_json(model: type[T], data: bytes, name: str) -> T:
-    """The document in `data`, checked against `model`.
-
-    Raises StoreError with the file's `name` and the first wrong field. NaN and infinity, which are no JSON, are refused
-    also where the model takes any value.
-    """
+    """The document in `data`, checked against `model`. Raises StoreError with the file's `name` as `load_json` does, or
+    with the first wrong field."""
+    load_json(data, name)  # its value is not validated, as strict models take other types from Python than from JSON
     try:
-        if b"NaN" in data or b"Infinity" in data:  # else there is no need to look
-            json.loads(data, parse_constant=_refuse_constant)
         return model.model_validate_json(data)
-    except _ConstantError as error:
-        raise StoreError(f"{name}: got {error}, which is no JSON; the file is damaged") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "document"
@@ -63,15 +118,13 @@ def parse_sealed_json(model: type[T], data: bytes, name: str) -> T:
 
     Raises StoreError with the file's `name` if either does not match.
     """
-    try:
-        value = json.loads(data)
-        digest = value.pop("sha256")
-        intact = digest == hashlib.sha256(canonical_json(value)).hexdigest()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        intact = False
-    if not intact:
+    value = load_json(data, name)
+    digest = value.pop("sha256", None) if isinstance(value, dict) else None
+    content = canonical_json(value)
+    del value  # it may be large
+    if digest != hashlib.sha256(content).hexdigest():
         raise StoreError(f"{name}: its sha256 is not the one that it states; the file is damaged")
-    return parse_json(model, canonical_json(value), name)
+    return parse_json(model, content, name)
 
 
 def list_differences(requested: dict[str, Any], existing: dict[str, Any], prefix: str = "") -> list[str]:

@@ -5,7 +5,6 @@ document, and the copies of the newest version's documents, of which dataset.jso
 the record that follows it was written.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -38,7 +37,7 @@ from nfm.storage_specs.format.schema import SCHEMA_VERSION, Dataset, Spec, read_
 from nfm.storage_specs.format.sums import ZSums, sigma_f
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.versions import check_no_version
-from nfm.storage_specs.storage.documents import canonical_json, list_differences, parse_json
+from nfm.storage_specs.storage.documents import canonical_json, list_differences, load_json, parse_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
 from nfm.storage_specs.storage.messages import list_fields
@@ -61,7 +60,7 @@ def read_started(root: Root) -> StartedStore | None:
     if not root.exists(SPEC_FILE):
         return None
     name, data = f"{root.url}/{SPEC_FILE}", root.read(SPEC_FILE, MAX_METADATA_BYTES)
-    if not _has_schema_version(data):
+    if not _has_schema_version(data, name):
         if not root.exists(DATASET_FILE):
             raise StoreError(
                 f"{root.url}: holds an unfinished store of schema 1.0, which this nfm cannot continue; "
@@ -77,12 +76,9 @@ def read_started(root: Root) -> StartedStore | None:
     return started
 
 
-def _has_schema_version(data: bytes) -> bool:
+def _has_schema_version(data: bytes, name: str) -> bool:
     """Whether a document says its schema, which the spec.json of schema 1.0 does not."""
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):
-        return True  # damaged, which its reader tells
+    document = load_json(data, name)
     return isinstance(document, dict) and "schema_version" in document
 
 
