@@ -1,6 +1,7 @@
 """What reaches a person: texts from outside on one line, without what steers a terminal, and without secrets."""
 
 import ast
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from nfm.pipeline.cli import main
 from nfm.pipeline.errors import ConfigError
+from nfm.pipeline.output import echo, guard_output
 from nfm.pipeline.presets import preset_text
 from nfm.stages.errors import StageError
 from nfm.storage_specs.storage import files
@@ -213,6 +215,15 @@ def test_tracebacks_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
         sys.excepthook(type(error), error, error.__traceback__)
     err = capsys.readouterr().err
     assert "Traceback" in err and "KeyError" in err and "SECRET" not in err and is_safe(err)
+
+
+def test_an_encoding_without_a_character_shows_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    guard_output()
+    echo("η = 0.3, \udcff")
+    sys.stdout.flush()
+    assert written.getvalue() == rb"\u03b7 = 0.3, \udcff" + b"\n"
 
 
 SECRET = "marked-secret-7f3a"
