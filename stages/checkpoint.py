@@ -6,7 +6,6 @@ One atomic rename replaces all of a checkpoint. Nothing in it can execute code. 
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
@@ -30,6 +29,7 @@ T = TypeVar("T")
 
 MAX_IMAGES = 1 << 53  # that a network was trained on
 MAX_ETA = 1e6  # of a teacher; pixels and latents are around 1, and η² must stay finite
+MAX_NLL = 1e6  # in nats per dimension; those of images are between -10 and 10
 DOCUMENT_KEY = "nfm"  # of the document in the header's metadata
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], type[TarFlowConfig | SiTConfig]]] = {
     "TarFlow": (TarFlow, TarFlowConfig),
@@ -292,7 +292,7 @@ class Curves:
         """Mean training loss over the last tenth of the run."""
         last_images = self.images[-1]
         losses = [loss for images, loss in zip(self.images, self.loss, strict=True) if images > 0.9 * last_images]
-        return sum(losses) / len(losses)
+        return sum(loss / len(losses) for loss in losses)  # finite, as each loss is
 
 
 def read_curves(document: dict[str, Any], url: str) -> Curves:
@@ -322,7 +322,7 @@ def read_teacher_training(document: dict[str, Any], url: str) -> TeacherTraining
     try:
         config, training = dict(document["run"]["teacher"]), document["training"]
         teacher = TeacherTraining(config, float(config["eta"]), int(training["images"]), float(training["val"]))
-        if not (math.isfinite(teacher.val_nll) and 0 <= teacher.eta <= MAX_ETA):
+        if not (abs(teacher.val_nll) <= MAX_NLL and 0 <= teacher.eta <= MAX_ETA):
             raise ValueError(f"η = {teacher.eta}, val = {teacher.val_nll}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StageError(

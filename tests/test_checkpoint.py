@@ -243,7 +243,13 @@ def test_a_teacher_without_eta_is_refused(teacher: Any) -> None:
     one_line(caught)
 
 
-POINTS = {"images": [64, 128], "loss": [0.5, 0.25], "val_images": [], "val": []}
+@pytest.mark.parametrize("training", [{"images": 1, "val": 1.7e308}, {"images": 1}, {"images": [], "val": 0.5}, None])
+def test_a_teacher_without_likelihood_is_refused(training: Any) -> None:
+    with pytest.raises(StageError, match="does not say how it was trained"):
+        read_teacher_training({"run": {"teacher": {"eta": 0.1}}, "training": training}, "x")
+
+
+POINTS: dict[str, Any] = {"images": [64, 128], "loss": [0.5, 0.25], "val_images": [], "val": []}
 
 
 @pytest.mark.parametrize(

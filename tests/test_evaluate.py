@@ -1,21 +1,34 @@
 """Evaluation: the progress of its steps, the names of students, and what does not belong together."""
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nfm.pipeline.cli import nfm
 from nfm.stages.checkpoint import Checkpoint, load, save
 from nfm.stages.errors import StageError
-from nfm.stages.evaluate import STEPS_WITHOUT_STUDENTS, EvaluateConfig, evaluate
+from nfm.stages.evaluate import (
+    STEPS_WITHOUT_STUDENTS,
+    EvaluateConfig,
+    Evaluation,
+    check_finite,
+    check_images,
+    evaluate,
+)
+from nfm.stages.frechet import FORCE_WEIGHTS_ONLY, UNPICKLING_ERROR, weights_alone
 from nfm.stages.splits import open_splits
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.progress_log import record_progress
 from tests.tools.small_run import SMALL, Run
+from tests.tools.stores import block_of, sample_spec
 
 CONFIG = EvaluateConfig(
     samples=40,
@@ -125,3 +138,133 @@ def test_the_two_stores(run: Run) -> None:
 def test_a_folder_of_no_stores(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no dataset.json"):
         open_splits(str(tmp_path))
+
+
+def with_document(url: str, folder: Path, changes: dict[str, Any], factor: float = 1.0) -> str:
+    """The same model with other fields in its document, and weights that are larger by a factor."""
+    checkpoint = load(url)
+    tensors = {name: tensor * factor for name, tensor in checkpoint.tensors.items()}
+    save(f"{folder}/changed.safetensors", Checkpoint(tensors, checkpoint.document | changes))
+    return f"{folder}/changed.safetensors"
+
+
+def refuse_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(*_: Any) -> None:
+        raise AssertionError("an evaluation that cannot be finished has begun")
+
+    monkeypatch.setattr(Evaluation, "__init__", compute)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "message"),
+    [
+        ("1e308", "seconds.CPU"),
+        ("1e999", "cost.json"),
+        ("NaN", "cost.json"),
+        ("-1", "seconds.CPU"),
+        ('"1"', "seconds.CPU"),
+    ],
+)
+def test_a_cost_that_is_none_is_refused_before_anything_is_computed(
+    run: Run, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: str, message: str
+) -> None:
+    refuse_computing(monkeypatch)
+    couplings = shutil.copytree(run.couplings["webdataset"], tmp_path / "couplings")
+    (couplings / "cost.json").write_text(f'{{"seconds": {{"CPU": {seconds}}}}}')
+    with pytest.raises(StoreError, match=message) as caught:
+        evaluate(CONFIG, run.samples, str(couplings), run.teacher, {"a": student})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changed", ["teacher", "student"])
+@pytest.mark.parametrize("curves", [{}, {"images": [64], "loss": [], "val_images": [], "val": []}])
+def test_curves_that_are_none_are_refused_before_anything_is_computed(
+    run: Run, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, curves: Any
+) -> None:
+    refuse_computing(monkeypatch)
+    models = {"teacher": run.teacher, "student": student}
+    models[changed] = with_document(models[changed], tmp_path, {"curves": curves})
+    with pytest.raises(StageError, match=r"changed\.safetensors: its curves"):
+        evaluate(CONFIG, run.samples, run.couplings["webdataset"], models["teacher"], {"a": models["student"]})
+
+
+@pytest.mark.parametrize("couplings", [3, None, [3], [{"name": "x"}], {"id": 3}])
+def test_a_student_of_a_strange_run_is_refused(run: Run, student: str, tmp_path: Path, couplings: Any) -> None:
+    url = with_document(student, tmp_path, {"run": {"student": {}, "couplings": couplings}})
+    with pytest.raises(StageError, match="got a student of other couplings"):
+        evaluate(CONFIG, run.samples, run.couplings["webdataset"], run.teacher, {"a": url})
+
+
+def test_measurements_that_are_not_finite_end_the_evaluation_where_they_are_made(
+    run: Run, student: str, tmp_path: Path
+) -> None:
+    """Samples of 1e18 are finite, but not the squares in their curvature."""
+    checkpoint = load(student)
+    tensors = dict(checkpoint.tensors)
+    weights = tensors["model.final_layer.linear.weight"]
+    tensors["model.final_layer.linear.weight"] = 1e18 * (weights / weights.abs().mean())
+    save(f"{tmp_path}/large.safetensors", Checkpoint(tensors, checkpoint.document))
+    with pytest.raises(FloatingPointError, match=r"student a, euler3: curvature is inf; nothing was written"):
+        evaluate(CONFIG, run.samples, run.couplings["webdataset"], run.teacher, {"a": f"{tmp_path}/large.safetensors"})
+
+
+def test_samples_that_are_not_finite_end_the_evaluation(run: Run, student: str, tmp_path: Path) -> None:
+    url = with_document(student, tmp_path, {}, factor=1e37)
+    with pytest.raises(FloatingPointError, match=r"student a euler3 made samples that are not finite"):
+        evaluate(CONFIG, run.samples, run.couplings["webdataset"], run.teacher, {"a": url})
+
+
+def test_what_is_finite_is_returned() -> None:
+    measured = {"a": 1.0, "b": {"c": 2, "d": "pixels"}}
+    assert check_finite("x", measured) == measured
+    with pytest.raises(FloatingPointError, match="x, b: c is nan; nothing was written"):
+        check_finite("x", {"a": 1.0, "b": {"c": float("nan")}})
+
+
+def test_one_held_out_image_is_too_few(tmp_path: Path) -> None:
+    for split, rows in (("train", 2), ("val", 1)):
+        spec = sample_spec(rows=rows)
+        writer = StoreWriter(f"{tmp_path}/{split}", spec)
+        writer.initialize()
+        writer.write_block(0, block_of(spec, 0), None, None)
+        writer.finalize()
+    with pytest.raises(StageError, match="val: got 1 image, expected at least 2, as a Fréchet distance needs"):
+        check_images(*open_splits(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"samples": 10**12}, r"evaluate\.samples = 1000000000000 of images of 64 values: got about .* GB of memory"),
+        ({"features": "pixels"}, r"evaluate\.features = 'pixels' of 64 values an image: got about .* use 'inception'"),
+    ],
+)
+def test_more_than_memory_holds_is_refused_before_anything_is_computed(
+    run: Run, student: str, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any], message: str
+) -> None:
+    refuse_computing(monkeypatch)
+    if "features" in setting:
+        monkeypatch.setattr("nfm.stages.memory.memory_bytes", lambda: 150_000)
+        monkeypatch.setattr("nfm.stages.checkpoint.check_memory", lambda *_: None)
+    with pytest.raises(StageError, match=message):
+        evaluate(
+            CONFIG.model_copy(update=setting), run.samples, run.couplings["webdataset"], run.teacher, {"a": student}
+        )
+
+
+def test_downloaded_weights_run_no_code(tmp_path: Path) -> None:
+    """torch-fidelity asks PyTorch for any pickled object."""
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (f"{tmp_path}/ran",)
+
+    torch.save({"weight": Bomb()}, tmp_path / "weights.pth")
+    with weights_alone(), pytest.raises(UNPICKLING_ERROR):
+        torch.hub.load_state_dict_from_url("https://localhost/weights.pth", str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+    torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pth")
+    with weights_alone():
+        weights = torch.hub.load_state_dict_from_url("https://localhost/weights.pth", str(tmp_path))
+    assert weights["weight"].tolist() == [1, 1]
+    assert FORCE_WEIGHTS_ONLY not in os.environ
