@@ -52,6 +52,24 @@ def test_names_survive_the_listing(tmp_path: Path) -> None:
     assert list_committed_units(Root(str(tmp_path))) == units
 
 
+NO_UNITS = ["000000.k000-99999.json", "0000000.k000-001.json", "000000.k0000-0001.json", "000000.k002-001.json"]
+NO_UNITS += ["000000.k001-001.json", "٠٠٠٠٠٠.k000-001.json", "000000.k000-001.json\n", "1000000000000000.k000-001.json"]
+
+
+@pytest.mark.parametrize("name", NO_UNITS)
+def test_a_name_that_no_unit_has_is_none(tmp_path: Path, name: str) -> None:
+    (tmp_path / "commits").mkdir()
+    (tmp_path / "commits" / name).touch()
+    assert list_committed_units(Root(str(tmp_path))) == set()
+
+
+def test_overlapping_units_leave_the_gaps_between_them(run: Run) -> None:
+    spec = couplings_spec(run, 12)
+    committed = {Unit(0, 0, 4), Unit(0, 2, 5), Unit(0, 3, 4), Unit(0, 7, 9), Unit(0, 11, 40), Unit(0, 50, 60)}
+    missing = [unit for unit in list_missing_units(spec, committed) if unit.block == 0]
+    assert missing == [Unit(0, 5, 7), Unit(0, 9, 11)]
+
+
 def test_draws_do_not_change_the_lineage_and_all_else_does(run: Run) -> None:
     spec = couplings_spec(run, 3)
     assert couplings_spec(run, 4).lineage == spec.lineage

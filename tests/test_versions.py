@@ -21,6 +21,7 @@ from nfm.storage_specs.reading.stream import CouplingStream, StreamState
 from nfm.storage_specs.reading.verify import find_document_faults, find_faults
 from nfm.storage_specs.reading.versions import find_version, list_tags, list_versions
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing.publish import annotate_store, tag_version
 from nfm.storage_specs.writing.repair import repair_store
@@ -82,6 +83,13 @@ def test_a_version_is_opened_by_number_and_by_tag(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="its id is not that of version 1"):
         Store(f"{url}@paper")
     assert [fault.file for fault in find_document_faults(Store(url))] == ["tags/paper.json"]
+
+
+def test_a_name_that_no_version_has_is_none(tmp_path: Path) -> None:
+    (tmp_path / "versions").mkdir()
+    for name in ("0001.json", "9999999.json", "00002.json", "0000003.json", "0000.json", "٠٠٠٤.json", "0005.json.tmp"):
+        (tmp_path / "versions" / name).touch()
+    assert list_versions(Root(str(tmp_path))) == [1, 9999999]
 
 
 def test_a_folder_whose_name_has_an_at_is_a_store_too(tmp_path: Path) -> None:

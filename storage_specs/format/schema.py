@@ -21,6 +21,7 @@ SCHEMA_MAJOR = 1
 SCHEMA_MINOR = 1
 SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_ROW_BYTES = 1 << 28  # of one float32 image; a spec with more is damaged or hostile
+MAX_DRAWS = 1 << 16
 MAX_FILES = 1 << 20  # of columns; a larger store needs larger blocks
 MAX_SQUARED_ERROR = 1e100  # of a file; that of float32 values is below it, and no sum over files overflows
 
@@ -32,7 +33,7 @@ NoiseLaw = Literal["philox-as241-v1"]
 Precision = Literal["fp32", "tf32", "bf16"]
 ImageView = Literal["plain", "mirrored"]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-Draws = Annotated[int, Field(ge=1, le=1 << 16)]
+Draws = Annotated[int, Field(ge=1, le=MAX_DRAWS)]
 Rows = Annotated[int, Field(ge=1, le=10**12)]  # a key in a WebDataset file has twelve digits
 Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -125,7 +125,8 @@ def _no_store_error(root: Root) -> StoreError:
 def list_versions(root: Root) -> list[int]:
     """The numbers of the versions of a store, in order; none in a store of schema 1.0."""
     matches = (re.fullmatch(r"([0-9]{4,7})\.json", name) for name in root.list_names(VERSIONS_FOLDER))
-    return sorted(int(match[1]) for match in matches if match)
+    numbers = {int(match[1]) for match in matches if match and version_file(int(match[1])).endswith(f"/{match.string}")}
+    return sorted(numbers - {0})
 
 
 def list_documents(root: Root) -> list[Dataset]:

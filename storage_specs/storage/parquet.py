@@ -16,6 +16,7 @@ MAX_DICTIONARY_BYTES = 1 << 22  # of a column in a group of rows; pyarrow begins
 _MAX_LIST = 10_000  # items of a list in the footer; each takes some 500 bytes before it is read
 _ENCODINGS = (0, 2, 3, 8)  # PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY: what pyarrow writes by default
 _DICTIONARY_PAGE = 2
+_COMPRESSIONS = ("UNCOMPRESSED", "ZSTD", "SNAPPY", "GZIP", "BROTLI")
 # Numbers of fields in the header of a page (parquet.thrift), and types of Thrift's compact protocol.
 _TYPE, _UNCOMPRESSED, _COMPRESSED = 1, 2, 3
 # By type of page (DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2): the field of its struct, and of the encoding in that.
@@ -111,6 +112,8 @@ def _check_dictionary(data: memoryview, page: "_Page", compression: str, max_byt
             f"{name}: got a dictionary of {page.uncompressed_bytes} bytes, expected at most {MAX_DICTIONARY_BYTES}"
         )
     content = data[page.start : page.start + page.compressed_bytes]
+    if compression not in _COMPRESSIONS:
+        raise StoreError(f"{name}: got compression {compression}, expected one of {', '.join(_COMPRESSIONS)}")
     if compression != "UNCOMPRESSED":
         content = memoryview(pa.decompress(content, page.uncompressed_bytes, compression.lower()))
     position = 0

@@ -21,7 +21,7 @@ from nfm.storage_specs.format.image_names import ImageName, encode_names, make_t
 from nfm.storage_specs.format.layouts import LAYOUTS, Columns
 from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.names import COMMITS_FOLDER, SUMS_FOLDER
-from nfm.storage_specs.format.schema import FileRecord, Spec
+from nfm.storage_specs.format.schema import MAX_DRAWS, FileRecord, Spec
 from nfm.storage_specs.format.sums import NUM_POWERS, ZSums, sum_z
 from nfm.storage_specs.storage.documents import parse_sealed_json, sealed_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
@@ -88,40 +88,34 @@ class Unit:
 def list_committed_units(root: Root) -> set[Unit]:
     """The units that have a commit record. It takes one listing of a folder, however many there are."""
     matches = (_COMMIT_NAME.fullmatch(name) for name in root.list_names(COMMITS_FOLDER))
-    committed = (Unit(int(match[1]), int(match[2]), int(match[3])) for match in matches if match)
-    return {unit for unit in committed if unit.draws or unit.stop == 0}
+    units = (_parse_commit_name(match) for match in matches if match)
+    return {unit for unit in units if unit is not None}
+
+
+def _parse_commit_name(match: re.Match[str]) -> Unit | None:
+    """The unit with a commit record of this name; None if no unit that may exist has it, spelled so."""
+    unit = Unit(int(match[1]), int(match[2]), int(match[3]))
+    has_draws = unit.first < unit.stop <= MAX_DRAWS
+    is_unit = has_draws or unit.first == unit.stop == 0
+    return unit if is_unit and unit.commit_file == f"{COMMITS_FOLDER}/{match.string}" else None
 
 
 def list_missing_units(spec: Spec, committed: Iterable[Unit]) -> list[Unit]:
     """The units that a store still needs beside the committed ones, in order of blocks and draws: one for each run of
     consecutive draws of a block that no committed unit has."""
-    committed_blocks: set[int] = set()
-    committed_draws: dict[int, set[int]] = {}  # by block
-    for unit in committed:
-        committed_blocks.add(unit.block)
-        committed_draws.setdefault(unit.block, set()).update(unit.draws)
+    committed_by_block: dict[int, list[Unit]] = {}
+    for unit in sorted(committed):
+        committed_by_block.setdefault(unit.block, []).append(unit)
     if spec.num_draws == 0:
-        return [Unit(block, 0, 0) for block in range(spec.num_blocks) if block not in committed_blocks]
-    units: list[Unit] = []
+        return [Unit(block, 0, 0) for block in range(spec.num_blocks) if block not in committed_by_block]
+    missing: list[Unit] = []
     for block in range(spec.num_blocks):
-        units += _list_missing_runs(block, spec.num_draws, committed_draws.get(block, set()))
-    return units
-
-
-def _list_missing_runs(block: int, num_draws: int, committed_draws: set[int]) -> list[Unit]:
-    """The runs of consecutive draws of a block, among the first `num_draws`, that are not committed."""
-    units: list[Unit] = []
-    draw = 0
-    while draw < num_draws:
-        if draw in committed_draws:
-            draw += 1
-            continue
-        stop = draw + 1
-        while stop < num_draws and stop not in committed_draws:
-            stop += 1
-        units.append(Unit(block, draw, stop))
-        draw = stop
-    return units
+        draw = 0  # those before it are committed or already among the missing ones
+        for unit in [*committed_by_block.get(block, []), Unit(block, spec.num_draws, spec.num_draws)]:
+            if draw < min(unit.first, spec.num_draws):
+                missing.append(Unit(block, draw, min(unit.first, spec.num_draws)))
+            draw = max(draw, unit.stop)
+    return missing
 
 
 class NonFiniteError(FloatingPointError):
