@@ -33,7 +33,7 @@ from nfm.storage_specs.format.schema import LayoutName, PixelSpec, Sha256, Spec
 from nfm.storage_specs.reading.order import permutation
 from nfm.storage_specs.storage.documents import StrictModel, canonical_json, parse_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
-from nfm.storage_specs.storage.files import Root, sha256
+from nfm.storage_specs.storage.files import Root, expand_home, sha256
 from nfm.storage_specs.writing.writer import StoreWriter
 
 QUARANTINE_FILE = "quarantine.json"
@@ -153,6 +153,7 @@ def open_folders(config: DataConfig, out: str, data: Path | None, skip_bad_image
     """
     if data is None:
         raise StageError("data.source is 'folder', but no folder was given; say where with --data (with make: DATA=…)")
+    data = Path(expand_home(str(data)))
     notice = SquareNotice(config.image_size)
     splits = [split for split in SPLITS if split == "train" or (data / split).is_dir()]
     folders = {split: open_folder(config, data / split, notice) for split in splits}

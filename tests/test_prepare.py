@@ -221,6 +221,15 @@ def test_what_lies_beside_train_is_named(images: Path, tmp_path: Path, capsys: p
     assert ignored(images, tmp_path, capsys) == ["note: ignored in DATA: beside train: 1 (validation)"]
 
 
+def test_a_home_folder_is_found_behind_an_equals_sign(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves --data=~/images as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prepare(FOLDER, "~/out", Path("~/images"))
+    assert (tmp_path / "out" / "train" / "dataset.json").exists()
+
+
 def test_links_to_images_and_to_classes_are_followed(images: Path, tmp_path: Path) -> None:
     (images / "train").rename(tmp_path / "elsewhere")
     for name in ("cat", "dog"):
