@@ -11,6 +11,8 @@ DRAWS ?=
 LAYOUT ?= webdataset
 COUPLING ?= nfm
 ROUNDS ?= 60
+N ?= 300
+SEED ?= 0
 ARGS ?=
 # torch comes first and by exact version, from pip's find-links folder where one is configured (a CPU build may lie there),
 # from the package index otherwise. Bytecode is compiled once here, so that each of many processes starts seconds sooner.
@@ -22,7 +24,7 @@ need = $(or $($(1)),$(error $(1)=… is missing: see make help))
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install demo test test-all bench-stream bench-encode docs-pictures soak lint format prepare train-teacher encode-couplings train-student clean
+.PHONY: help install demo test test-all fuzz bench-stream bench-encode docs-pictures soak lint format prepare train-teacher encode-couplings train-student clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -68,6 +70,9 @@ bench-encode: $(READY)  ## time the encode job beside its bare teacher, resuming
 
 docs-pictures: demo  ## the README's picture and numbers, from the demo's report
 	$(BIN)/python -m tests.tools.docs_pictures "$(DEMO_OUT)"
+
+fuzz: $(READY)  ## change stores, checkpoints and caches at random, and judge what every command does: N=10000 [SEED=first]
+	$(BIN)/python -m tests.tools.fuzz --cases $(N) --seed $(SEED) $(ARGS)
 
 soak: $(READY)  ## kill, fill and damage while couplings are encoded, and compare the bytes: ROUNDS=600
 	$(BIN)/python -m tests.tools.faults --rounds $(ROUNDS) $(ARGS)
