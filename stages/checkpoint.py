@@ -84,8 +84,8 @@ def save(url: str, checkpoint: Checkpoint) -> None:
 def load(url: str) -> Checkpoint:
     """Read a checkpoint. Its header is checked before its values are read.
 
-    Raises StoreError if there is no file, StageError if it is not a checkpoint of this project or the folder of one, if
-    it does not fit into memory, or if a tensor is not of floating-point numbers that are all finite.
+    Raises StoreError if there is no file or it is damaged, StageError if it is not a checkpoint of this project or the
+    folder of one, if it does not fit into memory, or if a tensor is not of floating-point numbers that are all finite.
     """
     header, document = _read_head(url)
     return Checkpoint(_read_tensors(url, header), document)
@@ -113,7 +113,7 @@ def _read_head(url: str) -> tuple[Header, dict[str, Any]]:
     text = header.metadata.get(DOCUMENT_KEY)
     if not isinstance(text, str):
         raise no_checkpoint_error(url, "a safetensors file that nfm did not write")
-    document = parse_object(text, url)
+    document = parse_object(text.encode("utf-8", "surrogatepass"), url)
     if not isinstance(document.get("run"), dict):
         raise no_checkpoint_error(url, "a document without a run")
     return header, document
