@@ -207,6 +207,13 @@ def save_evaluation(root: Root, metrics: dict[str, Any], grids: dict[str, np.nda
     root.write("metrics.json", canonical_json(metrics))
 
 
+def grid_labels(labels: Tensor, columns: int) -> Tensor:
+    """The labels of the columns of the report's image grid, (columns,): those of `labels`, (rows,), in turn. A class
+    without images has no column."""
+    classes: Tensor = torch.unique(labels)
+    return classes[torch.arange(columns) % len(classes)]
+
+
 class Evaluation:
     """The measurements of one evaluation, and what they share: teacher and students start from the same noise with the
     same labels. Each measurement is a step of `progress`, except the Fréchet distances of generated images, which are
@@ -239,7 +246,7 @@ class Evaluation:
         self.y = labels[torch.randint(len(labels), (config.samples,), generator=generator)]
         self.noise = torch.randn((config.samples, *train.spec.shape), generator=generator)
         columns = config.grid_columns
-        self.grid_y = torch.arange(columns) % train.spec.num_classes
+        self.grid_y = grid_labels(labels, columns)
         self.grid_noise = torch.randn((columns, *train.spec.shape), generator=generator)
         self.grids = {"real": self._real_row()}
 
@@ -256,10 +263,7 @@ class Evaluation:
         rows = []
         for column, label in enumerate(self.grid_y.tolist()):
             rows_of_class = np.flatnonzero(labels == label)
-            if len(rows_of_class) == 0:
-                rows.append(0)  # any image: the first row is not paired with the others, and its column needs one
-            else:
-                rows.append(int(rows_of_class[column % len(rows_of_class)]))
+            rows.append(int(rows_of_class[column % len(rows_of_class)]))
         return self.train.images(np.array(rows, dtype=np.int64))
 
     def measure_real_images(self) -> dict[str, Any]:

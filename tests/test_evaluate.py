@@ -20,6 +20,7 @@ from nfm.stages.evaluate import (
     check_finite,
     check_images,
     evaluate,
+    grid_labels,
 )
 from nfm.stages.frechet import FORCE_WEIGHTS_ONLY, UNPICKLING_ERROR, weights_alone
 from nfm.stages.splits import open_splits
@@ -212,6 +213,12 @@ def test_samples_that_are_not_finite_end_the_evaluation(run: Run, student: str, 
     url = with_document(student, tmp_path, {}, factor=1e37)
     with pytest.raises(FloatingPointError, match=r"student a euler3 made samples that are not finite"):
         evaluate(CONFIG, run.samples, run.couplings["webdataset"], run.teacher, {"a": url})
+
+
+def test_a_class_without_images_has_no_column_in_the_grid() -> None:
+    labels = torch.tensor([3, 0, 3, 1, 0])
+    assert grid_labels(labels, 7).tolist() == [0, 1, 3, 0, 1, 3, 0]
+    assert grid_labels(labels, 2).tolist() == [0, 1]
 
 
 def test_what_is_finite_is_returned() -> None:
