@@ -1,5 +1,5 @@
-"""The document of a version that somebody changed is not published again: the command that wrote the store writes a
-sound one."""
+"""Versions that somebody changed on purpose: a document is not published again, and a repair goes by what the writer
+committed."""
 
 import json
 import shutil
@@ -13,9 +13,13 @@ from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.files import sha256
+from nfm.storage_specs.writing.repair import repair_store
+from tests.tools.fuzz_files import change_files, read_files
+from tests.tools.fuzz_seals import seal
 from tests.tools.kinds import KINDS
+from tests.tools.stores import damage, flip, ignore_progress
 
-KIND = KINDS["samples-names"]
+KIND, PAIRS = KINDS["samples-names"], KINDS["pairs-float16-stored"]
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +65,31 @@ def test_a_changed_document_is_not_published_again(
     KIND.write(str(root), "webdataset")
     assert Store(str(root)).dataset.id == Store(str(sound)).dataset.id
     assert [fault.message for fault in find_faults(Store(str(root)))] == []
+
+
+def test_a_file_that_the_manifest_has_and_the_writer_did_not_commit_is_written_again(tmp_path: Path) -> None:
+    """z is changed, and all documents agree with it but σ_f."""
+    root, path = tmp_path / "store", "z/k001/000001.tar"
+    PAIRS.write(str(root), "webdataset")
+    true_id = Store(str(root)).dataset.id
+    damage(root, path, flip(512 + 128))
+    files = read_files(root)
+    seal(files, commits=False, respecify=False)
+    change_files(root, read_files(root), files, tmp_path)
+    assert Store(str(root)).dataset.id != true_id and list(find_faults(Store(str(root))))
+    repaired = repair_store(str(root), ignore_progress)
+    assert repaired.damaged_blocks == [1] and not repaired.is_complete
+    assert f"{root}/{path}: its bytes are not the committed ones" in repaired.faults
+    PAIRS.write(str(root), "webdataset")
+    assert Store(str(root)).dataset.id == true_id
+    assert list(find_faults(Store(str(root)))) == []
+
+
+def test_a_cost_that_cannot_be_read_is_a_fault_and_repaired(tmp_path: Path) -> None:
+    """No hash covers it, and what moves the store reads it."""
+    PAIRS.write(str(tmp_path), "webdataset")
+    store, cost = Store(str(tmp_path)), (tmp_path / "cost.json").read_bytes()
+    (tmp_path / "cost.json").write_bytes(b"")
+    assert [fault.file for fault in find_faults(Store(store.url))] == ["cost.json"]
+    assert repair_store(store.url, ignore_progress).is_complete
+    assert (tmp_path / "cost.json").read_bytes() == cost and list(find_faults(Store(store.url))) == []

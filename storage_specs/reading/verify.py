@@ -16,6 +16,7 @@ from nfm.storage_specs.format.dataset import is_1_0, parse_dataset
 from nfm.storage_specs.format.layouts import Columns
 from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.names import (
+    COST_FILE,
     CROISSANT_FILE,
     DATASET_FILE,
     MAX_DOCUMENT_BYTES,
@@ -190,6 +191,7 @@ def _list_document_checks(store: Store) -> Iterator[tuple[str, Callable[[], obje
     if documents.sigma_f is not None:
         yield documents.sigma_f.path, lambda: store.sigma_f
         yield Z_SCALE_FILE, lambda: store.z_scale
+        yield COST_FILE, lambda: store.cost  # has no hash: whether it can be read
     if documents.z_sums is not None:
         yield documents.z_sums.path, lambda: store.z_sums
     if documents.names is not None:

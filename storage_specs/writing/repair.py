@@ -105,12 +105,13 @@ def _repair(
     damaged_files = {fault.file for fault in faults if isinstance(fault.file, FileKey)}
     damaged_blocks = {key.block for key in damaged_files}
     messages = [fault.message for fault in faults]
-    # The files that only commit records name were not read yet; if the documents are damaged, no file was.
-    checked_files = store.files.keys() if store is not None else ()
+    # What only commit records name, or name with another sha256 than the manifest, was not compared yet; if the
+    # documents are damaged, no file was.
+    checked = {key: record.sha256 for key, record in store.files.items()} if store is not None else {}
     for unit in sorted(list_committed_units(root)):
         if unit.block >= spec.num_blocks or unit.stop > spec.num_draws:
             continue  # not of this store
-        other_faults = units.find_faults(root, spec, unit, checked_files)
+        other_faults = units.find_faults(root, spec, unit, checked)
         messages += other_faults
         if other_faults or any(unit.contains(key) for key in damaged_files):
             damaged_blocks.add(unit.block)

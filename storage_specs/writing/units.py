@@ -7,7 +7,7 @@ Adding draws to a store adds units and leaves existing files as they are.
 import math
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -330,9 +330,9 @@ def read_image_names(root: Root, spec: Spec, commit: Commit) -> pa.Table:
     )
 
 
-def find_faults(root: Root, spec: Spec, unit: Unit, checked_files: Container[FileKey] = ()) -> list[str]:
-    """What is wrong with a committed unit, one sentence for each damaged file; all of them are read, but for those in
-    `checked_files`.
+def find_faults(root: Root, spec: Spec, unit: Unit, checked: Mapping[FileKey, str] | None = None) -> list[str]:
+    """What is wrong with a committed unit, one sentence for each damaged file; all of them are read, but for those that
+    were compared before with the sha256 in `checked`.
 
     Raises StorageError if the storage cannot be read, which says nothing about the files.
     """
@@ -344,7 +344,7 @@ def find_faults(root: Root, spec: Spec, unit: Unit, checked_files: Container[Fil
         return [str(error)]
     faults: list[str] = []
     for record in commit.files:
-        if FileKey(record.column, record.block, record.draw) in checked_files:
+        if checked and checked.get(FileKey(record.column, record.block, record.draw)) == record.sha256:
             continue
         try:
             if sha256(root.read(record.path, record.bytes)) != record.sha256:
