@@ -36,12 +36,14 @@ class StorageConfig(Section):
     )
     cache: str | None = Field(
         default=None,
-        description="Folder that keeps files of remote stores. "
-        "Without it: `$NFM_CACHE`, or nfm in the user's cache directory.",
+        min_length=1,
+        description="Folder that keeps files of remote stores, and nothing else: a new or an empty one, which only you "
+        "can write to. Without it: `$NFM_CACHE`, or nfm/files in the user's cache directory.",
     )
     cache_gb: float | None = Field(
         default=None,
         gt=0,
+        allow_inf_nan=False,
         description="Largest size of that folder, in GB; the least recently used files are removed first. Without it: "
         "`$NFM_CACHE_GB`, or 200.",
     )

@@ -16,7 +16,8 @@ DEFAULT_CACHE_GB = 200.0  # unless $NFM_CACHE_GB says otherwise
 # Size of one ranged GET. There are IO_THREADS threads for ranges of large files, as many for files that a reader waits
 # for, and as many for files fetched ahead: at most 3 · IO_THREADS · RANGE_BYTES are in memory.
 RANGE_BYTES = 8 << 20
-_DOWNLOADS_PER_SCAN = 16  # downloads after which the folder is listed again, to count what other processes added
+# Once a process has filled this share of the free space, it lists the folder again, to count what others added.
+_SCAN_SHARE = 1 / 16
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -59,9 +60,10 @@ class Cache:
         self.max_bytes = max_cache_bytes() if max_bytes is None else max_bytes
         self._given_directory = directory
         self._range_pool = ThreadPoolExecutor(IO_THREADS, "nfm-range")
-        self._lock = threading.Lock()  # for the two counters
+        self._lock = threading.Lock()  # for what follows
         self._used_bytes = 0  # on disk, with what is being downloaded; an estimate between two scans
-        self._downloads_until_scan = 0
+        self._bytes_until_scan = 0.0
+        self._oldest: list[Entry] = []  # complete files when the folder was listed, the one used longest ago at the end
 
     @cached_property
     def directory(self) -> Path:
@@ -84,11 +86,14 @@ class Cache:
         with entry.lock(root.stop_retrying) as record:
             # Another process may have brought the file while it had the lock.
             if not entry.note_use(size) and not entry.check_content(size, record):
-                part = Part(entry.part, size)
+                part = self._reserve(entry, size)
                 try:
-                    self._make_room(size)  # the part counts already, also for other processes
                     self._download(root, path, size, digest, part)
                     entry.write_record(record, part.publish(entry.content))
+                except BaseException:
+                    with self._lock:
+                        self._used_bytes -= part.disk_bytes
+                    raise
                 finally:
                     part.close()
         return entry.content
@@ -116,28 +121,44 @@ class Cache:
                 f"expected {size} bytes with {digest[:12]}…; the file is damaged, repair or copy the store"
             )
 
-    def _make_room(self, size: int) -> None:
-        """Count `size` more bytes, and delete the files used longest ago if there are more than `max_bytes` then."""
+    def _reserve(self, entry: Entry, size: int) -> Part:
+        """A new part, which counts with its whole size at once, for this process and for others. Files used longest ago
+        are deleted if there are more than `max_bytes` then."""
         with self._lock:
-            self._used_bytes += size
-            self._downloads_until_scan -= 1
-            if self._used_bytes <= self.max_bytes and self._downloads_until_scan > 0:
-                return
-            self._downloads_until_scan = _DOWNLOADS_PER_SCAN
-            self._used_bytes = _evict(self.directory, self.max_bytes)
+            part = Part(entry.part, size)
+            try:
+                self._used_bytes += part.disk_bytes
+                self._bytes_until_scan -= part.disk_bytes
+                if self._bytes_until_scan <= 0:
+                    self._scan()
+                self._evict()
+                if self._used_bytes > self.max_bytes:  # the listed files are gone, or were used since
+                    self._scan()
+                    self._evict()
+            except BaseException:
+                part.close()
+                raise
+        return part
 
+    def _scan(self) -> None:
+        """List the folder, and delete what killed processes left."""
+        entries = list_entries(self.directory)
+        self._used_bytes = sum(entry.bytes for entry in entries)
+        for entry in entries:
+            if not entry.is_complete and entry.delete():
+                self._used_bytes -= entry.bytes
+        complete = [entry for entry in entries if entry.is_complete]
+        self._oldest = sorted(complete, key=lambda entry: (entry.last_use, entry.digest), reverse=True)
+        # Where there is no free space left, every process deletes as much as it adds.
+        free_bytes = max(self.max_bytes - self._used_bytes, self.max_bytes * _SCAN_SHARE)
+        self._bytes_until_scan = free_bytes * _SCAN_SHARE
 
-def _evict(folder: Path, max_bytes: int) -> int:
-    """Delete what killed processes left, and the files used longest ago until all take at most `max_bytes`. Returns the
-    bytes that all take then."""
-    entries = list_entries(folder)
-    used_bytes = sum(entry.bytes for entry in entries)
-    for entry in sorted(entries, key=lambda entry: (entry.is_complete, entry.last_use, entry.bytes, entry.digest)):
-        if entry.is_complete and used_bytes <= max_bytes:
-            break
-        if entry.delete():
-            used_bytes -= entry.bytes
-    return used_bytes
+    def _evict(self) -> None:
+        """Delete the files used longest ago until all take at most `max_bytes`."""
+        while self._used_bytes > self.max_bytes and self._oldest:
+            entry = self._oldest.pop()
+            if entry.delete():
+                self._used_bytes -= entry.bytes
 
 
 def _download_range(root: Root, path: str, size: int, part: Part, start: int) -> int:

@@ -10,7 +10,7 @@ D.record, which ends with the process at the latest. Files of other names are le
 
 import errno
 import fcntl
-import hashlib
+import mmap
 import os
 import re
 import stat
@@ -21,14 +21,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from nfm.storage_specs.storage.errors import StorageError, StoreError
-from nfm.storage_specs.storage.files import RETRY_SECONDS
+from nfm.storage_specs.storage.files import RETRY_SECONDS, sha256
 
 MARKER_FILE = "nfm-cache"
 # How long another process may keep a file locked without a byte of it arriving; it may be repeating its requests.
 LOCK_SECONDS = RETRY_SECONDS + 60.0
 _LONGEST_LOCK_PAUSE = 0.05  # seconds between two attempts to lock a file
 _MAX_RECORD_BYTES = 128
+_BLOCK_BYTES = 4096  # that a file takes at least, on most file systems
 _NAME = re.compile(r"([0-9a-f]{64})(\.part|\.record)?")
 _OTHER_FOLDER = "set NFM_CACHE or storage.cache to another folder"
 
@@ -92,6 +95,7 @@ class Part:
     def __init__(self, path: Path, size: int) -> None:
         """Make a file of `size` bytes, in place of one that a killed process left. Raises StorageError."""
         self.path = path
+        self.disk_bytes = size + 2 * _BLOCK_BYTES  # at most, with its last block and its record
         self._lock = threading.Lock()
         with explain_disk_errors(path):
             _unlink(path)
@@ -113,7 +117,7 @@ class Part:
                 rest, offset = rest[written:], offset + written
 
     def hash(self) -> str:
-        """The sha256 of the file. Call it once."""
+        """The sha256 of the file."""
         return _hash_file(self._descriptor)
 
     def publish(self, content: Path) -> os.stat_result:
@@ -157,13 +161,14 @@ class Entry:
 
     def note_use(self, size: int) -> bool:
         """Set the time of last use. Returns False if there is no content of this size whose sha256 was compared."""
+        content, record = self.content, self.record
         try:
-            status = os.lstat(self.content)
-            with _open_file(self.record, os.O_RDONLY) as record:
-                is_checked = os.read(record, _MAX_RECORD_BYTES) == _describe(status)
+            status = os.lstat(content)
+            with _open_file(record, os.O_RDONLY) as descriptor:
+                is_checked = os.read(descriptor, _MAX_RECORD_BYTES) == _describe(status)
             if not is_checked or status.st_size != size:
                 return False
-            os.utime(self.record, follow_symlinks=False)
+            os.utime(record, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True
@@ -293,9 +298,12 @@ def _describe(status: os.stat_result) -> bytes:
 
 
 def _hash_file(descriptor: int) -> str:
-    """The sha256 of an open file that was not read yet."""
-    with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The sha256 of an open file."""
+    num_bytes = os.fstat(descriptor).st_size
+    if num_bytes == 0:  # cannot be mapped
+        return sha256(b"")
+    with mmap.mmap(descriptor, num_bytes, prot=mmap.PROT_READ) as content:
+        return sha256(np.frombuffer(content, np.uint8))
 
 
 def _try_lock(descriptor: int) -> bool:
