@@ -42,7 +42,7 @@ from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.object_store import ObjectStore
 from tests.tools.small_run import Run
 from tests.tools.stores import content, ignore_progress, tree, without_times
-from tests.tools.waiting import PATIENCE, wait_for
+from tests.tools.waiting import PATIENCE
 
 
 @pytest.fixture
@@ -307,33 +307,6 @@ def test_files_of_many_parts_arrive_whole(s3: ObjectStore, cache: Path, size: in
     assert {path, path.with_suffix(".record"), cache / MARKER_FILE} == set(cache.iterdir()), "no part is left"
 
 
-def test_the_cache_keeps_to_its_limit_and_drops_what_is_oldest(cache: Path) -> None:
-    root = Root("memory://files")
-    contents = [bytes([i]) * 100_000 for i in range(8)]
-    for i, data in enumerate(contents):
-        root.write(str(i), data)
-    limited = Cache(max_bytes=450_000)
-
-    def clock() -> int:
-        """The time that the file system gives to files, by which the order of use is known."""
-        probe = cache.with_name("probe")
-        probe.touch()
-        return probe.stat().st_mtime_ns
-
-    def fetch(i: int) -> Path:
-        path = limited.fetch(root, str(i), 100_000, sha256(contents[i]))
-        record = path.with_suffix(".record")  # its time is that of the last use
-        wait_for(lambda: clock() > record.stat().st_mtime_ns, "the next tick of the file system's clock")
-        return path
-
-    paths = [fetch(i) for i in range(4)]
-    fetch(0)
-    fetch(4)
-    assert [path.exists() for path in paths] == [True, False, True, True]
-    assert sum(path.stat().st_blocks * 512 for path in cached(cache)) <= 450_000
-    assert fetch(1).read_bytes() == contents[1]
-
-
 @pytest.mark.long
 def test_processes_share_a_cache(s3: ObjectStore, run: Run, cache: Path) -> None:
     url = f"{s3.bucket('shared')}/couplings"
@@ -383,33 +356,6 @@ def test_storage_options_that_are_none_are_refused(monkeypatch: pytest.MonkeyPat
         load_storage(["storage.cache_gb=-1"])
     with pytest.raises(StoreError, match="cannot open"):
         Root("nosuch://bucket/store")
-
-
-def test_a_failed_part_leaves_nothing_that_still_writes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many ranges one fails at once and the others come late: none may write into a file opened since."""
-    size = 4 * RANGE_BYTES
-    root = Root("memory://parts")
-    opened_since = threading.Event()
-    late = deque[int]()
-
-    def read_range(self: Root, path: str, start: int, end: int) -> bytes:
-        if start == 0:
-            raise StoreError("gone")
-        late.append(start)
-        opened_since.wait(0.2)  # set by then only where the fetch did not wait for this part
-        return b"?" * (end - start)
-
-    monkeypatch.setattr(Root, "read_range", read_range)
-    parts = Cache()
-    with pytest.raises(StoreError, match="gone"):
-        parts.fetch(root, "file", size, "0" * 64)
-    with open(cache / "later", "w+b") as later_file:
-        later_file.write(b"mine")
-        later_file.flush()
-        opened_since.set()
-        parts._range_pool.shutdown()  # waits for all threads
-        assert len(late) == 3
-        assert os.fstat(later_file.fileno()).st_size == 4
 
 
 @pytest.mark.long
