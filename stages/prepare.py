@@ -29,11 +29,13 @@ from nfm.stages.progress import Progress, print_line
 from nfm.stages.section import Section
 from nfm.stages.splits import SPLITS
 from nfm.storage_specs.format.image_names import ImageName
+from nfm.storage_specs.format.names import DATASET_FILE, SPEC_FILE
 from nfm.storage_specs.format.schema import LayoutName, PixelSpec, Sha256, Spec
 from nfm.storage_specs.reading.order import permutation
 from nfm.storage_specs.storage.documents import StrictModel, canonical_json, parse_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import Root, expand_home, sha256
+from nfm.storage_specs.writing.claims import check_unclaimed
 from nfm.storage_specs.writing.writer import StoreWriter
 
 QUARANTINE_FILE = "quarantine.json"
@@ -229,6 +231,8 @@ def prepare(
     config = config.with_folder(data)
     if skip_bad_images and config.source == "digits":
         raise StageError("got --skip-bad-images for the digits, which are all good; it needs an image folder (--data)")
+    for split in SPLITS:
+        check_output(Root(f"{out}/{split}"))
     with without_pillow_warnings():
         if config.source == "digits":
             images_of_split = hold_out(config, digits(config))
@@ -244,6 +248,13 @@ def prepare(
                 raise StageError(f"got {len(images.names)} images for {split}; expected at least {MIN_ROWS}")
         for split, images in images_of_split.items():
             write_store(config, f"{out}/{split}", split, images, attribution or AttributionConfig())
+
+
+def check_output(root: Root) -> None:
+    """Raise StoreError if a folder holds something else than a store, complete or not, before images are decoded for
+    nothing."""
+    if not (root.exists(DATASET_FILE) or root.exists(SPEC_FILE)):
+        check_unclaimed(root)
 
 
 def write_store(config: DataConfig, url: str, split: str, images: Images, attribution: AttributionConfig) -> None:

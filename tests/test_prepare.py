@@ -364,6 +364,19 @@ def test_warnings_of_pillow_do_not_reach_the_user(images: Path, tmp_path: Path) 
     assert [str(warning.message) for warning in caught if "PIL" in warning.filename] == []
 
 
+def test_an_output_that_holds_something_else_is_refused_before_anything_is_written(
+    images: Path, tmp_path: Path
+) -> None:
+    prepare(DIGITS, f"{tmp_path}/digits")
+    (tmp_path / "other" / "val").mkdir(parents=True)
+    (tmp_path / "other" / "val" / "notes.txt").write_text("text")
+    before = sorted(tmp_path.rglob("*"))
+    for out, message in (("digits/train", "lies inside .*digits/train"), ("other", "other/val: holds notes.txt")):
+        with pytest.raises(StoreError, match=message):
+            prepare(FOLDER, f"{tmp_path}/{out}", images)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("out", ["file", "file/samples"])
 def test_a_file_at_the_output_is_said_in_one_line(tmp_path: Path, out: str) -> None:
     (tmp_path / "file").write_text("text")
@@ -393,7 +406,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
 
 
 def test_real_photographs_when_they_are_at_hand(tmp_path: Path) -> None:
-    """200 ImageNet images, some greyscale, if a copy lies beside the checkout."""
+    """ImageNet images, some greyscale, if a copy lies beside the checkout."""
     import tarfile
 
     archive = Path(__file__).parents[2] / "shared" / "data" / "imagenet_sample.tar"
@@ -403,10 +416,10 @@ def test_real_photographs_when_they_are_at_hand(tmp_path: Path) -> None:
         tar.extractall(tmp_path / "raw", filter="data")
     folders = sorted({path.parent for path in (tmp_path / "raw").rglob("*.*") if path.is_file()})
     (tmp_path / "images" / "train").mkdir(parents=True)
-    for folder in folders:
+    for folder in folders[:40]:
         folder.rename(tmp_path / "images" / "train" / folder.name)
     config = DataConfig(source="folder", image_size=64, channels=3, holdout=0.5, block_rows=64)
     (tmp_path / "images" / "val").symlink_to(tmp_path / "images" / "train")
     prepare(config, f"{tmp_path}/out", tmp_path / "images")
-    assert Store(f"{tmp_path}/out/train").spec.rows == 200
+    assert Store(f"{tmp_path}/out/train").spec.rows == 40
     assert list(find_faults(Store(f"{tmp_path}/out/train"))) == []

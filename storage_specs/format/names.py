@@ -19,7 +19,6 @@ COMMITS_FOLDER = "commits"  # one record for each unit
 SUMS_FOLDER = "sums"  # what is added up when the store is completed: sums over z, and the names of images
 SPEC_FILE = f"{COMMITS_FOLDER}/spec.json"  # written first: says which store is being written here
 LEASE_FILE = f"{COMMITS_FOLDER}/driver.json"  # of the driver that writes the store now
-QUARANTINE_FILE = "quarantine.json"  # of a sample store: the images that could not be read; written first of all
 COPY_FILE = "copy.json"  # in an unfinished copy: which store it is of
 EXPORT_FILE = "export.json"  # in a folder of tuples: which store they are from
 

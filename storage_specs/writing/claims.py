@@ -9,7 +9,6 @@ from nfm.storage_specs.format.names import (
     EXPORT_FILE,
     LEASE_FILE,
     MAX_METADATA_BYTES,
-    QUARANTINE_FILE,
     SPEC_FILE,
     Z_SCALE_FILE,
 )
@@ -24,7 +23,7 @@ _CLAIMS = {
     COPY_FILE: "an unfinished copy of a store",
     EXPORT_FILE: "tuples that were exported from a store",
 }
-_BEFORE_A_CLAIM = {Z_SCALE_FILE, LEASE_FILE, QUARANTINE_FILE}  # what a writer that is killed at its start may leave
+_BEFORE_A_CLAIM = {Z_SCALE_FILE, LEASE_FILE}  # what a writer that is killed at its start may leave
 
 
 def check_unclaimed(root: Root) -> None:
