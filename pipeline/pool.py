@@ -231,9 +231,10 @@ class Pool:
             if is_local():
                 cpus = sum(int(node.get("CPU", 0)) for node in nodes)
                 gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+                advice = "lower --cpus-per-worker" if cpus < self.cpus_per_actor else "use --device cpu"
                 raise StageError(
                     f"one worker needs {self._needs()}, but this machine has {cpus} CPUs and {gpus or 'no'} GPUs; "
-                    "lower --cpus-per-worker, use --device cpu, or name a cluster in RAY_ADDRESS"
+                    f"{advice}, or name a cluster in RAY_ADDRESS"
                 )
             raise StageError(
                 f"no node of the Ray cluster has {self._needs()}, which one worker needs; "

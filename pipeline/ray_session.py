@@ -44,7 +44,7 @@ LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray accepts; only a few 
 # The longest folder below which Ray's sockets still have names that the system takes (104 bytes on macOS).
 MAX_TEMPORARY_FOLDER = 20
 HEAD_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # which every head of Ray answers
-EXPECTED = "expected HOST:PORT of the cluster's head, as ray start prints it, or auto"
+EXPECTED = "expected HOST:PORT of the cluster's head, not of its dashboard, as ray start prints it, or auto"
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")  # in the order in which Ray looks at them
 SWITCH = re.compile(r"=(true|false)$")  # of an option such as storage.options.s3.anon=true
@@ -138,9 +138,8 @@ def _named_cluster(announce: Callable[[str], None], insecure_cluster: bool) -> I
         try:
             _connect(address=address)
         except (ValueError, ConnectionError, RuntimeError, RayError) as error:
-            raise StageError(
-                f"got RAY_ADDRESS={name}, a Ray cluster that this process cannot join: {' '.join(str(error).split())}"
-            ) from error
+            reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+            raise StageError(f"got RAY_ADDRESS={name}, a Ray cluster that cannot be joined: {reason}") from error
         yield
 
 
@@ -248,7 +247,7 @@ def _ask_head(name: str, address: str, headers: Mapping[str, str]) -> bool:
                 return False
             raise StageError(
                 f"got RAY_ADDRESS={name}, where something answers that is no head of a Ray cluster, or wants TLS "
-                f"(RAY_USE_TLS); {EXPECTED}; its job server and dashboard have other ports"
+                f"(RAY_USE_TLS); {EXPECTED}"
             ) from error
     return True
 

@@ -106,13 +106,17 @@ def test_actors_that_die_as_they_start_end_the_job(pool: Pool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("workers", [None, 2])
-@pytest.mark.parametrize(("cpus", "device", "needs"), [(64, "cpu", "64 CPUs"), (1, "cuda", "1 CPU and a GPU")])
+@pytest.mark.parametrize(
+    ("cpus", "device", "needs", "advice"),
+    [(64, "cpu", "64 CPUs", "lower --cpus-per-worker"), (1, "cuda", "1 CPU and a GPU", "use --device cpu")],
+)
 def test_a_worker_that_this_machine_has_no_room_for_is_refused(
-    workers: int | None, cpus: int, device: str, needs: str
+    workers: int | None, cpus: int, device: str, needs: str, advice: str
 ) -> None:
+    message = f"one worker needs {needs}, but this machine has 2 CPUs and no GPUs; {advice}, or name a cluster"
     with (
         Pool(lambda _resources, _device: None, workers, cpus, device) as pool,
-        pytest.raises(StageError, match=f"one worker needs {needs}, but this machine has 2 CPUs and no GPUs; lower"),
+        pytest.raises(StageError, match=message),
     ):
         next(pool.run("square", [1], lambda: True))
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,8 +18,9 @@ from nfm.pipeline import encode_job, ray_session
 from nfm.pipeline.ray_session import RAY_JOB_CONFIG_JSON_ENV_VAR
 from nfm.stages.errors import StageError
 from tests.tools.listeners import list_listeners
-from tests.tools.ray_cluster import MARK, list_processes
+from tests.tools.ray_cluster import MARK, Cluster, list_processes
 from tests.tools.small_run import Run
+from tests.tools.stores import content
 
 
 def connect() -> None:
@@ -34,7 +38,10 @@ def connect() -> None:
         ("127.0.0.1:http", "expected HOST:PORT"),
         ("127.0.0.1:99999", "expected HOST:PORT"),
         ("127.0.0.1:6379 10.0.0.1:6379", "expected HOST:PORT"),
-        ("head.invalid:6379", r"where no Ray cluster answers \(.+\); expected HOST:PORT.*, or no RAY_ADDRESS"),
+        (
+            "head.invalid:6379",
+            r"where no Ray cluster answers \(.+\); expected HOST:PORT.*, or no RAY_ADDRESS",
+        ),
         (" 127.0.0.1:9\n", r"got RAY_ADDRESS=127.0.0.1:9, where no Ray cluster answers \(Connection refused\)"),
     ],
 )
@@ -59,7 +66,7 @@ def test_a_server_of_another_kind_is_no_head(monkeypatch: pytest.MonkeyPatch) ->
     with ThreadingHTTPServer(("", 0), JobServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.server_port}")
-        with pytest.raises(StageError, match="something answers that is no head of a Ray cluster.*job server"):
+        with pytest.raises(StageError, match="something answers that is no head of a Ray.*not of its dashboard"):
             connect()
         server.shutdown()
 
@@ -132,6 +139,56 @@ def test_the_private_ray_answers_nobody_without_its_token() -> None:
     assert not ray_session._ask_head("private", address, {})
     assert not ray_session._ask_head("private", address, {"authorization": "Bearer " + "0" * 64})
     assert ray_session._ask_head("private", address, {"authorization": f"Bearer {token.read_text()}"})
+
+
+@pytest.fixture(scope="module", params=["token", "disabled"])
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a driver that knows the address of a cluster, with token authentication or without, and has no
+    token. NFM_TEST_TOKEN is the token."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"HOME": str(tmp_path_factory.mktemp("home")), "NFM_TEST_TOKEN": "t" * 32}
+    head = environment | {"RAY_AUTH_MODE": request.param, "RAY_AUTH_TOKEN": environment["NFM_TEST_TOKEN"]}
+    with Cluster(2, environment=head) as cluster:
+        yield environment | {"RAY_ADDRESS": cluster.address}
+
+
+def run_encode(run: Run, out: Path, environment: dict[str, str], *options: str) -> "subprocess.CompletedProcess[str]":
+    arguments = ["--samples", f"{run.samples}/train", "--teacher", run.teacher, "--out", str(out), "--draws", "3"]
+    command = [sys.executable, "-m", "nfm", "encode", *arguments, *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.long
+def test_a_cluster_is_used_with_its_token_or_if_the_user_insists(
+    cluster: dict[str, str], run: Run, tmp_path: Path
+) -> None:
+    refused = run_encode(run, tmp_path / "out", cluster)
+    assert refused.returncode == 2 and not (tmp_path / "out").exists()
+    status, error = refused.stderr.splitlines()
+    assert status == f"encode: connecting to the Ray cluster at {cluster['RAY_ADDRESS']}"
+    if "without authentication" in error:
+        assert "expected one that was started with RAY_AUTH_MODE=token, or --insecure-cluster" in error
+        done = run_encode(run, tmp_path / "out", cluster, "--insecure-cluster")
+    else:
+        assert "a Ray cluster that wants a token, and no token; set RAY_AUTH_TOKEN to the cluster's" in error
+        other = run_encode(run, tmp_path / "out", cluster | {"RAY_AUTH_TOKEN": "f" * 32}, "--insecure-cluster")
+        assert other.returncode == 2 and "refuses the token of RAY_AUTH_TOKEN" in other.stderr.splitlines()[1]
+        done = run_encode(run, tmp_path / "out", cluster | {"RAY_AUTH_TOKEN": cluster["NFM_TEST_TOKEN"]})
+    assert done.returncode == 0, done.stderr
+    assert content(str(tmp_path / "out")) == content(run.couplings["webdataset"])
+
+
+@pytest.mark.long
+def test_ctrl_c_says_how_to_go_on(run: Run, tmp_path: Path) -> None:
+    arguments = ["--samples", f"{run.samples}/train", "--teacher", run.teacher, "--out", str(tmp_path), "--draws", "60"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "nfm", "encode", *arguments, "--workers", "1"], stderr=subprocess.PIPE, text=True
+    )
+    assert driver.stderr is not None
+    assert any("pairs/s now" in line for line in driver.stderr)
+    driver.send_signal(signal.SIGINT)
+    assert driver.stderr.read().splitlines()[-1] == "interrupted; run the same command again to continue"
+    assert driver.wait() == 130
 
 
 @pytest.mark.long
