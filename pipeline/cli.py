@@ -24,7 +24,6 @@ from nfm.pipeline.store_cli import store
 from nfm.stages.errors import ResumableError, StageError
 from nfm.stages.progress import print_line
 from nfm.storage_specs.storage.errors import OutageError, ShownError, StoreError
-from nfm.storage_specs.storage.text import shown
 
 if TYPE_CHECKING:
     from nfm.pipeline.config import Config
@@ -395,8 +394,11 @@ def main() -> None:
     try:
         nfm.main(standalone_mode=False)
     except click.ClickException as error:
-        error.message = shown(error.message)
-        error.show()
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            for line in error.ctx.get_usage().split("\n"):
+                print_line(line)
+            print_line(f"Try '{error.ctx.command_path} --help' for help.")
+        print_line(f"Error: {error.format_message()}")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         print_line("interrupted")

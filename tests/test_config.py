@@ -63,7 +63,7 @@ def config_with(options: dict[str, dict[str, Any]]) -> Config:
 
 
 def test_options_of_file_systems_are_printed_whatever_they_hold() -> None:
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "s3": {
             "profile": 'a"b\\c\n\t\x7f\x85\u2028\u202e\U000e0001\u3000 é 𝛈',
             "anon": False,
@@ -77,7 +77,7 @@ def test_options_of_file_systems_are_printed_whatever_they_hold() -> None:
 
 
 def test_secret_options_are_neither_printed_nor_read_back(tmp_path: Path) -> None:
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "s3": {"key": "MARKED", "secret": "MARKED", "endpoint_url": "http://user:MARKED@host:80/?token=MARKED"},
         "http": {"headers": {"X-Any": "MARKED"}, "client_kwargs": {"auth": ["MARKED", {"password": 73}], "n": 5}},
     }

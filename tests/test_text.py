@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -20,9 +21,9 @@ from nfm.pipeline.output import echo, guard_output
 from nfm.pipeline.presets import preset_text
 from nfm.stages.errors import StageError
 from nfm.storage_specs.storage import files
-from nfm.storage_specs.storage.errors import MAX_LINE, OutageError, StoreError
+from nfm.storage_specs.storage.errors import OutageError, StoreError
 from nfm.storage_specs.storage.files import Root
-from nfm.storage_specs.storage.text import hide_options, hide_url, printable, redact, shown, shown_options
+from nfm.storage_specs.storage.text import MAX_LINE, hide_options, hide_url, printable, redact, shown, shown_options
 from tests.tools.object_store import ObjectStore
 from tests.tools.small_run import SMALL
 from tests.tools.store_cases import Case, write_case
@@ -132,7 +133,7 @@ def test_errors_are_shown() -> None:
     for kind in (StoreError, OutageError, StageError, ConfigError):
         assert str(kind(f"s3://k:SECRET@b: {FORGED}")) == shown(f"s3://***@b: {FORGED}")
         assert len(str(kind("a" * 10 * MAX_LINE))) == MAX_LINE + 1
-    assert str(ConfigError("two:", "a\nb")) == "two:\n  a b"
+    assert str(pickle.loads(pickle.dumps(ConfigError("two:", "a\nb")))) == "two:\n  a b"
 
 
 def printed_texts(path: Path) -> list[str]:

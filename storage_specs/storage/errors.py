@@ -7,7 +7,10 @@ class ShownError(ValueError):
     """An error whose message a person reads: one line, or one for each of its `lines`, all of them `shown`."""
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n  ".join(_shorten(shown(line)) for line in lines))
+        super().__init__(*(_shorten(shown(line)) for line in lines))
+
+    def __str__(self) -> str:
+        return "\n  ".join(self.args)
 
 
 def _shorten(line: str) -> str:
