@@ -47,7 +47,6 @@ HEAD_METHOD = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # which every head of Ra
 EXPECTED = "expected HOST:PORT of the cluster's head, not of its dashboard, as ray start prints it, or auto"
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})")
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")  # in the order in which Ray looks at them
-SWITCH = re.compile(r"=(true|false)$")  # of an option such as storage.options.s3.anon=true
 
 _is_local = False  # whether the session in progress is a private Ray
 
@@ -301,7 +300,7 @@ def _check_secrets() -> None:
     the cluster. Of a job that was submitted, it has shown that already, and the runtime environment: a warning."""
     advice = "give secrets by the environment of the nodes, a profile of the storage's own, or a file for --preset"
     shown = "which Ray's job table shows to everyone in the cluster"
-    holds_secret = any(redact(argument) != argument for argument in sys.argv if not SWITCH.search(argument))
+    holds_secret = any(redact(argument) != argument for argument in sys.argv)
     if not _is_submitted():
         if holds_secret:
             raise StageError(f"got a secret in the command, {shown}; {advice}")
