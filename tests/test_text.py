@@ -23,7 +23,16 @@ from nfm.stages.errors import StageError
 from nfm.storage_specs.storage import files
 from nfm.storage_specs.storage.errors import OutageError, StoreError
 from nfm.storage_specs.storage.files import Root
-from nfm.storage_specs.storage.text import MAX_LINE, hide_options, hide_url, printable, redact, shown, shown_options
+from nfm.storage_specs.storage.text import (
+    HIDDEN,
+    MAX_LINE,
+    hide_options,
+    hide_url,
+    printable,
+    redact,
+    shown,
+    shown_options,
+)
 from tests.tools.object_store import ObjectStore
 from tests.tools.small_run import SMALL
 from tests.tools.store_cases import Case, write_case
@@ -81,6 +90,8 @@ def test_printable(text: str, expected: str) -> None:
         ("zip://a.zip::https://SECRET@host/b", "zip://a.zip::https://***@host/b"),
         ("https://h/a?x=1&X-Amz-Credential=SECRET&X-Amz-Signature=SECRET&y=2", None),
         ("https://h/a?sv=1&sig=SECRET%3D&se=2 and https://h?token=SECRET", None),
+        ("s3://KEY:" + "SECRET" * 1000 + "@bucket", "s3://***@bucket"),
+        ("redis://:SECRET@host:1/0 and s3://KEY:SECRET@bucket.", "redis://***@host:1/0 and s3://***@bucket."),
         ("URL('https://h/a?AWSAccessKeyId=SECRET&Signature=SECRET')", None),
         ("storage.options.s3.secret=SECRET storage.options.s3.endpoint_url=http://h", None),
         ("storage.options.http.headers.Authorization=SECRET", None),
@@ -112,9 +123,10 @@ def test_what_is_no_secret_stays(text: str) -> None:
 
 def test_values_are_hidden_wherever_they_stand() -> None:
     hide_url("s3://HIDDENKEY:hidden-of-url@bucket")
+    hide_url("https://h/?token=hidden%2Fencoded")
     hide_options({"key": "hidden-of-option", "client_kwargs": {"auth": ["hidden-in-list"], "pin": 123}, "anon": True})
-    text = "HIDDENKEY hidden-of-url hidden-of-option hidden-in-list 123 True"
-    assert redact(text) == "*** *** *** *** 123 True"
+    text = "HIDDENKEY hidden-of-url hidden-of-option hidden-in-list hidden%2Fencoded hidden/encoded 123 True"
+    assert redact(text) == "*** *** *** *** *** *** 123 True"
 
 
 def test_shown_options() -> None:
@@ -125,7 +137,8 @@ def test_shown_options() -> None:
 
 
 def test_redaction_of_a_long_text_is_fast() -> None:
-    assert redact("://a:" * 100_000).startswith("://a:")
+    assert redact("://a:" * 200_000 + " @").startswith("://a:")
+    assert HIDDEN in redact("://a:" * 200_000 + "@")
     assert redact("?" * 500_000 + "=")
 
 

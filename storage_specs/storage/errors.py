@@ -1,6 +1,8 @@
 """The errors of stores and of the storage that holds them."""
 
-from nfm.storage_specs.storage.text import MAX_LINE, shown
+from nfm.storage_specs.storage.text import shown
+
+MAX_LINE = 4000  # characters of a line of an error
 
 
 class ShownError(ValueError):

@@ -9,18 +9,15 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
+from urllib.parse import quote, unquote
 
 HIDDEN: Final = "***"  # what is shown in place of a secret
-MAX_LINE: Final = 4000  # characters of a line of an error
 MIN_SECRET = 6  # characters; a shorter value would be found in words that have nothing to do with it
 
 # Names that secrets have in queries and options: X-Amz-Signature, sig, account_key, Authorization, …
-_HIDDEN_NAME = "sig|token|secret|pass|pwd|cred|auth|key|cookie|policy|jwt|session|connection_string|header"
-_QUERY_VALUE = re.compile(rf"([?&;#][\w.%~-]{{0,64}}(?:{_HIDDEN_NAME})[\w.%~-]{{0,64}}=)[^\s&;#'\"<>]+", re.IGNORECASE)
-# user:password@ and, at a web or FTP server, token@. A password may hold what a URL must not: a slash up to the first
-# @, an @ before the first slash. host:8000/store@v1 is none.
-_USER_INFO = re.compile(r"(?<=://)[^\s/:@\[]{0,256}:(?!:)(?:[^\s/]{0,512}@|(?!\d{1,5}(?:/|$))[^\s@]{0,512}@)")
-_WEB_USER_INFO = re.compile(r"(\b(?:https?|ftps?)://)[^\s/@]{1,512}@", re.IGNORECASE)
+_HIDDEN_NAME = "sig|token|secret|pass|pwd|cred|auth|key|cookie|policy|jwt|session|connection_string|header|code"
+_QUERY_VALUE = re.compile(rf"([?&;#][\w.%~-]{{0,64}}(?:{_HIDDEN_NAME})[\w.%~-]{{0,64}}=)[^\s&#'\"<>]+", re.IGNORECASE)
+_WEB_SCHEME = re.compile(r"\b(?:https?|ftps?)$", re.IGNORECASE)  # where a user without a password may be a token
 _OPTION_VALUE = re.compile(r"(storage\.options\.(?:[^\s=.]+\.)*([^\s=.]+)=)(\S+)")
 # Options of file systems whose values are no secrets. Texts of any other option are taken for one.
 _PLAIN_NAMES = """
@@ -53,15 +50,40 @@ def printable(text: str) -> str:
 def redact(text: str) -> str:
     """The text without secrets: user and password of URLs, signatures and tokens in their queries, values of
     `storage.options`, and every value that `hide_url` and `hide_options` were told."""
-    if "://" in text:
-        text = _USER_INFO.sub(f"{HIDDEN}@", text)
-        text = _WEB_USER_INFO.sub(rf"\g<1>{HIDDEN}@", text)
+    if "://" in text and "@" in text:
+        text = re.sub(r"\S+", lambda word: "".join(_redact_users(word[0])), text)
     if "=" in text:
         text = _QUERY_VALUE.sub(rf"\g<1>{HIDDEN}", text)
         text = _OPTION_VALUE.sub(_redact_option, text)
     for secret in sorted(_secrets, key=len, reverse=True):  # one may hold another
         text = text.replace(secret, HIDDEN)
     return text
+
+
+def _redact_users(word: str) -> Iterator[str]:
+    """The parts of a text without white space that may hold URLs, without their users."""
+    before, *parts = word.split("://")
+    yield before
+    for part in parts:
+        length = len(_user_of(before, part))
+        yield f"://{HIDDEN if length else ''}{part[length:]}"
+        before = part
+
+
+def _user_of(before: str, part: str) -> str:
+    """user:password, or at a web or FTP server any user, at the beginning of what follows :// in a URL; "" if there is
+    none to hide. `before` stands before the ://.
+
+    A password may hold what a URL must not: an @ before the first slash, or a slash before the first @; host:8000/a@v1
+    has none.
+    """
+    host, _, _ = part.partition("/")
+    user, at, _ = host.rpartition("@")
+    if at:
+        return user if ":" in user or _WEB_SCHEME.search(before) else ""
+    user, at, _ = part.partition("@")
+    has_password = re.match(r"[^:/\[]*:(?!:|[0-9]{1,5}/)", user)
+    return user if at and has_password else ""
 
 
 def _redact_option(match: re.Match[str]) -> str:
@@ -80,8 +102,9 @@ def shown(text: str) -> str:
 
 def hide_url(url: str) -> None:
     """Hide the secrets of a URL also where libraries repeat them without it, as in "Invalid bucket name"."""
-    found = [part.rstrip("@") for part in _USER_INFO.findall(url)]
-    found += [secret for part in found for secret in part.split(":", 1)]
+    before, *parts = url.split("://")
+    found = [_user_of(scheme, part) for scheme, part in zip([before, *parts], parts, strict=False)]
+    found += [secret for user in found for secret in user.split(":", 1)]
     found += [match[0][len(match[1]) :] for match in _QUERY_VALUE.finditer(url)]
     _hide(found)
 
@@ -129,4 +152,5 @@ def _secret_values(options: Mapping[str, Any]) -> Iterator[Any]:
 def _hide(values: Iterator[str] | list[str]) -> None:
     global _secrets
     with _secrets_lock:
-        _secrets |= {value for value in values if len(value) >= MIN_SECRET and value != HIDDEN}
+        spellings = {spelling for value in values for spelling in (value, quote(value, safe=""), unquote(value))}
+        _secrets |= {value for value in spellings if len(value) >= MIN_SECRET and value != HIDDEN}
