@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nfm.models.labels import class_rows
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
+MAX_LAYERS = 512  # many times those of published networks; each takes milliseconds to make, even without weights
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class SiTConfig:
         sizes = (self.channels, self.image_size, self.patch, self.width, self.depth, self.heads, self.num_classes)
         if min(sizes) < 1:
             raise ValueError("got a size below 1; expected positive sizes")
+        if self.depth > MAX_LAYERS:
+            raise ValueError(f"got {self.depth} layers; expected at most {MAX_LAYERS}")
         if self.image_size % self.patch:
             raise ValueError(
                 f"got image size {self.image_size} and patch {self.patch}; the patch must divide the image"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nfm.models.labels import class_rows
 
 GuideWhat = Literal["a", "b", "ab"]
+MAX_LAYERS = 512  # many times those of published networks; each takes milliseconds to make, even without weights
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class TarFlowConfig:
         if self.width % self.head_dim:
             raise ValueError(f"got width {self.width} and head_dim {self.head_dim}; head_dim must divide the width")
         if not self.depths or min(self.depths) < 1:
-            raise ValueError(f"got depths {self.depths}; expected at least one block of at least one layer")
+            raise ValueError(f"got depths {self.depths[:8]}; expected at least one block of at least one layer")
+        if sum(self.depths) > MAX_LAYERS:
+            raise ValueError(f"got {sum(self.depths)} layers; expected at most {MAX_LAYERS}")
 
     @property
     def tokens(self) -> int:

@@ -1,6 +1,5 @@
 """Evaluation and its report: measured once for the same inputs and settings, and shown in a terminal and as a page."""
 
-import json
 from typing import Any
 
 from nfm.pipeline.config import Config
@@ -11,6 +10,7 @@ from nfm.stages.evaluate import evaluate, save_evaluation
 from nfm.stages.progress import Progress
 from nfm.stages.splits import open_splits
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.documents import load_json
 from nfm.storage_specs.storage.files import Root
 
 MAX_METRICS_BYTES = 1 << 28
@@ -51,12 +51,13 @@ def _identify_inputs(samples: str, couplings: str, teacher: str, students: dict[
 
 
 def _read_metrics(root: Root, inputs: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics in `root`, if they were measured on these inputs with these settings."""
+    """The metrics in `root`, if they were measured on these inputs with these settings. Raises StoreError if they are
+    damaged."""
     if not (root.exists("metrics.json") and root.exists("grids.npz")):
         return None
-    metrics: dict[str, Any] | None = json.loads(root.read("metrics.json", MAX_METRICS_BYTES))
+    metrics = load_json(root.read("metrics.json", MAX_METRICS_BYTES), f"{root.url}/metrics.json")
     expected = {"version": METRICS_VERSION, "inputs": inputs, "config": settings}
-    if metrics is None or any(metrics.get(key) != value for key, value in expected.items()):
+    if not isinstance(metrics, dict) or any(metrics.get(key) != value for key, value in expected.items()):
         return None
     return metrics
 

@@ -184,11 +184,6 @@ def _empty_network(
         if unknown := values.keys() - {entry.name for entry in fields(config_class)}:
             raise ValueError(f"unknown {', '.join(sorted(unknown))}")
         config = TypeAdapter(config_class).validate_json(json.dumps(values), strict=True)
-        layers = sum(config.depths) if isinstance(config, TarFlowConfig) else config.depth
-        # Each layer has several tensors of its own. Without this check, a hostile number of layers would take hours and
-        # all memory, as modules cost both even on the meta device.
-        if layers > len(shapes):
-            raise ValueError(f"{layers} layers, but only {len(shapes)} tensors")
         with torch.device("meta"):
             network = network_class(config)
             state = {key: torch.empty(shape) for key, shape in shapes.items()}

@@ -396,7 +396,10 @@ class Trainer:
         optimizer["state"] = {number: state.group(f"optimizer.{number}") for number in numbers}
         self.optimizer.load_state_dict(optimizer)
         self.images = restored.images
-        self.stream.state = restored.stream
+        try:
+            self.stream.state = restored.stream
+        except ValueError as error:  # a position that the data do not have
+            raise StageError(f"{self.state_url}: {error}; begin again in another folder") from error
         self.curves = restored.curves
         self.best = {name: tensor.to(self.world.device) for name, tensor in state.group("best").items()}
         self.best_val = math.inf if restored.best_val is None else restored.best_val

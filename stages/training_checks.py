@@ -1,10 +1,9 @@
 """What a training refuses: states that no run wrote, numbers that are not finite, curves too long for a checkpoint."""
 
-import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from nfm.stages.checkpoint import Checkpoint, Curves, add_prefix, read_curves
@@ -31,16 +30,16 @@ def read_state(state: Checkpoint, network: nn.Module, url: str) -> RunState:
     document = state.document
     curves = read_curves(document, url)
     images, best_val = document.get("images"), document.get("best_val")
-    try:
-        stream = TypeAdapter(StreamState).validate_json(json.dumps(document.get("stream")), strict=True)
-    except ValidationError as error:
-        raise _state_error(url, f"stream {document.get('stream')!r}, expected an epoch and a position") from error
+    place: Any = document.get("stream")
+    is_place = isinstance(place, dict) and place.keys() == {"epoch", "position"}
+    if not (is_place and all(type(count) is int and count >= 0 for count in place.values())):
+        raise _state_error(url, f"stream {place!r}, expected an epoch and a position")
     if images != curves.images[-1]:
         raise _state_error(url, f"{images!r} images, expected the {curves.images[-1]} at which its curves end")
     has_best = any(name.startswith("best.") for name in state.tensors)
     if (best_val is not None) != has_best or (has_best and best_val not in curves.val):
         raise _state_error(url, f"{best_val!r} as its lowest validation, expected one of its curve")
-    return RunState(images, stream, curves, best_val)
+    return RunState(images, StreamState(**place), curves, best_val)
 
 
 def _check_shapes(state: Checkpoint, network: nn.Module, url: str) -> None:

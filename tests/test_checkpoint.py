@@ -202,7 +202,7 @@ def test_the_state_of_a_training_is_named(run: Run, tmp_path: Path) -> None:
         ({"depths": []}, "got depths"),
         ({"nvp": "no"}, "nvp: Input should be a valid boolean"),
         ({"more": 1}, "unknown more"),
-        ({"depths": [1] * 50_000}, "50000 layers, but only"),
+        ({"depths": [1] * 50_000}, "got 50000 layers; expected at most 512"),
         ({"width": 10**30}, "architecture"),
         ({"name": 3}, "got a checkpoint of 3, expected one of TarFlow or SiT"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.progress_log import record_progress
-from tests.tools.small_run import Run
+from tests.tools.small_run import SMALL, Run
 from tests.tools.waiting import PATIENCE
 
 
@@ -48,6 +49,17 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         return original(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_step", step)
+
+
+@pytest.fixture(scope="module")
+def stopped_teacher(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a teacher whose training stopped after a checkpoint."""
+    out = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, steps=7)  # of 10; the last checkpoint was after 5
+        with pytest.raises(InterruptError):
+            train_teacher(run.config.teacher, run.samples, str(out))
+    return out
 
 
 def test_an_interrupted_teacher_continues_bit_for_bit(
@@ -77,6 +89,57 @@ def test_an_interrupted_student_continues_bit_for_bit(
             train_student(config, couplings, f"{tmp_path}/parts")
     train_student(config, couplings, f"{tmp_path}/parts")
     assert weights(f"{tmp_path}/parts") == weights(f"{tmp_path}/whole")
+
+
+def changed_state(state: Checkpoint, change: str) -> Checkpoint:
+    """A state in which something is not as a run wrote it."""
+    tensors, document = dict(state.tensors), json.loads(json.dumps(state.document))
+    match change:
+        case "another shape":
+            tensors["network.var"] = torch.ones(3, 3)
+        case "another shape of a moment":
+            tensors["optimizer.0.exp_avg"] = torch.zeros(3)
+        case "no moment":
+            del tensors["optimizer.0.exp_avg"]
+        case "one tensor more":
+            tensors["network.more"] = torch.zeros(3)
+        case "half of the best":
+            tensors = {name: tensor for name, tensor in tensors.items() if name != "best.var"}
+        case "images":
+            document["images"] = "320"
+        case "stream":
+            document["stream"] = {"epoch": 0}
+        case "position":
+            document["stream"]["position"] = 10**9
+        case "curves":
+            document["curves"]["loss"].pop()
+        case "best":
+            document["best_val"] = None
+    return Checkpoint(tensors, document)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("another shape", r"tensor 'network.var' of shape \[3, 3\], expected shape \[16, 4\]"),
+        ("another shape of a moment", r"tensor 'optimizer.0.exp_avg' of shape \[3\], expected shape"),
+        ("no moment", r"tensor 'optimizer.0.exp_avg' of none, expected shape"),
+        ("one tensor more", r"tensor 'network.more' of shape \[3\], expected none"),
+        ("half of the best", r"tensor 'best.var' of none, expected shape"),
+        ("images", "'320' images, expected the 320 at which its curves end"),
+        ("stream", "expected an epoch and a position"),
+        ("position", r"got StreamState\(epoch=1, position=1000000000\); expected .*; begin again"),
+        ("curves", "its curves have no points"),
+        ("best", "None as its lowest validation"),
+    ],
+)
+def test_a_state_that_no_run_wrote_is_refused(
+    run: Run, stopped_teacher: Path, tmp_path: Path, change: str, message: str
+) -> None:
+    save(f"{tmp_path}/state.safetensors", changed_state(load(f"{stopped_teacher}/state.safetensors"), change))
+    with pytest.raises(StageError, match=message) as caught:
+        train_teacher(run.config.teacher, run.samples, str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_both_layouts_train_the_same_student(run: Run, tmp_path: Path) -> None:
@@ -251,36 +314,86 @@ train_student(config, sys.argv[2], sys.argv[3])
 """
 
 
-def test_two_processes_train_one_student(run: Run, tmp_path: Path) -> None:
-    """What torchrun and Ray Train do: the standard variables, one process a rank."""
-    config = run.config.student.model_copy(
-        update={"train": run.config.student.train.model_copy(update={"images": 256})}
-    )
+def start_ranks(program: str, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Two processes of one training, as torchrun and Ray Train start them: by the standard variables."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", DDP, config.model_dump_json(), run.couplings["webdataset"], str(tmp_path)],
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
+            [sys.executable, "-c", program, *arguments],
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
+
+
+def test_two_processes_train_one_student(run: Run, tmp_path: Path) -> None:
+    config = run.config.student.model_copy(
+        update={"train": run.config.student.train.model_copy(update={"images": 256})}
+    )
+    processes = start_ranks(DDP, config.model_dump_json(), run.couplings["webdataset"], str(tmp_path))
     printed = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert printed[0] == printed[1] != "", "each rank saw other images, and averaged its gradients with the other's"
     network, document = load_network(f"{tmp_path}/model.safetensors", "SiT")
     assert document["training"]["images"] == 256
     assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
+
+
+# The first rank may write no file of more than 1000 bytes: its checkpoint fails as on a full disk.
+SMALL_DISK = """
+import os, resource, sys, torch
+torch.set_num_threads(1)
+from nfm.pipeline.cli import main
+if sys.argv[1] == "small disk" and os.environ["RANK"] == "0":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+del sys.argv[1]
+main()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("disk", "settings", "exit_code", "lines"),
+    [
+        (
+            "small disk",
+            [],
+            2,
+            [r"error: .*[Ff]ile too large.*state\.safetensors.*", r"error: .*the first process could not write it.*"],
+        ),
+        (
+            "disk",
+            ["student.train.lr=1e30", "student.train.warmup_images=0"],
+            1,
+            ["failed: .* the training has diverged: .*"] * 2,
+        ),
+    ],
+)
+def test_all_processes_say_in_one_line_why_they_stop(
+    run: Run, tmp_path: Path, disk: str, settings: list[str], exit_code: int, lines: list[str]
+) -> None:
+    arguments = [part for setting in [*SMALL, *settings] for part in ("--set", setting)]
+    arguments += ["--couplings", run.couplings["webdataset"], "--out", str(tmp_path)]
+    processes = start_ranks(SMALL_DISK, disk, "train-student", *arguments)
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    assert [process.returncode for process in processes] == [exit_code] * 2, errors
+    for error, line in zip(errors, lines, strict=True):
+        assert "Traceback" not in error
+        assert re.fullmatch(line, error.splitlines()[-1]), error
+
+
+def test_curves_too_long_for_a_checkpoint_are_refused_at_the_start(run: Run, tmp_path: Path) -> None:
+    train = run.config.student.train.model_copy(update={"images": 10**9, "log_images": 1})
+    with pytest.raises(StageError, match=r"give curves of \d+ points, expected at most 300000; give larger ones"):
+        train_student(
+            run.config.student.model_copy(update={"train": train}), run.couplings["webdataset"], str(tmp_path)
+        )
 
 
 def test_config_of_a_student_is_checked() -> None:
