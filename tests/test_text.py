@@ -21,11 +21,10 @@ from nfm.pipeline.output import echo, guard_output
 from nfm.pipeline.presets import preset_text
 from nfm.stages.errors import StageError
 from nfm.storage_specs.storage import files
-from nfm.storage_specs.storage.errors import OutageError, StoreError
+from nfm.storage_specs.storage.errors import MAX_LINE, OutageError, StoreError
 from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.storage.text import (
     HIDDEN,
-    MAX_LINE,
     hide_options,
     hide_url,
     printable,
