@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from nfm.pipeline import encode_job, ray_session
-from nfm.pipeline.ray_session import RAY_JOB_CONFIG_JSON_ENV_VAR
 from nfm.stages.errors import StageError
 from tests.tools.listeners import list_listeners
 from tests.tools.ray_cluster import MARK, Cluster, list_processes
