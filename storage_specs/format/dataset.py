@@ -4,10 +4,14 @@ import re
 from collections.abc import Iterable, Mapping
 
 from nfm.storage_specs.format import schema, schema_1_0
+from nfm.storage_specs.format.image_names import max_names_bytes
 from nfm.storage_specs.format.layouts import LAYOUTS, LAYOUTS_1_0, Layout
+from nfm.storage_specs.format.manifest import max_manifest_bytes
 from nfm.storage_specs.format.names import (
     CROISSANT_FILE,
     MANIFEST_NAME,
+    MAX_DOCUMENT_BYTES,
+    MAX_METADATA_BYTES,
     NAMES_NAME,
     README_FILE,
     SIGMA_F_NAME,
@@ -16,9 +20,11 @@ from nfm.storage_specs.format.names import (
     Z_SUMS_NAME,
 )
 from nfm.storage_specs.format.schema import Dataset, FileRecord, NfmCoupling, Spec
+from nfm.storage_specs.format.sums import NUM_POWERS
 from nfm.storage_specs.storage.documents import parse_json
 from nfm.storage_specs.storage.errors import StoreError, UnsupportedError
 
+MAX_NPY_HEADER_BYTES = 4096
 _DOCUMENT_NAMES = {
     "manifest": MANIFEST_NAME,
     "names": NAMES_NAME,
@@ -61,6 +67,20 @@ def expected_documents(spec: Spec) -> set[str]:
         if spec.has_labels:
             names.add("z_class_sums")
     return names
+
+
+def max_document_bytes(dataset: Dataset) -> dict[str, int]:
+    """Upper bounds of the sizes of a version's documents, by name."""
+    spec = dataset.spec
+    return {
+        "manifest": max_manifest_bytes(spec, layout_of(dataset)),
+        "names": min(max_names_bytes(spec.rows), MAX_DOCUMENT_BYTES),
+        "readme": MAX_METADATA_BYTES,
+        "croissant": MAX_METADATA_BYTES,
+        "sigma_f": MAX_NPY_HEADER_BYTES + 4 * spec.dim,
+        "z_sums": MAX_NPY_HEADER_BYTES + 8 * NUM_POWERS * spec.dim,
+        "z_class_sums": MAX_NPY_HEADER_BYTES + 8 * NUM_POWERS * spec.num_classes,
+    }
 
 
 def check_kind_is_supported(spec: Spec, name: str) -> None:

@@ -130,7 +130,11 @@ class Store:
 
     def read_document(self, path: str, digest: str, max_bytes: int) -> bytes:
         """The content of a file beside those of columns. Raises StoreError if its sha256 is not `digest`."""
-        data = self.root.read(path, max_bytes)
+        return self.view_document(path, digest, max_bytes).tobytes()
+
+    def view_document(self, path: str, digest: str, max_bytes: int) -> NDArray[np.uint8]:
+        """As `read_document`; a local file is mapped, which takes no memory."""
+        data = self.root.view(path, max_bytes)
         if sha256(data) != digest:
             raise StoreError(
                 f"{self.url}/{path}: its sha256 is not the one in {self._document_name}; the file is damaged"
@@ -186,7 +190,7 @@ class Store:
         file = self.dataset.documents.names
         if file is None:
             return None
-        data = self.read_document(file.path, file.sha256, max_names_bytes(self.spec.rows))
+        data = self.view_document(file.path, file.sha256, max_names_bytes(self.spec.rows))
         table = parse_names(data, 0, self.spec.rows, f"{self.url}/{file.path}")
         if hash_rows(table) != file.rows_sha256:
             raise StoreError(f"{self.url}/{file.path}: the sha256 of its rows is not the one in {self._document_name}")

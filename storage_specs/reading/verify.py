@@ -12,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
-from nfm.storage_specs.format.dataset import is_1_0, parse_dataset
+from nfm.storage_specs.format.dataset import is_1_0, max_document_bytes, parse_dataset
 from nfm.storage_specs.format.layouts import Columns
 from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.names import (
     COST_FILE,
     CROISSANT_FILE,
     DATASET_FILE,
-    MAX_DOCUMENT_BYTES,
     MAX_METADATA_BYTES,
     README_FILE,
     TAGS_FOLDER,
@@ -259,7 +258,7 @@ def _without_empty(value: Any) -> Any:
 
 def _check_card(store: Store, card: DocumentFile, copied_to: str | None) -> None:
     """Raise StoreError if a card is damaged, or its copy in the folder of the store, where there is one."""
-    data = store.read_document(card.path, card.sha256, MAX_DOCUMENT_BYTES)
+    data = store.read_document(card.path, card.sha256, MAX_METADATA_BYTES)
     if copied_to is not None:
         _compare(store, copied_to, data, f"{card.path}, the card of the newest version")
 
@@ -275,8 +274,9 @@ def _check_earlier_version(store: Store, version: int) -> None:
         child = parse_dataset(store.root.read(path, MAX_METADATA_BYTES), f"{store.url}/{path}")
     if (earlier.version, earlier.id) != (version, child.parent):
         raise StoreError(f"{name}: it is not the parent that version {version + 1} names; the file is damaged")
-    for file in earlier.documents.by_name().values():
-        if sha256(store.root.read(file.path, MAX_DOCUMENT_BYTES)) != file.sha256:
+    max_bytes = max_document_bytes(earlier)
+    for kind, file in earlier.documents.by_name().items():
+        if sha256(store.root.view(file.path, max_bytes[kind])) != file.sha256:
             raise StoreError(f"{store.url}/{file.path}: its sha256 is not the one in {name}; the file is damaged")
 
 

@@ -246,7 +246,7 @@ def _is_intact(root: Root, dataset: Dataset) -> bool:
 def _has_sha256(root: Root, file: DocumentFile) -> bool:
     """Whether a file is there with its sha256. Raises StorageError if storage cannot be read."""
     try:
-        return sha256(root.read(file.path, MAX_DOCUMENT_BYTES)) == file.sha256
+        return sha256(root.view(file.path, MAX_DOCUMENT_BYTES)) == file.sha256
     except StorageError:
         raise
     except StoreError:
@@ -276,7 +276,7 @@ def _publish_documents(root: Root, dataset: Dataset) -> Dataset:
     for path, data in layout_of(dataset).metadata_files(dataset.spec).items():
         root.write(path, data)
     for path, card in ((README_FILE, dataset.documents.readme), (CROISSANT_FILE, dataset.documents.croissant)):
-        root.write(path, root.read(card.path, MAX_DOCUMENT_BYTES))
+        root.write(path, root.read(card.path, MAX_METADATA_BYTES))
     root.write(DATASET_FILE, root.read(version_file(dataset.version), MAX_METADATA_BYTES))
     return dataset
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nfm.storage_specs.format.dataset import is_1_0, parse_dataset
+from nfm.storage_specs.format.dataset import is_1_0, max_document_bytes, parse_dataset
 from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.names import (
     COPY_FILE,
@@ -14,7 +14,6 @@ from nfm.storage_specs.format.names import (
     CROISSANT_FILE,
     DATASET_FILE,
     LEASE_FILE,
-    MAX_DOCUMENT_BYTES,
     MAX_METADATA_BYTES,
     README_FILE,
     SIGMA_F_NAME,
@@ -177,16 +176,17 @@ def _read_documents(store: Store) -> Iterator[tuple[str, bytes]]:
     """Path and content of every file of a store that is to be copied, beside those of columns and dataset.json. What
     has a hash is checked against it, as the source may have changed since it was opened."""
     yield from store.layout.metadata_files(store.spec).items()
+    scale_bytes = max_document_bytes(store.dataset)["sigma_f"]
     if store.spec.coupling is not None:
         if store.spec.nfm.z_scale_sha256:
-            yield Z_SCALE_FILE, store.read_document(Z_SCALE_FILE, store.spec.nfm.z_scale_sha256, MAX_DOCUMENT_BYTES)
+            yield Z_SCALE_FILE, store.read_document(Z_SCALE_FILE, store.spec.nfm.z_scale_sha256, scale_bytes)
         if store.cost:
             yield COST_FILE, canonical_json(store.cost.model_dump(mode="json"))
     if is_1_0(store.dataset):
         yield store.dataset.documents.manifest.path, store.manifest
         if store.dataset.documents.sigma_f is not None:
             digest = store.dataset.documents.sigma_f.sha256
-            yield SIGMA_F_NAME, store.read_document(SIGMA_F_NAME, digest, MAX_DOCUMENT_BYTES)
+            yield SIGMA_F_NAME, store.read_document(SIGMA_F_NAME, digest, scale_bytes)
         for path in (README_FILE, CROISSANT_FILE):
             yield path, store.root.read(path, MAX_METADATA_BYTES)
         return
@@ -196,15 +196,15 @@ def _read_documents(store: Store) -> Iterator[tuple[str, bytes]]:
         path = version_file(version)
         is_opened = version == store.dataset.version
         data = store.document if is_opened else store.root.read(path, MAX_METADATA_BYTES)
-        documents = parse_dataset(data, f"{store.url}/{path}").documents
-        for name, file in documents.by_name().items():
+        dataset = parse_dataset(data, f"{store.url}/{path}")
+        max_bytes = max_document_bytes(dataset)
+        for name, file in dataset.documents.by_name().items():
             if file.path not in copied:
                 copied.add(file.path)
-                content = store.read_document(file.path, file.sha256, MAX_DOCUMENT_BYTES)
-                yield file.path, content
+                yield file.path, store.read_document(file.path, file.sha256, max_bytes[name])
             if is_opened and name in ("readme", "croissant"):
                 root_path = README_FILE if name == "readme" else CROISSANT_FILE
-                yield root_path, store.read_document(file.path, file.sha256, MAX_DOCUMENT_BYTES)
+                yield root_path, store.read_document(file.path, file.sha256, max_bytes[name])
         yield path, data
     for tag in list_tags(store.root):
         path = f"{TAGS_FOLDER}/{tag}.json"
