@@ -76,20 +76,11 @@ class Column:
         """
         slot, file_bytes = self._slot(key), self.store.files[key].bytes
         mapped = self.store.use_local_file(key, lambda file: self._rows.map_file(slot, file, file_bytes))
-        if self._was_checked(key, mapped.state):
+        if self._checked.get(key) == mapped.state:
             return None
         columns = self.store.parse_columns(key, mapped.data, sha256_checked=not self.store.root.local)
         self._checked[key] = mapped.state
         return columns.get("label")
-
-    def _was_checked(self, key: FileKey, state: FileState) -> bool:
-        """Whether the content of a file was checked, and the file has not changed since."""
-        checked_state = self._checked.get(key)
-        if checked_state is None:
-            return False
-        if self.store.root.local:
-            return state == checked_state
-        return state.is_same_file(checked_state)  # the cache sets the modification time at each use
 
     def mark_used(self, key: FileKey) -> None:
         """Note that a file is mapped, and that it is the one used last."""

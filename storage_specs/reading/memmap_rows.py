@@ -71,7 +71,7 @@ def _map_bytes(file: LocalFile, file_bytes: int) -> MappedFile:
             raise OSError(errno.EIO, str(error), str(file)) from error
         with open_regular_file(file) as (_, state_after):
             # torch opened the file once more, by its name, and would have followed a link that came in between.
-            if not state_after.is_same_file(state):
+            if state_after != state:
                 raise OSError(errno.ESTALE, "the file was replaced while it was opened", str(file))
     data.flags.writeable = False
     return MappedFile(data, state)

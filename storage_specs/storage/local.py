@@ -48,10 +48,6 @@ class FileState(NamedTuple):
     bytes: int
     mtime_ns: int
 
-    def is_same_file(self, other: "FileState") -> bool:
-        """Whether device, inode and size are those of `other`. A file in the cache keeps these, but not its time."""
-        return self[:3] == other[:3]
-
 
 def is_temporary_file(path: str) -> bool:
     """Whether a file has the name of one that a writer had not finished."""
