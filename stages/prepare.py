@@ -32,7 +32,7 @@ from nfm.storage_specs.format.image_names import ImageName
 from nfm.storage_specs.format.names import DATASET_FILE, SPEC_FILE
 from nfm.storage_specs.format.schema import LayoutName, PixelSpec, Sha256, Spec
 from nfm.storage_specs.reading.order import permutation
-from nfm.storage_specs.storage.documents import StrictModel, canonical_json, parse_json
+from nfm.storage_specs.storage.documents import StrictModel, canonical_json, make_document, parse_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import Root, expand_home, sha256
 from nfm.storage_specs.writing.claims import check_unclaimed
@@ -259,24 +259,25 @@ def check_output(root: Root) -> None:
 
 def write_store(config: DataConfig, url: str, split: str, images: Images, attribution: AttributionConfig) -> None:
     """Write the sample store of a split, or what is missing of it."""
-    spec = Spec(
-        kind="samples",
-        layout=config.layout,
-        rows=len(images.names),
-        block_rows=config.block_rows,
-        shape=(config.channels, config.image_size, config.image_size),
-        x=PixelSpec(dtype="uint8"),
-        views=["plain"],
-        num_classes=len(images.class_names),
-        class_names=images.class_names,
-        names=True,
-        preprocessing={
+    values = {
+        "kind": "samples",
+        "layout": config.layout,
+        "rows": len(images.names),
+        "block_rows": config.block_rows,
+        "shape": (config.channels, config.image_size, config.image_size),
+        "x": PixelSpec(dtype="uint8"),
+        "views": ["plain"],
+        "num_classes": len(images.class_names),
+        "class_names": images.class_names,
+        "names": True,
+        "preprocessing": {
             "source": images.identity,
             "split": split,
             **({"resize": "none"} if config.source == "digits" else {"decoding": DECODING, "resize": "PIL box"}),
             "quarantined": images.quarantined,
         },
-    )
+    }
+    spec = make_document(Spec, values, url)
     writer = StoreWriter(url, spec)
     writer.initialize()
     if writer.is_complete():

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from nfm.stages.attribution import AttributionConfig
 from nfm.stages.errors import StageError
 from nfm.stages.image_files import SourceImage
-from nfm.stages.prepare import DataConfig, Images, hold_out, prepare
+from nfm.stages.prepare import DataConfig, Images, hold_out, prepare, write_store
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.storage.errors import StoreError
@@ -362,6 +363,15 @@ def test_warnings_of_pillow_do_not_reach_the_user(images: Path, tmp_path: Path) 
         warnings.simplefilter("always")
         prepare(FOLDER, f"{tmp_path}/out", images)
     assert [str(warning.message) for warning in caught if "PIL" in warning.filename] == []
+
+
+def test_blocks_that_make_too_many_files_are_refused(tmp_path: Path) -> None:
+    single = FOLDER.model_copy(update={"block_rows": 1})
+    with pytest.raises(
+        StoreError, match=rf"^{tmp_path}/out: .*1000000 rows in blocks of 1 .* larger blocks make fewer"
+    ):
+        write_store(single, f"{tmp_path}/out", "train", grey_images([1_000_000]), AttributionConfig())
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_holds_something_else_is_refused_before_anything_is_written(

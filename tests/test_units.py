@@ -139,3 +139,9 @@ def test_a_commit_of_another_store_is_none_of_ours(run: Run) -> None:
     other = store.spec.model_copy(update={"rows": store.spec.rows - 1})
     with pytest.raises(StoreError, match="written for another store"):
         read_commit(store.root, other, Unit(0, 0, 3))
+
+
+def test_a_spec_that_was_changed_in_a_copy_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    spec = sample_spec().model_copy(update={"rows": 10_000_000, "block_rows": 1})
+    with pytest.raises(StoreError, match=rf"^{tmp_path}/store: .* larger blocks make fewer"):
+        StoreWriter(f"{tmp_path}/store", spec)

@@ -102,9 +102,21 @@ def parse_json(model: type[T], data: bytes, name: str) -> T:
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "document"
-        raise StoreError(f"{name}: {field}: {first['msg']}; the file is damaged or of another version") from error
+        raise StoreError(f"{name}: {_first_mistake(error)}; the file is damaged or of another version") from error
+
+
+def _first_mistake(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "document"
+    return f"{field}: {first['msg']}"
+
+
+def make_document(model: type[T], values: dict[str, Any], name: str) -> T:
+    """The document with these values. Raises StoreError with the `name` of what it is for and the first wrong value."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise StoreError(f"{name}: {_first_mistake(error)}") from error
 
 
 def sealed_json(value: dict[str, Any]) -> bytes:

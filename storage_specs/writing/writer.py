@@ -37,7 +37,7 @@ from nfm.storage_specs.format.schema import SCHEMA_VERSION, Dataset, Spec, read_
 from nfm.storage_specs.format.sums import ZSums, sigma_f
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.versions import check_no_version
-from nfm.storage_specs.storage.documents import canonical_json, list_differences, load_json, parse_json
+from nfm.storage_specs.storage.documents import canonical_json, list_differences, load_json, make_document, parse_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
 from nfm.storage_specs.storage.messages import list_fields
@@ -93,7 +93,8 @@ class StoreWriter:
         check_no_version(url, options)
         check_kind_is_supported(spec, url)
         self.root, self.options = Root(url, options), options
-        self.spec = spec
+        # Checked again: a copy with other values was not.
+        self.spec = make_document(Spec, {name: getattr(spec, name) for name in Spec.model_fields}, url)
         self.layout = LAYOUTS[spec.layout]
 
     def initialize(self, z_scale: NDArray[np.float32] | None = None, converted_from: str | None = None) -> None:
