@@ -113,10 +113,10 @@ def train_student(config: StudentConfig, couplings: str | Sequence[Source], out:
     with join_world() as world:
         for trained, newest in older if world.is_first_rank else ():
             print_line(f"{out} stays on {trained}, on which it was begun; another folder would take the newer {newest}")
+        stream = open_stream(sources, "pairs", config.train, world)  # first: are its files there?
         with Progress("build the network", enabled=world.is_first_rank):
             torch.manual_seed(config.train.seed)
             network = SiT(sizes)
-        stream = open_stream(sources, "pairs", config.train, world)
         trainer = Trainer(
             f"train-student {config.coupling}",
             network,

@@ -85,10 +85,10 @@ def train_teacher(config: TeacherConfig, samples: str, out: str) -> dict[str, An
         return nll(model(batch.x + config.eta * noise, y))
 
     with join_world() as world:
+        stream = open_stream(train.version_url, "samples", config.train, world)  # first: are its files there?
         with Progress("build the network", enabled=world.is_first_rank):
             torch.manual_seed(config.train.seed)
             network = teacher_network(config, train)
-        stream = open_stream(train.version_url, "samples", config.train, world)
         trainer = Trainer(
             "train-teacher",
             network,

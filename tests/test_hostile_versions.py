@@ -11,7 +11,9 @@ import pytest
 
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import find_faults
+from nfm.storage_specs.reading.versions import list_documents
 from nfm.storage_specs.storage.documents import canonical_json
+from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import sha256
 from nfm.storage_specs.writing.repair import repair_store
 from tests.tools.fuzz_files import change_files, read_files
@@ -20,6 +22,8 @@ from tests.tools.kinds import KINDS
 from tests.tools.stores import damage, flip, ignore_progress
 
 KIND, PAIRS = KINDS["samples-names"], KINDS["pairs-float16-stored"]
+
+SUMS, COMMIT = "sums/000001.k000-002.npy", "commits/000001.k000-002.json"
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,42 @@ def test_a_file_that_the_manifest_has_and_the_writer_did_not_commit_is_written_a
     PAIRS.write(str(root), "webdataset")
     assert Store(str(root)).dataset.id == true_id
     assert list(find_faults(Store(str(root)))) == []
+
+
+def test_z_that_contradicts_its_sums_is_not_called_repaired(tmp_path: Path) -> None:
+    """z is changed, and the commit records agree with it, but no sums do."""
+    root = tmp_path / "store"
+    PAIRS.write(str(root), "webdataset")
+    damage(root, "z/k001/000001.tar", flip(512 + 128))
+    files = read_files(root)
+    seal(files, commits=True, respecify=False)
+    change_files(root, read_files(root), files, tmp_path)
+    with pytest.raises(StoreError, match=r"not the sums over z.*nothing tells which block is wrong; copy"):
+        repair_store(str(root), ignore_progress)
+    assert list(find_faults(Store(str(root))))
+
+
+@pytest.mark.parametrize(("path", "old", "new"), [(SUMS, b"'<f8'", b"'>f8'"), (COMMIT, b"null", b"0.0 ")])
+def test_a_unit_that_was_committed_with_other_documents_is_refused(
+    tmp_path: Path, path: str, old: bytes, new: bytes
+) -> None:
+    """Sums of another type, and an error of x, which has none."""
+    root = tmp_path / "store"
+    PAIRS.write(str(root), "webdataset")
+    (root / "dataset.json").unlink()
+    damage(root, path, lambda data: data.replace(old, new, 1))
+    files = read_files(root)
+    seal(files, commits=True, respecify=False)
+    change_files(root, read_files(root), files, tmp_path)
+    with pytest.raises(StoreError, match=path):
+        PAIRS.write(str(root), "webdataset")
+    assert not (root / "dataset.json").exists()
+
+
+def test_what_lies_beyond_the_newest_version_is_no_version(tmp_path: Path) -> None:
+    KIND.write(str(tmp_path), "webdataset")
+    (tmp_path / "versions" / "0009.json").mkdir()
+    assert [dataset.version for dataset in list_documents(Store(str(tmp_path)).root)] == [1]
 
 
 def test_a_cost_that_cannot_be_read_is_a_fault_and_repaired(tmp_path: Path) -> None:

@@ -130,8 +130,13 @@ def list_versions(root: Root) -> list[int]:
 
 
 def list_documents(root: Root) -> list[Dataset]:
-    """The documents of all versions of a store, in order. Raises StoreError if one is damaged."""
-    return [_open_version(root, version).dataset for version in list_versions(root)]
+    """The documents of all versions of a store up to the newest, in order. Raises StoreError if one is damaged. A later
+    one, whose publication was interrupted, is no version yet."""
+    versions = list_versions(root)
+    if root.exists(DATASET_FILE):
+        newest = _read_document(root, DATASET_FILE).dataset.version
+        versions = [version for version in versions if version <= newest]
+    return [_open_version(root, version).dataset for version in versions]
 
 
 def list_tags(root: Root) -> list[str]:

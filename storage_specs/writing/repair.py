@@ -105,6 +105,7 @@ def _repair(
     damaged_files = {fault.file for fault in faults if isinstance(fault.file, FileKey)}
     damaged_blocks = {key.block for key in damaged_files}
     messages = [fault.message for fault in faults]
+    contradictions = [] if store is None or damaged_files else _list_contradictions(store, faults)
     # What only commit records name, or name with another sha256 than the manifest, was not compared yet; if the
     # documents are damaged, no file was.
     checked = {key: record.sha256 for key, record in store.files.items()} if store is not None else {}
@@ -132,6 +133,11 @@ def _repair(
         return RepairedStore(messages, sorted(damaged_blocks), is_complete=False)
     writer.finalize(is_repair=True)
     repaired = Store(root.url, options=options)
+    if contradictions and (remaining := list(find_faults(repaired))):
+        raise StoreError(
+            f"{_summary(remaining)}. The commit records say the same, so nothing tells which block is wrong; "
+            "copy the store again from its source, or write it again to another URL"
+        )
     lost = find_document_faults(repaired)
     if lost:
         raise StoreError(f"{_summary(lost)}. All else is repaired; what is lost can only come from a copy of the store")
@@ -139,6 +145,12 @@ def _repair(
     if stray:
         raise StoreError(f"{_summary(stray)}. Nothing else is wrong any more")
     return RepairedStore(messages, [], is_complete=True)
+
+
+def _list_contradictions(store: Store, faults: list[Fault]) -> list[Fault]:
+    """The faults of files that are as their documents say: values that do not follow from each other."""
+    explained = {fault.file for fault in [*find_document_faults(store), *find_stray_files(store)]}
+    return [fault for fault in faults if fault.file not in explained]
 
 
 def _restore_version(store: Store) -> None:

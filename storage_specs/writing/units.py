@@ -261,6 +261,7 @@ def read_commit(root: Root, spec: Spec, unit: Unit) -> Commit:
     for key, file in files.items() if is_expected else ():
         path, size = expected_sizes[key]
         is_expected &= file.path == path and (file.bytes == size or (file.column == NAMES and file.bytes < size))
+        is_expected &= (file.squared_error is not None) == (file.column == "z")
     if not is_expected:
         raise StoreError(f"{name}: its files are not those of its unit; the record is damaged")
     rows, counts = spec.rows_of(unit.block), commit.label_counts
@@ -309,12 +310,15 @@ def _read_committed(root: Root, commit: Commit, column: str) -> bytes:
 
 
 def read_z_sums(root: Root, spec: Spec, commit: Commit) -> dict[int, ZSums]:
-    """The sums over z of a unit, by draw. Raises StoreError if a file is not the one that was committed."""
+    """The sums over z of a unit, by draw. Raises StoreError if a file is not the one that was committed, or holds
+    anything else."""
     unit = Unit(commit.block, commit.first, commit.stop)
     arrays: list[NDArray[np.float64]] = []
-    for column, _, shape in _sums_files(spec, unit):
-        data = _read_committed(root, commit, column)  # without its header, whose size `read_commit` checked
-        arrays.append(np.frombuffer(data[-8 * math.prod(shape) :], "<f8").reshape(shape))
+    for column, path, shape in _sums_files(spec, unit):
+        data, header = _read_committed(root, commit, column), npy_header(np.dtype("<f8"), shape)
+        if not data.startswith(header):  # `read_commit` checked the size
+            raise StoreError(f"{root.url}/{path}: expected float64 of shape {shape}; the file is damaged")
+        arrays.append(np.frombuffer(data, "<f8", offset=len(header)).reshape(shape))
     by_dimension = arrays[0]
     by_class = arrays[1] if spec.has_labels else np.zeros((len(unit.draws), 0, NUM_POWERS))
     return {draw: ZSums(by_dimension[i], by_class[i]) for i, draw in enumerate(unit.draws)}

@@ -228,7 +228,7 @@ def mutate_npy(rng: Random, data: bytes) -> tuple[bytes, str]:
     """Change the header or the values of an npy file."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError):
+    except (ValueError, OSError, EOFError):
         return mutate_bytes(rng, data)
     operation = rng.choice(["value", "value", "small", "dtype", "shape", "fortran", "header", "scale"])
     if operation in ("value", "small", "scale") and array.size and array.dtype.kind == "f":
