@@ -16,6 +16,7 @@ from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import sha256
 from nfm.storage_specs.writing.repair import repair_store
+from nfm.storage_specs.writing.writer import read_started_spec
 from tests.tools.fuzz_files import change_files, read_files
 from tests.tools.fuzz_seals import seal
 from tests.tools.kinds import KINDS
@@ -117,6 +118,14 @@ def test_a_unit_that_was_committed_with_other_documents_is_refused(
     with pytest.raises(StoreError, match=path):
         PAIRS.write(str(root), "webdataset")
     assert not (root / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"null", None])
+def test_a_spec_that_is_none_is_not_taken_for_one_of_schema_1_0(tmp_path: Path, content: bytes | None) -> None:
+    PAIRS.write(str(tmp_path), "webdataset")
+    (tmp_path / "commits" / "spec.json").write_bytes(content or (tmp_path / COMMIT).read_bytes())
+    with pytest.raises(StoreError, match=r"commits/spec\.json: got no readable schema_version"):
+        read_started_spec(str(tmp_path))
 
 
 def test_what_lies_beyond_the_newest_version_is_no_version(tmp_path: Path) -> None:

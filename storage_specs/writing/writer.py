@@ -60,7 +60,7 @@ def read_started(root: Root) -> StartedStore | None:
     if not root.exists(SPEC_FILE):
         return None
     name, data = f"{root.url}/{SPEC_FILE}", root.read(SPEC_FILE, MAX_METADATA_BYTES)
-    if not _has_schema_version(data, name):
+    if _is_spec_of_1_0(data, name):
         if not root.exists(DATASET_FILE):
             raise StoreError(
                 f"{root.url}: holds an unfinished store of schema 1.0, which this nfm cannot continue; "
@@ -76,10 +76,10 @@ def read_started(root: Root) -> StartedStore | None:
     return started
 
 
-def _has_schema_version(data: bytes, name: str) -> bool:
-    """Whether a document says its schema, which the spec.json of schema 1.0 does not."""
+def _is_spec_of_1_0(data: bytes, name: str) -> bool:
+    """Whether a spec.json is of schema 1.0: a spec itself, which does not say its schema."""
     document = load_json(data, name)
-    return isinstance(document, dict) and "schema_version" in document
+    return isinstance(document, dict) and "block_rows" in document and "schema_version" not in document
 
 
 class StoreWriter:
