@@ -304,9 +304,9 @@ def test_a_forged_sigma_f_of_1_0_is_found(unpacked: Unpacked, tmp_path: Path, fr
 def test_a_store_of_1_0_has_no_versions(unpacked: Unpacked, frozen: Frozen) -> None:
     store = Store(unpacked.url(frozen))
     assert store.version_url == store.url and store.z_sums is None and store.image_names is None
-    with pytest.raises(StoreError, match=rf"^{store.url}@v1: a store of schema 1.0 has no versions; give {store.url}$"):
+    with pytest.raises(StoreError, match=rf"^{store.url}@v1: a store of schema 1.0 has no versions; give {store.url}"):
         Store(f"{store.url}@v1")
-    with pytest.raises(StoreError, match=rf"^{store.url}@first: got a tag that the store does not have; it has no tags$"):
+    with pytest.raises(StoreError, match=rf"^{store.url}@first: got a tag that .* does not have; it has no tags"):
         Store(f"{store.url}@first")
 
 
