@@ -23,10 +23,12 @@ from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.storage import lease
-from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.errors import StorageError, StoreError
+from nfm.storage_specs.storage.files import set_file_system_options
 from nfm.storage_specs.writing.units import Unit
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.lease_holder import lease_holder
+from tests.tools.object_store import ObjectStore
 from tests.tools.ray_cluster import MARK, kill_processes, list_processes
 from tests.tools.small_run import Run, infinite_teacher
 from tests.tools.stores import content, tree
@@ -129,6 +131,21 @@ def test_a_second_driver_is_refused_and_harms_nothing(
             encode(run, str(tmp_path))
         assert os.listdir(tmp_path) == ["commits"] and not (tmp_path / "commits/spec.json").exists()
     assert encode(run, str(tmp_path)).units_encoded == 6
+
+
+@pytest.mark.long
+def test_storage_that_refuses_the_workers_is_named(run: Run, object_store: ObjectStore) -> None:
+    """The driver may write, its workers may not."""
+    out = f"s3://{object_store.bucket('refused')}/out"
+    refused = StorageConfig(options={"s3": {**object_store.options, "secret": "wrong"}})
+    config = run.config.encode.model_copy(update={"workers": 1})
+    set_file_system_options({"s3": object_store.options})
+    try:
+        with pytest.raises(StorageError, match=f"{out}.*403.*check URL and credentials") as failure:
+            job.encode_couplings(config, f"{run.samples}/train", run.teacher, out, refused)
+    finally:
+        set_file_system_options({})
+    assert "died" not in str(failure.value)
 
 
 @pytest.mark.long
