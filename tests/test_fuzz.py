@@ -92,7 +92,10 @@ CARELESS: dict[str, tuple[Patch, str]] = {
     "a traceback": (patched_verify(fail), "nfm store verify: KeyError: .*no key"),
     "a secret": (patched_verify(lambda store: print(SECRET.decode())), "nfm store verify printed the secret"),
     "an escape": (patched_verify(lambda store: print("\x1b[31m")), r"nfm store verify printed '\\x1b'"),
-    "a file outside": (patched_verify(lambda store: beside(store, "outside/new").touch()), "verify changed outside: .*new"),
+    "a file outside": (
+        patched_verify(lambda store: beside(store, "outside/new").touch()),
+        "verify changed outside: .*new",
+    ),
     "a file beside": (patched_verify(lambda store: beside(store, "new").touch()), "verify wrote beside: .*new"),
     "a changed store": (
         patched_verify(lambda store: beside(store, "store/README.md").unlink()),
@@ -101,16 +104,22 @@ CARELESS: dict[str, tuple[Patch, str]] = {
 }
 
 
+def changed_case(subjects: Subjects) -> Case:
+    """A store with one bit of z changed."""
+    subject = subjects(NAME)
+    sound = subject.files[Z]
+    assert isinstance(sound, bytes)
+    return Case(0, NAME, subject, subject.files | {Z: flip(VALUE_OF_Z)(sound)})
+
+
+def test_it_finds_nothing_in_our_code(subjects: Subjects, tmp_path: Path) -> None:
+    assert run_trial(changed_case(subjects), tmp_path / "trial") == ""
+
+
 @pytest.mark.parametrize("careless", CARELESS)
 def test_it_finds_what_it_is_for(
     subjects: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, careless: str
 ) -> None:
-    """One bit of z is changed, and our code is careless in one way."""
-    subject = subjects(NAME)
-    sound = subject.files[Z]
-    assert isinstance(sound, bytes)
-    case = Case(0, NAME, subject, subject.files | {Z: flip(VALUE_OF_Z)(sound)})
-    assert run_trial(case, tmp_path / "sound code") == ""
     patch, expected = CARELESS[careless]
     patch(monkeypatch)
-    assert re.search(expected, run_trial(case, tmp_path / "careless code"))
+    assert re.search(expected, run_trial(changed_case(subjects), tmp_path / "trial"))

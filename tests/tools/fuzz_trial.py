@@ -193,7 +193,8 @@ class Trial(Workplace):
         is_sound, text = self.command("store", "verify", store)
         if is_sound:
             check_soundness(delivery)
-        elif "repair" in what and not self.case.sealed:
+        elif "repair" in what and not self.case.sealed and not re.search(r"README\.md|croissant\.json", text):
+            # The cards of the frozen stores are worded otherwise today: a lost one of an older version stays lost.
             raise Finding(f"{what}: the store is not sound: {text[-300:]}")
 
     def complete_again(self, url: str, delivery: Delivery | None, is_sound: bool) -> None:
