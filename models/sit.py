@@ -87,8 +87,16 @@ def parse_size(name: str) -> dict[str, Any]:
     )
 
 
+def only_shapes_count() -> bool:
+    """Whether new tensors are on the meta device. To compute or draw there, PyTorch would import its compiler, which
+    takes seconds."""
+    return torch.empty(0).is_meta
+
+
 def sincos_position(width: int, side: int) -> Tensor:
     """Fixed 2-D sine-cosine embedding of a side × side grid, (1, side², width), as in MAE and DiT."""
+    if only_shapes_count():
+        return torch.empty(1, side * side, width)
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     positions = torch.arange(side, dtype=torch.float64)
     angles = torch.outer(positions, omega)  # (side, width/4)
@@ -138,7 +146,10 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)  # last row: ∅
+        if only_shapes_count():
+            self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, width), freeze=False)
+        else:
+            self.embedding_table = nn.Embedding(num_classes + 1, width)  # last row: ∅
 
     def forward(self, y: Tensor) -> Tensor:
         return class_rows(self.embedding_table.weight, y)  # (B, D)
@@ -223,7 +234,8 @@ class SiT(nn.Module):
         self.register_buffer("pos_embed", sincos_position(config.width, self.side))
         self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, self.out_channels * config.patch**2)
-        self._initialize()
+        if not only_shapes_count():
+            self._initialize()
 
     def _initialize(self) -> None:
         """DiT's initialization: Xavier everywhere, and adaLN-Zero, so that each block starts as the identity."""

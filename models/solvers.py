@@ -6,10 +6,10 @@ falling from 1 to 0 with one more entry than there are steps. NFE is counted as 
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ ScheduleName = Literal["t", "t2"]
 @dataclass(frozen=True)
 class Trajectory:
     """What a solver returns: `x` at the last time, `start` at the first time, and for each step the velocity that the
-    field predicted at its start, from which the curvature is computed. All are (B, C, H, W)."""
+    field predicted at its start, from which the curvature is computed; none if they were not to be kept. All are
+    (B, C, H, W)."""
 
     x: Tensor
     start: Tensor
@@ -32,7 +33,12 @@ class Trajectory:
     nfe: int
 
 
-Solver = Callable[[VelocityField, Tensor, Tensor, Sequence[float]], Trajectory]
+class Solver(Protocol):
+    """A function from noise to data, as described above. Without `keep_velocities` it takes less memory."""
+
+    def __call__(
+        self, field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float], keep_velocities: bool = True
+    ) -> Trajectory: ...
 
 
 def schedule(name: ScheduleName, steps: int) -> list[float]:
@@ -47,25 +53,31 @@ def time_batch(x: Tensor, t: float) -> Tensor:
     return torch.full((len(x),), t, device=x.device)
 
 
-def euler(field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float]) -> Trajectory:
+def euler(
+    field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float], keep_velocities: bool = True
+) -> Trajectory:
     """x ← x - Δt·v(x, t) (Euler, 1768). NFE = steps."""
     start = x
     velocities = []
     for t, t_next in pairwise(times):
         v = field(x, time_batch(x, t), y)
-        velocities.append(v)
+        if keep_velocities:
+            velocities.append(v)
         x = x - (t - t_next) * v
-    return Trajectory(x, start, tuple(velocities), nfe=len(velocities))
+    return Trajectory(x, start, tuple(velocities), nfe=len(times) - 1)
 
 
-def heun(field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float]) -> Trajectory:
+def heun(
+    field: VelocityField, x: Tensor, y: Tensor, times: Sequence[float], keep_velocities: bool = True
+) -> Trajectory:
     """Heun's second-order method, Euler for the last step (Karras et al., 2022, algorithm 1). NFE = 2·steps - 1."""
     start = x
     velocities = []
     nfe = 0
     for t, t_next in pairwise(times):
         v = field(x, time_batch(x, t), y)
-        velocities.append(v)
+        if keep_velocities:
+            velocities.append(v)
         nfe += 1
         x_next = x - (t - t_next) * v
         if t_next > 0:
@@ -156,10 +168,10 @@ class Sampler:
         """What `parse_sampler` reads; the schedule is named where it is not the paper's usual one."""
         return f"{self.solver}{self.nfe}" + (":t" if self.schedule == "t" else "")
 
-    def __call__(self, field: VelocityField, noise: Tensor, y: Tensor) -> Trajectory:
+    def __call__(self, field: VelocityField, noise: Tensor, y: Tensor, keep_velocities: bool = True) -> Trajectory:
         """Integrate from noise (B, C, H, W) at t = 1 to images at t = 0, with labels y (B,)."""
         steps = (self.nfe + 1) // 2 if self.solver == "heun" else self.nfe
-        trajectory = SOLVERS[self.solver](field, noise, y, schedule(self.schedule, steps))
+        trajectory = SOLVERS[self.solver](field, noise, y, schedule(self.schedule, steps), keep_velocities)
         assert trajectory.nfe == self.nfe
         return trajectory
 

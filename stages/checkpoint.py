@@ -27,6 +27,7 @@ from nfm.storage_specs.storage.files import split_url
 
 T = TypeVar("T")
 
+MAX_BYTES = 1 << 37  # of a checkpoint: the state of a training has six values for each parameter
 MAX_IMAGES = 1 << 53  # that a network was trained on
 MAX_ETA = 1e6  # of a teacher; pixels and latents are around 1, and η² must stay finite
 MAX_NLL = 1e6  # in nats per dimension; those of images are between -10 and 10
@@ -122,6 +123,8 @@ def _read_head(url: str) -> tuple[Header, dict[str, Any]]:
 def _read_tensors(url: str, header: Header) -> dict[str, Tensor]:
     """The tensors of a checkpoint whose header was read."""
     root, name = split_url(url)
+    if header.file_bytes > MAX_BYTES:
+        raise StageError(f"{url}: got a file of {header.file_bytes} bytes, expected at most {MAX_BYTES}")
     # The bytes of the file, and the tensors that are made of them.
     check_memory(2 * header.file_bytes, url, "read it on a larger one")
     data = root.read(name, header.file_bytes)
@@ -189,8 +192,8 @@ def _empty_network(
             state = {key: torch.empty(shape) for key, shape in shapes.items()}
     except ValidationError as error:
         first = error.errors()[0]
-        what = ".".join(map(str, first["loc"]))
-        raise StageError(f"{url}: its architecture is not one of {name}: {what}: {first['msg']}") from error
+        what = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+        raise StageError(f"{url}: its architecture is not one of {name}: {what}") from error
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error).partition("\n")[0]  # PyTorch adds a stack
         raise StageError(f"{url}: its architecture is not one of {name}: {reason}") from error

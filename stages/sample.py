@@ -27,7 +27,8 @@ DEFAULT_SAMPLER = "heun31"  # of students
 GRID_SCALE = 4  # pixels of the grid for a pixel of an image that is smaller than GRID_SCALE_BELOW
 GRID_SCALE_BELOW = 64
 MAX_GRID_BYTES = 1 << 30  # of the pixels of a grid; few programs show a larger picture
-BATCH_VALUES = 1 << 28  # float32 values of the images and velocities that a batch of images keeps while it is generated
+BATCH_VALUES = 1 << 25  # of the pixels of a batch: fewer images pass through the network at once if they are large
+TENSORS = 8  # float32 tensors of a batch that a sampler holds at once, without those inside the network
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,6 @@ def check_request(request: SampleRequest, network: SiT | TarFlow, document: dict
         )
 
 
-def values_kept(network: SiT | TarFlow, sampler: Sampler) -> int:
-    """Float32 values that each image of a batch keeps while it is generated, without those inside the network."""
-    config = network.config
-    evaluations = 0 if isinstance(network, TarFlow) else sampler.nfe
-    return (evaluations + 8) * config.channels * config.image_size**2
-
-
 def check_size(request: SampleRequest, network: SiT | TarFlow, as_grid: bool) -> None:
     """Raise StageError for more images than a grid or the memory of this machine holds."""
     config = network.config
@@ -105,9 +99,8 @@ def check_size(request: SampleRequest, network: SiT | TarFlow, as_grid: bool) ->
                 f"{MAX_GRID_BYTES / 1e9:,.1f} GB; give a smaller --count, or --out with a name ending in .npz"
             )
     pixels = request.count * config.channels * side**2
-    kept = values_kept(network, request.sampler or parse_sampler(DEFAULT_SAMPLER))
-    # The pixels and the file of them, and at least one image on its way.
-    check_memory(2 * pixels + 4 * kept, images, "give a smaller --count")
+    # The pixels and the file of them, and at least one image on its way in float32.
+    check_memory(2 * pixels + TENSORS * 4 * pixels // request.count, images, "give a smaller --count")
 
 
 @torch.no_grad()
@@ -123,8 +116,8 @@ def generate(network: SiT | TarFlow, request: SampleRequest, eta: float) -> tupl
     labels = classes[torch.arange(request.count) % len(classes)]
     generator = torch.Generator().manual_seed(request.seed)
     sampler = request.sampler or parse_sampler(DEFAULT_SAMPLER)
-    batches = labels.split(max(1, min(request.batch_size, BATCH_VALUES // values_kept(network, sampler))))
     pixels = np.empty((request.count, config.channels, config.image_size, config.image_size), dtype=np.uint8)
+    batches = labels.split(max(1, min(request.batch_size, BATCH_VALUES // pixels[0].size)))
     done = 0
     if isinstance(network, TarFlow):
         total, unit = len(batches) * network.config.decode_steps, "token"
@@ -142,7 +135,7 @@ def generate(network: SiT | TarFlow, request: SampleRequest, eta: float) -> tupl
                 images = network.denoise(noisy, y, eta)
             else:
                 field = count_calls(Guided(network, request.guidance), progress)
-                images = sampler(field, noise, y).x
+                images = sampler(field, noise, y, keep_velocities=False).x
             pixels[done : done + len(y)] = to_uint8(images)
             done += len(y)
     return pixels, labels.numpy()
