@@ -297,6 +297,12 @@ def test_a_store_on_a_plain_web_server_streams(run: Run, cache: Path, web: str) 
     assert same(batches(CouplingStream(web, 40, seed=3), 20), expected)
 
 
+def test_a_version_of_a_store_at_the_root_of_a_server_is_no_other_host(web: str) -> None:
+    store = Store(web)
+    assert store.version_url == f"{web}@v1"
+    assert Store(store.version_url).dataset == store.dataset
+
+
 @pytest.mark.parametrize("size", [1, RANGE_BYTES, RANGE_BYTES + 1, 3 * RANGE_BYTES + 17])
 def test_files_of_many_parts_arrive_whole(s3: ObjectStore, cache: Path, size: int) -> None:
     data = np.random.default_rng(size).bytes(size)

@@ -46,8 +46,9 @@ def check_no_version(url: str, options: dict[str, Any] | None = None) -> None:
     base, reference = split_version(url)
     if reference is None:
         return
-    is_tag = Root(base, options).exists(DATASET_FILE) and not Root(url, options).exists(SPEC_FILE)
-    if is_tag or _VERSION.fullmatch(reference):
+    if _VERSION.fullmatch(reference) or (
+        Root(base, options).exists(DATASET_FILE) and not Root(url, options).exists(SPEC_FILE)
+    ):
         raise StoreError(f"{url}: got a version to write to, which never changes; give {base}, or another folder")
 
 
@@ -58,8 +59,9 @@ def open_document(url: str, options: dict[str, Any] | None) -> OpenedDocument:
     """
     base, reference = split_version(url)
     if reference is not None:
-        literal = Root(url, options)
-        if not literal.exists(DATASET_FILE):
+        # In http://host:8000@v1, another library would take v1 for the host, and send it what stands before the @.
+        is_at_host = "/" not in base.partition("://")[2] and _VERSION.fullmatch(reference)
+        if ("://" in base and is_at_host) or not Root(url, options).exists(DATASET_FILE):
             return _open_reference(Root(base, options), reference)
     root = Root(url, options)
     if not root.exists(DATASET_FILE):
