@@ -274,7 +274,7 @@ def test_a_damaged_store_of_1_0_is_not_repaired(unpacked: Unpacked, tmp_path: Pa
     assert [fault.message for fault in find_faults(Store(url))] == [
         f"{url}/{record.path}: its sha256 is not the one in the manifest; repair or copy it again"
     ]
-    with pytest.raises(StoreError, match=rf"^{url}/{record.path}: .* A store of schema 1\.0 is not repaired: nfm store convert.*$"):
+    with pytest.raises(StoreError, match=rf"^{url}/{record.path}: .* A store of schema 1\.0 is not repaired: "):
         repair_store(url, ignore_progress)
     with pytest.raises(StoreError, match=rf"{record.path}.*damaged blocks: 0; all others are written"):
         convert_store(Store(url), f"{tmp_path}/out", "zarr", ignore_progress, None)

@@ -145,3 +145,9 @@ def reseal(folder: Path) -> None:
 
 def ignore_progress(_done: int) -> None:
     """A callback for those who want no progress."""
+
+
+def change_document(store: Path, **changes: Any) -> None:
+    """Change dataset.json and the same document in versions/, and keep the id."""
+    for path in ("dataset.json", "versions/0001.json"):
+        damage(store, path, edit(**changes))
