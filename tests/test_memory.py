@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nfm.stages.checkpoint import load, load_any_network
+from nfm.stages.sample import SampleRequest, sample
 from nfm.storage_specs.format.image_names import NAMES_SCHEMA, parse_names
 from nfm.storage_specs.format.manifest import FILE_SCHEMA
 from nfm.storage_specs.reading.store import Store
@@ -20,6 +22,7 @@ from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import sha256
 from nfm.storage_specs.writing.transfer import copy_store
 from nfm.storage_specs.writing.writer import read_started_spec
+from tests.tools import hostile_checkpoints as checkpoints
 from tests.tools.hostile import MANIFEST, VERSION, Case, Files, parquet, rows_of, sealed, sound_files, write_case
 from tests.tools.memory import GIB, run_watched
 from tests.tools.stores import edit, ignore_progress
@@ -48,6 +51,10 @@ def verify(url: str) -> None:
     for fault in find_faults(store):
         raise StoreError(fault.message)
     copy_store(store, f"{url}-copy", ignore_progress, None)
+
+
+def sample_100(checkpoint: str, out: str) -> None:
+    sample(checkpoint, out, SampleRequest(count=100))
 
 
 def parse_many_names(path: str, rows: int) -> None:
@@ -176,6 +183,15 @@ HOSTILE = [
     Hostile("forged page", changed(lambda: sealed_manifest(forged_page())), verify, "a dictionary of 2147483647"),
     Hostile("equal rows", changed(lambda: equal_rows(60_000)), verify, "row 0 has rows"),
     Hostile("a long name", long_name, parse_many_names, "got a text of 1000000 bytes|got a dictionary"),
+    Hostile("sparse weights", checkpoints.sparse_weights, load_any_network, 'Unexpected key.* "more"'),
+    Hostile("a sparse network", checkpoints.sparse_network, load_any_network, "got a file of 210062202850 bytes"),
+    Hostile("a sparse state", checkpoints.sparse_state, load, "got a file of 200000000156 bytes, expected at most"),
+    Hostile("a long header", checkpoints.long_header, load, "a header of 60000000 bytes"),
+    Hostile("a nested header", checkpoints.nested_header, load, "got more than 3000000 values"),
+    Hostile("a nested checkpoint", checkpoints.nested_document, load, "got more than 3000000 values"),
+    Hostile("a wide checkpoint", checkpoints.wide_document, load, "got more than 3000000 values", True),
+    Hostile("many layers", checkpoints.many_layers, load_any_network, "got 90000 layers; expected at most 512"),
+    Hostile("large images", checkpoints.large_images, sample_100, "which needs 6.7 GB, expected at most 1.1 GB"),
     Hostile("an endless body", serve("endless"), open_store, "got more than the 1000 bytes that were asked for"),
     Hostile("a bomb of gzip", serve("bomb"), open_store, "got a body with Content-Encoding 'gzip'"),
 ]
@@ -194,7 +210,7 @@ def parameter(hostile: Hostile) -> Any:
     return pytest.param(hostile, id=hostile.name, marks=[pytest.mark.long] * hostile.takes_long)
 
 
-@pytest.mark.parametrize("hostile", map(parameter, HOSTILE))
+@pytest.mark.parametrize("hostile", [parameter(hostile) for hostile in HOSTILE])
 def test_a_hostile_file_is_refused_in_one_line_and_little_memory(hostile: Hostile, tmp_path: Path) -> None:
     outcome = run_watched(hostile.read, *hostile.make(tmp_path), timeout=SECONDS)
     assert outcome.is_value_error, outcome
