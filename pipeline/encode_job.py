@@ -5,7 +5,6 @@ crosses Ray's object store. The driver holds no state but what is in the output:
 only the units that have no commit record. Before it calls a store complete, all of it was read back.
 """
 
-import os
 import signal
 import threading
 import time
@@ -28,6 +27,7 @@ from nfm.storage_specs.format.names import LEASE_FILE
 from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import absolute_url
 from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.writing.units import Unit, list_committed_units, list_missing_units
 from nfm.storage_specs.writing.writer import StoreWriter
@@ -93,7 +93,7 @@ def encode_couplings(
             return Summary(Store(out).dataset, units_before=len(list_committed_units(writer.root)))
         with ray_session(progress.set_status, config.insecure_cluster):  # first: until it is there, the output is free
             progress.set_status(f"waiting for the lease of {out}, which another driver may hold", announce=False)
-            with Lease(absolute_url(out), LEASE_FILE) as lease:
+            with Lease(shared_url(out), LEASE_FILE) as lease:
                 writer.initialize(z_scale)
                 with worker_pool(config, samples, teacher, out, spec, storage) as pool:
                     show_waiting(pool, progress)
@@ -121,9 +121,9 @@ def worker_pool(
     import ray
 
     arguments = {
-        "samples": absolute_url(samples),
-        "teacher": absolute_url(teacher),
-        "out": absolute_url(out),
+        "samples": shared_url(samples),
+        "teacher": shared_url(teacher),
+        "out": shared_url(out),
         "spec": spec.model_dump(mode="json"),
         "storage": storage or StorageConfig(),
         "threads": config.cpus_per_worker,
@@ -146,19 +146,18 @@ def show_waiting(pool: Pool, progress: EncodeProgress) -> None:
         progress.set_status(status)
 
 
-def absolute_url(url: str) -> str:
+def shared_url(url: str) -> str:
     """A path made absolute, since workers have working directories of their own; a URL as it is.
 
-    Raises StageError in a submitted job, whose own working directory is a copy that goes away with it.
+    Raises StageError in a submitted job for a path in its own working directory, a copy that goes away with the job.
     """
-    if "://" in url or os.path.isabs(url):
-        return url
-    if "/runtime_resources/working_dir_files/" in os.getcwd():
+    absolute = absolute_url(url)
+    if "/runtime_resources/working_dir_files/" in absolute:
         raise StageError(
             f"got {url!r}, which is inside the copy of the working directory that Ray made for this job; "
             "expected an absolute path or a URL"
         )
-    return os.path.abspath(url)
+    return absolute
 
 
 class PreemptionNotice:

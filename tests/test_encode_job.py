@@ -240,3 +240,15 @@ def test_a_teacher_of_other_images_is_refused(run: Run, tmp_path: Path, images: 
     with pytest.raises(StageError, match="use the teacher that was trained on these samples"):
         job.encode_couplings(run.config.encode, f"{tmp_path}/samples/train", run.teacher, f"{tmp_path}/out")
     assert not (tmp_path / "out").exists()
+
+
+def test_paths_mean_the_same_to_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.chdir(tmp_path)
+    assert job.shared_url("~/out") == "/home/somebody/out"
+    assert job.shared_url("out") == f"{tmp_path}/out" and job.shared_url("s3://bucket/out") == "s3://bucket/out"
+    copy = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(StageError, match="got 'out', which is inside the copy of the working directory"):
+        job.shared_url("out")
