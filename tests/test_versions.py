@@ -249,7 +249,7 @@ class StopError(Exception):
 
 
 def test_a_training_continues_on_the_version_it_began_with(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Draws, order and state are those of version 1, also after version 2 exists."""
     store = f"{tmp_path}/store"
@@ -274,7 +274,10 @@ def test_a_training_continues_on_the_version_it_began_with(
     config = run.config.model_copy(update={"encode": more})
     encode_in_process(config, f"{run.samples}/train", run.teacher, store, "webdataset")
     assert Store(store).dataset.version == 2 and Store(store).dataset.id != first_id
+    capsys.readouterr()
     document = train_student(run.config.student, store, f"{tmp_path}/parts")
+    told = f"{tmp_path}/parts stays on {store}@v1, on which it was begun; another folder would take the newer {store}"
+    assert told in capsys.readouterr().err.splitlines()
     assert document["run"]["couplings"] == first_id
     whole = train_student(run.config.student, store, f"{tmp_path}/whole")
     assert whole["run"]["couplings"] == first_id, "a finished training is recognized too"
@@ -282,8 +285,10 @@ def test_a_training_continues_on_the_version_it_began_with(
     parts = (tmp_path / "parts/model.safetensors").read_bytes()
     header_bytes = 8 + int.from_bytes(parts[:8], "little")
     assert parts[header_bytes:] == (tmp_path / "whole/model.safetensors").read_bytes()[-len(parts) + header_bytes :]
+    capsys.readouterr()
     fresh = train_student(run.config.student, store, f"{tmp_path}/fresh")
     assert fresh["run"]["couplings"] == Store(store).dataset.id, "a new training takes the newest"
+    assert "stays on" not in capsys.readouterr().err
 
 
 def test_the_document_says_where_its_files_are(tmp_path: Path) -> None:
