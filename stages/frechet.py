@@ -72,6 +72,8 @@ class FrechetDistance:
             ) from error
         except (OSError, RuntimeError, EOFError, UNPICKLING_ERROR) as error:
             reason = str(error).partition("\n")[0]
+            if isinstance(error, UNPICKLING_ERROR):  # whose text advises to run what the file holds
+                reason = "the file holds something else than weights"
             raise StageError(
                 "evaluate.features = 'inception': cannot read the Inception weights that torch-fidelity downloads to "
                 f"{torch.hub.get_dir()}/checkpoints ({reason}); delete a damaged file there, or use 'pixels'"
