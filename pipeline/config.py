@@ -22,7 +22,7 @@ from nfm.stages.section import Section
 from nfm.stages.train_student import StudentConfig
 from nfm.stages.train_teacher import TeacherConfig
 from nfm.storage_specs.format.attribution import Attribution
-from nfm.storage_specs.storage.files import set_file_system_options
+from nfm.storage_specs.storage.files import absolute_url, set_file_system_options
 from nfm.storage_specs.storage.text import HIDDEN, shown_options
 
 
@@ -66,7 +66,7 @@ class StorageConfig(Section):
         """Sets the options and the cache for this process and the processes that it starts."""
         set_file_system_options(self.options)
         if self.cache is not None:
-            os.environ["NFM_CACHE"] = self.cache
+            os.environ["NFM_CACHE"] = absolute_url(self.cache)
         if self.cache_gb is not None:
             os.environ["NFM_CACHE_GB"] = str(self.cache_gb)
 

@@ -516,6 +516,15 @@ def test_the_default_is_in_the_home_of_the_user(tmp_path: Path, monkeypatch: pyt
         assert cache_directory() == tmp_path / expected / "nfm" / "files"
     monkeypatch.setenv("NFM_CACHE", "~/mine")
     assert cache_directory() == tmp_path / "mine"
-    monkeypatch.setenv("NFM_CACHE", "~nosuchuser/mine")
-    with pytest.raises(StoreError, match="set NFM_CACHE"):
+    monkeypatch.setenv("NFM_CACHE", "s3://bucket/cache")
+    with pytest.raises(StoreError, match="expected a folder on a local disk"):
         cache_directory()
+
+
+def test_a_relative_folder_in_the_config_is_the_same_for_processes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NFM_CACHE", "")
+    monkeypatch.chdir(tmp_path)
+    load_storage(["storage.cache=mine"]).apply()
+    assert cache_directory() == tmp_path / "mine"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nfm.storage_specs.storage.cache_files import Entry, Part, claim_folder, list_entries
 from nfm.storage_specs.storage.errors import StoreError
-from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
+from nfm.storage_specs.storage.files import IO_THREADS, Root, expand_home, sha256
 
 DEFAULT_CACHE_GB = 200.0  # unless $NFM_CACHE_GB says otherwise
 # Size of one ranged GET. There are IO_THREADS threads for ranges of large files, as many for files that a reader waits
@@ -22,12 +22,14 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def cache_directory() -> Path:
-    """The folder of cached files: $NFM_CACHE, or else "nfm/files" in the user's cache folder. Raises StoreError if the
-    home folder is needed and there is none."""
+    """The folder of cached files: $NFM_CACHE, or else "nfm/files" in the user's cache folder. Raises StoreError if
+    $NFM_CACHE is a URL, or if the home folder is needed and there is none."""
+    if named := os.environ.get("NFM_CACHE"):
+        if "://" in named:
+            raise StoreError(f"got the URL {named} for the cache of remote files; expected a folder on a local disk")
+        return Path(expand_home(named))
     caches = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        if named := os.environ.get("NFM_CACHE"):
-            return Path(named).expanduser()
         return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "nfm" / "files"
     except RuntimeError as error:
         raise StoreError("got a user without a home folder; set NFM_CACHE to a folder for remote files") from error
