@@ -21,7 +21,7 @@ from nfm.models.tarflow import FlowBlock, TarFlow, TarFlowConfig
 from nfm.stages.checkpoint import load_network, read_teacher_training, weights_sha256
 from nfm.stages.errors import StageError
 from nfm.stages.section import Section
-from nfm.stages.support import check_supported
+from nfm.stages.support import check_network, check_supported
 from nfm.storage_specs.format.codecs import ZDtype, int8_scale
 from nfm.storage_specs.format.noise import NOISE_LAW, standard_normal
 from nfm.storage_specs.format.pixels import to_float
@@ -176,13 +176,7 @@ def coupling_spec(config: EncodeConfig, samples: Store, teacher: TarFlow, docume
     """The spec of the store that encoding `samples` with a teacher gives, where `document` is that of the teacher's
     checkpoint and `url` is for messages. For int8 z, whose scale is not known here, it has float16."""
     source = check_supported(samples).spec
-    shape = (teacher.config.channels, teacher.config.image_size, teacher.config.image_size)
-    if (shape, teacher.config.num_classes) != (source.shape, source.num_classes):
-        raise StageError(
-            f"{url}: got a teacher of {shape} images with {teacher.config.num_classes} classes, "
-            f"expected {source.shape} with {source.num_classes} classes as in {samples.url}; "
-            "use the teacher that was trained on these samples"
-        )
+    check_network(teacher, url, samples)
     training = read_teacher_training(document, url)
     coupling = NfmCoupling(
         kind="nfm",

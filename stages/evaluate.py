@@ -33,7 +33,7 @@ from nfm.stages.memory import check_memory
 from nfm.stages.progress import Progress, count_calls
 from nfm.stages.section import Section
 from nfm.stages.splits import open_splits
-from nfm.stages.support import check_supported
+from nfm.stages.support import check_network, check_supported
 from nfm.storage_specs.format.noise import standard_normal
 from nfm.storage_specs.format.pixels import PICTURE_CHANNELS, to_uint8
 from nfm.storage_specs.reading.store import Store
@@ -121,6 +121,7 @@ def evaluate(
         )
     if teacher_sha256 != pairs.spec.nfm.teacher.sha256:
         raise StageError(f"{teacher}: got another teacher than the one that encoded {couplings}; give that one")
+    check_network(network, teacher, train)
     bpd = bits_per_dim(read_teacher_training(teacher_document, teacher).val_nll)
     curves = {"teacher": read_curves(teacher_document, teacher)}
     loaded: dict[str, SiT] = {}
@@ -185,6 +186,7 @@ def load_student(url: str, pairs: Store, guidance: float) -> tuple[SiT, Curves]:
     """
     student, document = load_network(url, "SiT")
     assert isinstance(student, SiT)
+    check_network(student, url, pairs)
     ids = trained_on(document)
     if pairs.dataset.id not in ids:
         versions = {find_version(pairs.url, content_id) for content_id in ids if content_id is not None}

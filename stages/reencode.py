@@ -8,7 +8,7 @@ from nfm.models.tarflow import TarFlow
 from nfm.stages.checkpoint import load_network, read_teacher_training, weights_sha256
 from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress
-from nfm.stages.support import check_supported
+from nfm.stages.support import check_network, check_supported
 from nfm.storage_specs.format.noise import standard_normal
 from nfm.storage_specs.format.pixels import to_float
 from nfm.storage_specs.format.schema import Spec
@@ -44,6 +44,7 @@ def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> f
         teacher_sha256 = weights_sha256(network.state_dict())
     if teacher_sha256 != coupling.teacher.sha256:
         raise StageError(f"{teacher}: got another teacher than the one that encoded {store.url}; give that one")
+    check_network(network, teacher, store)
     eta = read_teacher_training(document, teacher).eta
     if coupling.eta != eta:
         raise StoreError(f"{store.url}: got η = {coupling.eta}, expected {eta}, with which {teacher} was trained")

@@ -12,7 +12,8 @@ SPLITS = ("train", "val")
 def open_splits(samples: str) -> tuple[Store, Store]:
     """The stores `<samples>/train` and `<samples>/val`, where `samples` is the folder that prepare wrote.
 
-    Raises StageError if `samples` is one of the two stores, StoreError if one of them is missing or broken.
+    Raises StageError if `samples` is one of the two stores, or if the images or classes of the two differ, StoreError
+    if one of them is missing or broken.
     """
     samples = samples.rstrip("/") or samples
     if Root(samples).exists(DATASET_FILE):
@@ -23,4 +24,9 @@ def open_splits(samples: str) -> tuple[Store, Store]:
             "with the stores train and val in it"
         )
     train, val = (check_supported(Store(f"{samples}/{split}", kind="samples")) for split in SPLITS)
+    for what in ("shape", "class_names"):
+        if getattr(val.spec, what) != getattr(train.spec, what):
+            raise StageError(
+                f"{val.url}: got another {what} than that of {train.url}; expected the stores of one run of prepare"
+            )
     return train, val

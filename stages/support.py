@@ -1,5 +1,8 @@
-"""What the stages can work with: the format holds more than they do yet."""
+"""What the stages can work with: the format holds more than they do yet, and networks take the images they were made
+for."""
 
+from nfm.models.sit import SiT
+from nfm.models.tarflow import TarFlow
 from nfm.stages.errors import StageError
 from nfm.storage_specs.format.schema import PixelSpec
 from nfm.storage_specs.reading.store import Store
@@ -23,3 +26,15 @@ def check_supported(store: Store) -> Store:
             f"{store.url}: got {got}; teachers and students take square uint8 pixels with labels, in one view"
         )
     return store
+
+
+def check_network(network: SiT | TarFlow, url: str, store: Store) -> None:
+    """Raise StageError unless the network, whose checkpoint is at `url`, takes images and labels of the store."""
+    config, spec = network.config, store.spec
+    shape = (config.channels, config.image_size, config.image_size)
+    if (shape, config.num_classes) != (spec.shape, spec.num_classes):
+        kind = "teacher" if isinstance(network, TarFlow) else "student"
+        raise StageError(
+            f"{url}: got a {kind} of {shape} images with {config.num_classes} classes, expected {spec.shape} with "
+            f"{spec.num_classes} classes as in {store.url}; use the {kind} that was trained on these samples"
+        )

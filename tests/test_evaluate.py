@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from nfm.models.sit import SiT, SiTConfig
 from nfm.pipeline.cli import nfm
-from nfm.stages.checkpoint import Checkpoint, load, save
+from nfm.stages.checkpoint import Checkpoint, add_prefix, architecture, load, save
 from nfm.stages.errors import StageError
 from nfm.stages.evaluate import (
     STEPS_WITHOUT_STUDENTS,
@@ -24,6 +25,7 @@ from nfm.stages.evaluate import (
 )
 from nfm.stages.frechet import FORCE_WEIGHTS_ONLY, UNPICKLING_ERROR, weights_alone
 from nfm.stages.splits import open_splits
+from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.writing.writer import StoreWriter
@@ -228,13 +230,40 @@ def test_what_is_finite_is_returned() -> None:
         check_finite("x", {"a": 1.0, "b": {"c": float("nan")}})
 
 
+def write_samples(url: str, spec: Spec) -> None:
+    writer = StoreWriter(url, spec)
+    writer.initialize()
+    writer.write_block(0, block_of(spec, 0), None, None)
+    writer.finalize()
+
+
+@pytest.mark.parametrize("changes", [{"shape": (1, 8, 8)}, {"class_names": ["no", "yes", "perhaps"]}])
+def test_two_stores_of_other_images_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    train = sample_spec(rows=2)
+    write_samples(f"{tmp_path}/train", train)
+    changes = changes | {"num_classes": len(changes.get("class_names", train.class_names))}
+    write_samples(f"{tmp_path}/val", train.model_copy(update=changes))
+    with pytest.raises(StageError, match="val: got another (shape|class_names) than that of .*train; expected"):
+        open_splits(str(tmp_path))
+
+
+def test_a_student_of_other_images_is_refused(run: Run, tmp_path: Path) -> None:
+    """Also if it says that it was trained on these couplings."""
+    network = SiT(SiTConfig(channels=1, image_size=16, patch=4, width=8, depth=1, heads=1, num_classes=10))
+    document = {
+        "run": {"student": {}, "couplings": Store(run.couplings["webdataset"]).dataset.id},
+        "architecture": architecture(network),
+    }
+    save(f"{tmp_path}/other.safetensors", Checkpoint(add_prefix("model", network.state_dict()), document))
+    with pytest.raises(
+        StageError, match=r"got a student of \(1, 16, 16\) images with 10 classes, expected \(1, 8, 8\)"
+    ):
+        evaluate(CONFIG, run.samples, run.couplings["webdataset"], run.teacher, {"a": f"{tmp_path}/other.safetensors"})
+
+
 def test_one_held_out_image_is_too_few(tmp_path: Path) -> None:
     for split, rows in (("train", 2), ("val", 1)):
-        spec = sample_spec(rows=rows)
-        writer = StoreWriter(f"{tmp_path}/{split}", spec)
-        writer.initialize()
-        writer.write_block(0, block_of(spec, 0), None, None)
-        writer.finalize()
+        write_samples(f"{tmp_path}/{split}", sample_spec(rows=rows))
     with pytest.raises(StageError, match="val: got 1 image, expected at least 2, as a Fréchet distance needs"):
         check_images(*open_splits(str(tmp_path)))
 

@@ -337,8 +337,8 @@ def test_two_processes_train_one_student(run: Run, tmp_path: Path) -> None:
         update={"train": run.config.student.train.model_copy(update={"images": 256})}
     )
     processes = start_ranks(DDP, config.model_dump_json(), run.couplings["webdataset"], str(tmp_path))
-    printed = [process.communicate(timeout=PATIENCE)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    printed, errors = zip(*(process.communicate(timeout=PATIENCE) for process in processes), strict=True)
+    assert [process.returncode for process in processes] == [0, 0], errors
     assert printed[0] == printed[1] != "", "each rank saw other images, and averaged its gradients with the other's"
     network, document = load_network(f"{tmp_path}/model.safetensors", "SiT")
     assert document["training"]["images"] == 256
