@@ -63,10 +63,8 @@ class Root:
         options = dict(options or {})
         hide_url(self.url)
         hide_options(fsspec.config.conf | options)  # also those from FSSPEC_S3_SECRET and its like
-        if self.url.startswith(("http://", "https://")):
-            options["get_client"] = bounded_http.open_session
         try:
-            self.fs, self.path = fsspec.core.url_to_fs(self.url, **options)
+            self.fs, self.path = fsspec.core.url_to_fs(self.url, **_own_options(self.url, options))
         except (StoreError, MemoryError):
             raise
         except Exception as error:  # file systems are plugins, and some open a file or a connection here
@@ -168,6 +166,10 @@ class Root:
         if self.local:
             return dict(local.list_files(self.path))
         self.fs.invalidate_cache()
+        try:
+            self._retry("", lambda: self.fs.info(self.path))  # `find` lists nothing, whatever the error is
+        except FileNotFoundError:
+            return {}
         entries = self._retry("", lambda: self.fs.find(self.path, detail=True))
         prefix_length = len(self.fs._strip_protocol(self.path).rstrip("/")) + 1
         return {name[prefix_length:]: int(entry["size"]) for name, entry in entries.items()}
@@ -255,9 +257,8 @@ class Root:
             # One PUT, or a multipart upload, which takes effect as a whole.
             self._retry(path, lambda: self.fs.pipe_file(full_path, data))
         except FileNotFoundError as error:
-            raise StorageError(
-                f"{self._name(path)}: {remote.describe(error.__cause__ or error)}; is the bucket there?"
-            ) from error
+            reason = remote.describe(error.__cause__ or error)
+            raise StorageError(f"{self._name(path)}: {reason}; expected a bucket or a folder that exists") from error
 
     def delete_temporary_files(self, keep: str) -> None:
         """Delete the temporary files that killed writers left behind. Those of the file `keep` stay, because it may be
@@ -275,6 +276,15 @@ class Root:
             local.delete_file(self.local_file(path))
             return
         self._retry(path, lambda: self.fs.rm_file(self.full_path(path)))
+
+
+def _own_options(url: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a file system, with what this project needs of it."""
+    if url.startswith(("http://", "https://")):
+        return options | {"get_client": bounded_http.open_session}
+    if url.startswith("s3://") and "config_kwargs" not in fsspec.config.conf.get("s3", {}) | options:
+        return options | {"config_kwargs": {"retries": {"max_attempts": 0}}}  # `Root` repeats, and says so
+    return options
 
 
 _last_announced: dict[str, float] = {}  # by URL of a folder: when it was said that requests to it are repeated

@@ -74,9 +74,8 @@ def find_http_status(error: BaseException) -> tuple[int | None, str]:
             code = str(response.get("Error", {}).get("Code", ""))
             if isinstance(status, int):
                 return status, code
-        candidates = [getattr(response, "status_code", None)]
-        candidates += [getattr(cause, name, None) for name in ("status", "status_code", "code")]
-        for status in candidates:
+        for owner, name in ((response, "status_code"), (cause, "status"), (cause, "status_code"), (cause, "code")):
+            status = getattr(owner, name, None)
             if isinstance(status, int) and 100 <= status < 600:
                 return status, ""
     return None, ""
@@ -114,13 +113,16 @@ def is_about_credentials(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """An error of a library in one line, with the status of the HTTP answer where there is one."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # it names the URL alone
-        text = " ".join(str(error.__cause__).split()) or type(error.__cause__).__name__
-    status, _ = find_http_status(error)
-    if status is not None and str(status) not in text:
-        text = f"HTTP {status}: {text}"
+    """An error of a library in one line; of an HTTP answer, its status and what the server says about it."""
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
+    text = str(cause)  # not that of FileNotFoundError, which names the URL alone
+    status, code = find_http_status(error)
+    if status is not None:
+        messages = (getattr(cause, "message", None) for cause in _causes(error))
+        strerror = cause.strerror if isinstance(cause, OSError) else None
+        message = next((message for message in messages if isinstance(message, str)), strerror or text)
+        text = f"HTTP {status} {message if not code or code == str(status) else f'{code}: {message}'}"
+    text = " ".join(text.split()) or type(cause).__name__
     return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
 
 
@@ -130,7 +132,7 @@ def advice(error: BaseException) -> str:
     if is_about_credentials(error):
         return "expected credentials in the environment or a profile, or storage options such as anon=true"
     if status in (400, 401, 403) or isinstance(error, PermissionError):
-        return "the server refuses the request, check URL and credentials"
+        return "the server refuses the request, check URL and credentials (they may have expired)"
     if status in (405, 501) or isinstance(error, NotImplementedError):
         return "the server does not support the request; a plain web server, for example, takes no files"
     return "check the URL and the storage options"
