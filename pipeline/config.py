@@ -22,7 +22,7 @@ from nfm.stages.section import Section
 from nfm.stages.train_student import StudentConfig
 from nfm.stages.train_teacher import TeacherConfig
 from nfm.storage_specs.format.attribution import Attribution
-from nfm.storage_specs.storage.files import absolute_url, set_file_system_options
+from nfm.storage_specs.storage.files import absolute_url, expand_home, set_file_system_options
 from nfm.storage_specs.storage.text import HIDDEN, shown_options
 
 
@@ -137,6 +137,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _read_preset(preset: str) -> dict[str, Any]:
+    preset = expand_home(preset)
     try:
         if preset in preset_names():
             text = preset_text(preset)
