@@ -66,6 +66,20 @@ def test_imports_go_one_way(path: Path) -> None:
         assert not others & VERBS, "stages meet only through stores and checkpoints"
 
 
+FORKING = {"multiprocessing", "fork", "forkpty", "pty", "DataLoader", "preexec_fn", "ProcessPoolExecutor"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_nothing_forks(path: Path) -> None:
+    """Arrow, torch and fsspec have threads, whose locks a forked process would wait for without end. Ray and
+    `subprocess` start programs anew."""
+    used = {part for name in imports(path) for part in name}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        used |= {node.attr} if isinstance(node, ast.Attribute) else set()
+        used |= {node.arg or ""} if isinstance(node, ast.keyword) else set()
+    assert not used & FORKING
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "storage_specs").glob("*/*.py")), ids=relative)
 def test_the_rooms_of_storage_specs_stand_on_each_other(path: Path) -> None:
     room = path.relative_to(ROOT).parts[1]
