@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 
+from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.reading.versions import list_documents
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import sha256
+from nfm.storage_specs.writing.publish import annotate_store
 from nfm.storage_specs.writing.repair import repair_store
 from nfm.storage_specs.writing.writer import read_started_spec
 from tests.tools.fuzz_files import change_files, read_files
 from tests.tools.fuzz_seals import seal
 from tests.tools.kinds import KINDS
-from tests.tools.stores import damage, flip, ignore_progress
+from tests.tools.stores import damage, edit, flip, ignore_progress
 
 KIND, PAIRS = KINDS["samples-names"], KINDS["pairs-float16-stored"]
 
@@ -126,6 +128,31 @@ def test_a_spec_that_is_none_is_not_taken_for_one_of_schema_1_0(tmp_path: Path, 
     (tmp_path / "commits" / "spec.json").write_bytes(content or (tmp_path / COMMIT).read_bytes())
     with pytest.raises(StoreError, match=r"commits/spec\.json: got no readable schema_version"):
         read_started_spec(str(tmp_path))
+
+
+@pytest.mark.parametrize("harm", [b"", None])
+def test_an_attribution_whose_document_is_damaged_is_not_lost(tmp_path: Path, harm: bytes | None) -> None:
+    """It stands in dataset.json still, and neither another annotation nor the writer takes that of an older version."""
+    url, path = str(tmp_path), tmp_path / "versions" / "0002.json"
+    KIND.write(url, "webdataset")
+    annotate_store(Store(url), Attribution(licence="MIT"))
+    for write in (
+        lambda: annotate_store(Store(url), Attribution(notes="x")),
+        lambda: KIND.write(url, "webdataset"),
+    ):
+        path.unlink() if harm is None else path.write_bytes(harm)
+        write()
+        assert Store(url).dataset.attribution == Attribution(licence="MIT", notes="x")
+        assert Store(url).dataset.version == 3 and list(find_faults(Store(url))) == []
+        path = tmp_path / "versions" / "0003.json"
+
+
+def test_an_annotation_is_not_written_over_a_document_that_disagrees(sound: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    shutil.copytree(sound, root)
+    damage(root, "versions/0001.json", edit(records={}))
+    with pytest.raises(StoreError, match=r"versions/0001\.json: its `records`"):
+        annotate_store(Store(str(root)), Attribution(notes="x"))
 
 
 def test_what_lies_beyond_the_newest_version_is_no_version(tmp_path: Path) -> None:

@@ -146,6 +146,18 @@ def publish(
     return _publish_documents(root, _write_version(root, dataset))
 
 
+def restore_newest_version(store: Store) -> None:
+    """Write the document of the newest version, as which `store` was opened, from dataset.json if it cannot be read
+    itself. Nothing else holds its attribution."""
+    path = version_file(store.dataset.version)
+    try:
+        parse_dataset(store.root.read(path, MAX_METADATA_BYTES), f"{store.url}/{path}")
+    except StorageError:
+        raise
+    except StoreError:
+        store.root.write(path, store.document)
+
+
 def read_newest_version(root: Root) -> Dataset | None:
     """The newest version whose document can be read, whether dataset.json is a copy of it yet or not."""
     for version in reversed(list_versions(root)):
@@ -295,11 +307,13 @@ def annotate_store(store: Store, attribution: Attribution, removed: Iterable[str
     with Lease(store.url, LEASE_FILE, store.options):
         if Store(store.url, options=store.options).dataset != store.dataset:
             raise StoreError(f"{store.version_url}: got an older version; annotate {store.url}, the newest")
+        restore_newest_version(store)
         newest = read_newest_version(store.root)  # later than dataset.json if a publication was interrupted
         if newest is None or newest.id != store.dataset.id:
             raise StoreError(
                 f"{store.url}: the job that writes it was interrupted; run the same command again, and then annotate"
             )
+        newest = Store(f"{store.url}@v{newest.version}", options=store.options).dataset  # whose documents agree
         updated = newest.attribution.without(removed).updated(attribution)
         if updated == newest.attribution:
             return _publish_documents(store.root, newest)

@@ -4,16 +4,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from nfm.storage_specs.format.dataset import is_1_0, parse_dataset
+from nfm.storage_specs.format.dataset import is_1_0
 from nfm.storage_specs.format.manifest import FileKey
 from nfm.storage_specs.format.names import (
     DATASET_FILE,
     LEASE_FILE,
-    MAX_METADATA_BYTES,
     SPEC_FILE,
     TAGS_FOLDER,
     Z_SCALE_FILE,
-    version_file,
 )
 from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
@@ -24,7 +22,7 @@ from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.storage.messages import count
 from nfm.storage_specs.writing import units
-from nfm.storage_specs.writing.publish import read_newest_version
+from nfm.storage_specs.writing.publish import read_newest_version, restore_newest_version
 from nfm.storage_specs.writing.units import list_committed_units
 from nfm.storage_specs.writing.writer import StoreWriter, read_started_spec
 
@@ -119,7 +117,7 @@ def _repair(
             with suppress(FileNotFoundError):  # of another repair
                 root.delete(unit.commit_file)
     if store is not None:
-        _restore_version(store)
+        restore_newest_version(store)
     for fault in faults:
         if isinstance(fault.file, str) and fault.file.startswith(f"{TAGS_FOLDER}/"):
             root.delete(fault.file)
@@ -151,14 +149,3 @@ def _list_contradictions(store: Store, faults: list[Fault]) -> list[Fault]:
     """The faults of files that are as their documents say: values that do not follow from each other."""
     explained = {fault.file for fault in [*find_document_faults(store), *find_stray_files(store)]}
     return [fault for fault in faults if fault.file not in explained]
-
-
-def _restore_version(store: Store) -> None:
-    """Write the document of the newest version from dataset.json if it cannot be read itself."""
-    path = version_file(store.dataset.version)
-    try:
-        parse_dataset(store.root.read(path, MAX_METADATA_BYTES), f"{store.url}/{path}")
-    except StorageError:
-        raise
-    except StoreError:
-        store.root.write(path, store.document)

@@ -44,7 +44,7 @@ from nfm.storage_specs.storage.messages import list_fields
 from nfm.storage_specs.storage.npy import npy_bytes
 from nfm.storage_specs.writing import units
 from nfm.storage_specs.writing.claims import check_unclaimed
-from nfm.storage_specs.writing.publish import Content, publish
+from nfm.storage_specs.writing.publish import Content, publish, restore_newest_version
 from nfm.storage_specs.writing.units import Unit, UnitWriter
 
 
@@ -272,7 +272,8 @@ class StoreWriter:
         )
 
     def _compare_with_published(self, commits: list[Commit], pool: ThreadPoolExecutor) -> None:
-        """Raise StoreError if commit records of draws that the newest version has are not those that it was made of."""
+        """Raise StoreError if commit records of draws that the newest version has are not those that it was made of.
+        Its document is written again from dataset.json if it is damaged."""
         if not self.root.exists(DATASET_FILE):
             return  # nothing is published, or a repair took it back
         published = Store(self.root.url, options=self.options)
@@ -291,6 +292,7 @@ class StoreWriter:
                     f"{self.root.url}: the sums over z of its commit records are not those of version "
                     f"{published.dataset.version}; nfm store repair says what is damaged"
                 )
+        restore_newest_version(published)
 
     def _derived_files(self, spec: Spec, commits: list[Commit], pool: ThreadPoolExecutor) -> dict[str, bytes]:
         """The files that are computed from z of the draws of `spec`, by name."""

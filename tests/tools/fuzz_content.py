@@ -209,7 +209,7 @@ def block_rows(spec: Spec, block: int) -> slice:
 def links_in(store: Store, documents: tuple[str, ...]) -> list[str]:
     """The files of columns, and of these documents, which are links, or lie behind links inside the store."""
     by_name = store.dataset.documents.by_name()
-    paths = ["dataset.json", *(by_name[name].path for name in documents if name in by_name and by_name[name].path)]
+    paths = [*(by_name[name].path for name in documents if name in by_name and by_name[name].path)]
     found = []
     for path in [*paths, *(record.path for record in store.files.values())]:
         parts = Path(path).parts
