@@ -6,7 +6,7 @@ from typing import Any
 
 from nfm.storage_specs.storage.errors import StoreError
 
-MAX_LISTING_BYTES = 1 << 26  # of an answer to a request that asks for no range, such as the listing of a folder
+MAX_LISTING_BYTES = 1 << 23  # of an answer to a request that asks for no range, such as the listing of a folder
 
 
 async def open_session(**options: Any) -> Any:
