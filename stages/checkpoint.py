@@ -69,14 +69,14 @@ def exists(url: str) -> bool:
 
 def remove(url: str) -> None:
     """Delete the file at the URL, if there is one."""
-    root, name = split_url(url)
+    root, name = split_url(url, follow=False)
     if root.exists(name):
         root.delete(name)
 
 
 def save(url: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, replacing the one at the URL at once or not at all."""
-    root, name = split_url(url)
+    root, name = split_url(url, follow=False)
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in checkpoint.tensors.items()}
     document = json.dumps(checkpoint.document, allow_nan=False)
     root.write(name, safetensors.torch.save(tensors, metadata={DOCUMENT_KEY: document}))

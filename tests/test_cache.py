@@ -210,6 +210,7 @@ def test_what_a_link_leads_to_is_never_written(
         (lambda path: path.symlink_to("/etc/hostname"), "Too many levels of symbolic links"),
         (lambda path: path.mkdir(), "directory"),
         (os.mkfifo, "no regular file"),
+        (lambda path: path.hardlink_to(path.parent / MARKER_FILE), "a second name of another file"),
     ],
 )
 def test_a_record_that_is_no_file_is_named(

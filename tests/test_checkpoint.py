@@ -20,6 +20,7 @@ from nfm.stages.checkpoint import (
     load_document,
     read_curves,
     read_teacher_training,
+    remove,
     save,
     trained_on,
 )
@@ -287,3 +288,16 @@ def test_strange_runs_are_read_as_runs_that_say_nothing() -> None:
     assert trained_on({"run": {"couplings": [{"id": 3}, "x", {"id": "a"}]}}) == [None, None, "a"]
     assert trained_on({"run": {"couplings": "a"}}) == ["a"]
     assert trained_on({"run": {}}) == [None]
+
+
+def test_a_link_in_the_place_of_a_checkpoint_is_not_written_through(tmp_path: Path) -> None:
+    """A user may read a checkpoint by a link, as those in a snapshot of the Hugging Face client are."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    save(str(real), Checkpoint({}, {"run": {"a": 1}}))
+    link.symlink_to("real")
+    before = real.read_bytes()
+    assert load(str(link)).document == {"run": {"a": 1}}
+    with pytest.raises(StoreError, match="link is a link, and no link below"):
+        remove(str(link))
+    save(str(link), Checkpoint({}, {"run": {}}))
+    assert not link.is_symlink() and real.read_bytes() == before

@@ -285,8 +285,11 @@ def _open_file(path: Path, flags: int) -> Iterator[int]:
     with explain_disk_errors(path):
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise StorageError(f"{path} in the cache of remote files: got no regular file; delete it")
+        if flags & os.O_RDWR and status.st_nlink > 1:
+            raise StorageError(f"{path} in the cache of remote files: got a second name of another file; delete it")
         yield descriptor
     finally:
         os.close(descriptor)

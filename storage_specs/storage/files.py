@@ -314,10 +314,11 @@ def absolute_url(url: str) -> str:
     return expanded if "://" in expanded else os.path.abspath(expanded)
 
 
-def split_url(url: str) -> tuple[Root, str]:
-    """The folder and the name of the file at a URL. A link that a user names is followed."""
+def split_url(url: str, follow: bool = True) -> tuple[Root, str]:
+    """The folder and the name of the file at a URL. A link that a user names is followed; without `follow` the file is
+    one that we name in a folder of the user, where a link is refused like everywhere."""
     url = expand_home(url)
-    if os.path.islink(url):
+    if follow and os.path.islink(url):
         url = os.path.realpath(url)
     folder, slash, name = url.rpartition("/")
     return Root(folder or slash or "."), name
