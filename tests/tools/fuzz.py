@@ -105,8 +105,8 @@ def fuzz(seeds: range, seconds: float = SECONDS) -> list[dict[str, Any]]:
 def _innermost_frames(text: str) -> str:
     """Where the main thread was, from what faulthandler printed; all of the text if that does not say it."""
     threads = [block for block in text.split("\n\n") if "run_trial" in block]
-    if not threads:
-        return text
+    if not threads or "Traceback" in text:
+        return text[-3000:]
     frames = re.findall(r'File "[^"]*/([^/"]+)", line ([0-9]+) in (\S+)', threads[-1])
     return " < ".join(f"{name}:{line} {function}" for name, line, function in frames[:8])
 

@@ -70,7 +70,8 @@ def _write_entry(entry: Entry, place: Path, outside: Path) -> None:
     elif isinstance(entry, Link):
         place.symlink_to(entry.target.replace(OUTSIDE, str(outside), 1))
     elif isinstance(entry, HardLink):
-        place.hardlink_to(outside / entry.target.removeprefix(f"{OUTSIDE}/"))
+        target = outside / entry.target.removeprefix(f"{OUTSIDE}/")
+        place.hardlink_to(target if target.is_file() else outside / "secret")
     elif isinstance(entry, Sparse):
         place.touch()
         os.truncate(place, entry.size)

@@ -89,6 +89,14 @@ PLACE_OPERATIONS = (
     *("delete", "swap", "replace", "rename", "stray", "stray", "sparse", "special", "link", "link", "folder link"),
     "hard link",
 )
+UNREADABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    RecursionError,
+)  # what an earlier change left
 ATTRIBUTION_FIELDS = ("licence", "citation", "creator", "source_url", "notes")
 
 
@@ -104,7 +112,7 @@ def mutate_spec(rng: Random, files: Files) -> str | None:
         holders = [spec, spec.get("x") or {}, coupling, coupling.get("noise") or {}, coupling.get("teacher") or {}]
         fields = [(holder, field) for field in SPEC_CHANGES for holder in holders if field in holder]
         holder, field = rng.choice(fields)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except UNREADABLE:
         return None
     holder[field] = rng.choice(SPEC_CHANGES[field])
     files["dataset.json"] = json.dumps(document).encode()
@@ -120,7 +128,7 @@ def mutate_attribution(rng: Random, files: Files) -> str | None:
         document = json.loads(data)
         field = rng.choice(ATTRIBUTION_FIELDS)
         document["attribution"][field] = rng.choice(TEXTS)
-    except (ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
     files["dataset.json"] = json.dumps(document).encode()
     return f"attribution {field} = {document['attribution'][field]!r:.40}"
