@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,14 +20,16 @@ import numpy as np
 import pytest
 import torch
 
+from nfm.pipeline.cli import main
 from nfm.pipeline.config import Config, load_config
 from nfm.stages.prepare import prepare
 from nfm.stages.train_student import train_student
 from nfm.stages.train_teacher import train_teacher
 from nfm.storage_specs.format.schema import LayoutName
+from tests.tools.kind_checks import WrittenKinds
 from tests.tools.object_store import ObjectStore
 from tests.tools.ray_cluster import MARK
-from tests.tools.small_run import SMALL, Run, encode_in_process
+from tests.tools.small_run import SMALL, Nfm, Run, encode_in_process
 
 _ray = ExitStack()  # ends the Ray of the tests
 
@@ -79,6 +82,30 @@ def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Run:
     for layout, url in couplings.items():
         encode_in_process(config, f"{root}/samples/train", teacher, url, layout)
     return Run(config, f"{root}/samples", teacher, couplings)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nfm:
+    """`nfm …` in this process: exit code, stdout, stderr."""
+
+    def run_nfm(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nfm", *arguments])
+        code = 0
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run_nfm
+
+
+@pytest.fixture(scope="session")
+def write(tmp_path_factory: pytest.TempPathFactory) -> WrittenKinds:
+    """Writes a kind of store once, and returns its URL."""
+    return WrittenKinds(tmp_path_factory.getbasetemp() / "kinds")
 
 
 @pytest.fixture(scope="session")

@@ -7,39 +7,18 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nfm.pipeline.cli import main, nfm
+from nfm.pipeline.cli import nfm
 from nfm.stages.checkpoint import Checkpoint, load, save, weights_sha256
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.messages import count, list_numbers
-from tests.tools.small_run import SMALL, Run
+from tests.tools.small_run import SMALL, Nfm, Run
 from tests.tools.waiting import PATIENCE, wait_for
-
-Nfm = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nfm:
-    """`nfm …` in this process: exit code, stdout, stderr."""
-
-    def run_nfm(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nfm", *arguments])
-        code = 0
-        capsys.readouterr()
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run_nfm
 
 
 def small(*extra: str) -> list[str]:

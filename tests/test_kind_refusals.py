@@ -33,13 +33,6 @@ from tests.tools.kinds import (
 )
 from tests.tools.stores import damage, edit
 
-
-@pytest.fixture(scope="module")
-def write(tmp_path_factory: pytest.TempPathFactory) -> WrittenKinds:
-    """Writes a kind of store once, and returns its URL."""
-    return WrittenKinds(tmp_path_factory.getbasetemp() / "kinds")
-
-
 SEMIDISCRETE = {
     "kind": "semidiscrete",
     "draws": 2,

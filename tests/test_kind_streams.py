@@ -40,12 +40,6 @@ from tests.tools.kinds import (
 from tests.tools.stores import ignore_progress
 
 
-@pytest.fixture(scope="module")
-def write(tmp_path_factory: pytest.TempPathFactory) -> WrittenKinds:
-    """Writes a kind of store once, and returns its URL."""
-    return WrittenKinds(tmp_path_factory.getbasetemp() / "kinds")
-
-
 @pytest.fixture
 def created_rows(monkeypatch: pytest.MonkeyPatch) -> list[MappedRows]:
     """The readers of rows that are created in a test."""

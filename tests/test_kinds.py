@@ -25,7 +25,9 @@ from nfm.storage_specs.writing.transfer import convert_store, copy_store
 from nfm.storage_specs.writing.tuples import export_tuples
 from tests.tools.kind_checks import (
     WrittenKinds,
+    assert_columns_are,
     assert_holds,
+    assert_readers_of_webdataset_give,
     assert_same,
     compare_streams,
     every_kind,
@@ -38,14 +40,8 @@ from tests.tools.kinds import (
     read_z,
     stored_x,
 )
-from tests.tools.stock_readers import read_by_records, read_by_tarfile, read_by_webdataset, read_by_zarr
+from tests.tools.stock_readers import read_by_zarr
 from tests.tools.stores import LAYOUT_NAMES, content, damage, flip, ignore_progress, tree
-
-
-@pytest.fixture(scope="module")
-def write(tmp_path_factory: pytest.TempPathFactory) -> WrittenKinds:
-    """Writes a kind of store once, and returns its URL."""
-    return WrittenKinds(tmp_path_factory.getbasetemp() / "kinds")
 
 
 @every_kind
@@ -106,14 +102,9 @@ def test_stock_readers_find_the_same_values(write: WrittenKinds, name: str, layo
     folder, kind = Path(write(name, layout)), KINDS[name]
     expected = expected_columns(kind.spec(layout), kind.values())
     if layout == "zarr":
-        readings = [read_by_zarr(folder / "columns.zarr")]
+        assert_columns_are(read_by_zarr(folder / "columns.zarr"), expected)
     else:
-        readings = [read_by_tarfile(folder), read_by_webdataset(folder), read_by_records(folder)]
-        readings[2] |= {column: expected[column] for column in ("label", "index") if column in expected}
-    for columns in readings:
-        assert columns.keys() == expected.keys()
-        for column_name, array in columns.items():
-            assert_same(array, expected[column_name])
+        assert_readers_of_webdataset_give(folder, expected)
 
 
 def test_a_group_of_schema_1_0_made_stock_zarr_warn(tmp_path: Path) -> None:

@@ -9,13 +9,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from nfm.pipeline.cli import main
 from nfm.pipeline.errors import ConfigError
 from nfm.pipeline.output import echo, guard_output
 from nfm.pipeline.presets import preset_text
@@ -33,31 +31,12 @@ from nfm.storage_specs.storage.text import (
     shown_options,
 )
 from tests.tools.object_store import ObjectStore
-from tests.tools.small_run import SMALL
+from tests.tools.small_run import SMALL, Nfm
 from tests.tools.store_cases import Case, write_case
 
 ROOT = Path(__file__).parent.parent
 ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\udcff\x00\x7f"
 FORGED = f"name{ESCAPES}\nerror: all good\r\u2028error: all good"
-Nfm = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nfm:
-    """`nfm …` in this process: exit code, stdout, stderr."""
-
-    def run_nfm(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nfm", *arguments])
-        code = 0
-        capsys.readouterr()
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run_nfm
 
 
 def is_safe(text: str) -> bool:

@@ -27,6 +27,7 @@ from tests.tools.kinds import (
     stored_x,
     stored_z,
 )
+from tests.tools.stock_readers import read_by_records, read_by_tarfile, read_by_webdataset
 from tests.tools.stores import LAYOUT_NAMES
 
 TORCH_DTYPES = {
@@ -159,3 +160,18 @@ def compare_streams(url: str, values: Values, batch_size: int, num_batches: int,
                 batch, samples = next(stream), range(number * batch_size, (number + 1) * batch_size)
                 assert_is(batch, [slow.sample(i) for i in samples], spec, stored)
                 assert_is(stream.to_float(batch), [floats.sample(i) for i in samples], spec, stored=False)
+
+
+def assert_readers_of_webdataset_give(folder: Path, expected: dict[str, NDArray[Any]]) -> None:
+    """All readers of tars find exactly the expected columns. Records alone say nothing of labels and indices."""
+    by_records = read_by_records(folder)
+    by_records |= {column: expected[column] for column in ("label", "index") if column in expected}
+    for columns in (read_by_tarfile(folder), read_by_webdataset(folder), by_records):
+        assert_columns_are(columns, expected)
+
+
+def assert_columns_are(columns: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]]) -> None:
+    """The same names, dtypes, shapes and bits."""
+    assert columns.keys() == expected.keys()
+    for column, array in columns.items():
+        assert_same(array, expected[column])

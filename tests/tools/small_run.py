@@ -1,5 +1,6 @@
 """A run that is as small as one can be: its settings, the paths of its artifacts, and encoding without Ray."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from nfm.storage_specs.format.schema import LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.writing.writer import StoreWriter
 
+Nfm = Callable[..., tuple[int, str, str]]  # runs `nfm …`, and returns exit code, stdout and stderr
 SMALL = (
     "data.holdout=0.9",
     "data.block_rows=32",
