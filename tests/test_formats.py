@@ -25,7 +25,13 @@ from nfm.storage_specs.writing.repair import repair_store
 from nfm.storage_specs.writing.transfer import convert_store, copy_store
 from nfm.storage_specs.writing.tuples import export_tuples
 from nfm.storage_specs.writing.writer import StoreWriter
-from tests.tools.kind_checks import assert_holds, compare_streams, expected_columns
+from tests.tools.kind_checks import (
+    assert_columns_are,
+    assert_holds,
+    assert_readers_of_webdataset_give,
+    compare_streams,
+    expected_columns,
+)
 from tests.tools.kinds import Values
 from tests.tools.make_fixtures import (
     ATTRIBUTION,
