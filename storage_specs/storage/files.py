@@ -206,12 +206,22 @@ class Root:
         """The content of a file. Raises StoreError if it is missing, no regular file, or larger than `max_bytes`, and
         StorageError if storage does not give it."""
         if self.local:
-            return self.view(path, max_bytes).tobytes()
+            return self._read_local(path, max_bytes)
         size = self.size(path)
         if size is None:
             raise self._missing_error(path)
         self._check_size(path, size, max_bytes)
         return self.read_range(path, 0, size) if size else b""
+
+    def _read_local(self, path: str, max_bytes: int) -> bytes:
+        """`read` of a local file; not by a memory map, as a file that is truncated meanwhile would end the process."""
+        try:
+            with self._local_errors(path), local.open_regular_file(self.local_file(path)) as (descriptor, state):
+                self._check_size(path, state.bytes, max_bytes)
+                with os.fdopen(descriptor, "rb", closefd=False) as file:
+                    return file.read(state.bytes)
+        except FileNotFoundError as error:
+            raise self._missing_error(path) from error
 
     def _missing_error(self, path: str) -> StoreError:
         return StoreError(f"{self.url}/{path} is missing; the URL is wrong, or what writes it has not finished")
