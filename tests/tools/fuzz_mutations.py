@@ -184,7 +184,7 @@ def mutate_place(rng: Random, files: Files) -> str:
     elif operation == "special":
         files[path] = Special(rng.choice(["pipe", "socket", "folder"]))
     elif operation == "hard link":
-        files[path] = HardLink(rng.choice([f"{OUTSIDE}/secret", f"{OUTSIDE}/{path}"]))
+        files[path] = HardLink(f"{OUTSIDE}/{path}")
     elif operation == "link":
         targets = [
             f"{OUTSIDE}/secret",
