@@ -123,7 +123,7 @@ def test_load_takes_the_architecture_from_the_checkpoint(run: Run, tmp_path: Pat
 
 
 def test_streams_and_stores_say_what_is_wrong(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"no dataset\.json; expected a complete store there"):
+    with pytest.raises(StoreError, match=r"no dataset\.json, and nothing of a store"):
         nfm.Store(str(tmp_path))
     with pytest.raises(StoreError, match="got a folder of stores, expected one of them"):
         nfm.CouplingStream(run.samples, 32, 0)
