@@ -3,6 +3,7 @@ committed."""
 
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,14 @@ def test_an_annotation_is_not_written_over_a_document_that_disagrees(sound: Path
     damage(root, "versions/0001.json", edit(records={}))
     with pytest.raises(StoreError, match=r"versions/0001\.json: its `records`"):
         annotate_store(Store(str(root)), Attribution(notes="x"))
+
+
+@pytest.mark.parametrize("card", ["README.md", "croissant.json"])
+def test_a_lost_card_of_schema_1_0_is_a_fault(tmp_path: Path, card: str) -> None:
+    with tarfile.open(Path(__file__).parent / "fixtures/format-1.0/webdataset-samples.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    (tmp_path / card).unlink()
+    assert [fault.file for fault in find_faults(Store(str(tmp_path)))] == [card]
 
 
 def test_what_lies_beyond_the_newest_version_is_no_version(tmp_path: Path) -> None:

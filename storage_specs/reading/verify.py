@@ -206,6 +206,9 @@ def _list_document_checks(store: Store) -> Iterator[tuple[str, Callable[[], obje
             yield version_file(earlier), partial(_check_earlier_version, store, earlier)
         for tag in list_tags(store.root):
             yield f"{TAGS_FOLDER}/{tag}.json", partial(open_document, f"{store.url}@{tag}", store.options)
+    else:  # 1.0 has no hashes of its cards: whether they can be read, as copies need them
+        for path in (README_FILE, CROISSANT_FILE):
+            yield path, partial(store.root.read, path, MAX_METADATA_BYTES)
     if is_newest:  # the metadata files of Zarr are those of the newest version
         for path, expected in store.layout.metadata_files(store.spec).items():
             yield path, partial(_compare_metadata, store, path, expected)

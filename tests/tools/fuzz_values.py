@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import tokenize
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -228,7 +229,7 @@ def mutate_npy(rng: Random, data: bytes) -> tuple[bytes, str]:
     """Change the header or the values of an npy file."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError):
+    except (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError):  # as NumPy reads headers
         return mutate_bytes(rng, data)
     operation = rng.choice(["value", "value", "small", "dtype", "shape", "fortran", "header", "scale"])
     if operation in ("value", "small", "scale") and array.size and array.dtype.kind == "f":
