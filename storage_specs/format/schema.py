@@ -103,8 +103,8 @@ class NfmCoupling(StrictModel):
 
 
 class PotentialsSpec(StrictModel):
-    """The potentials of a semidiscrete optimal transport problem: the sha256 of `potentials.npy`, the cost that they are
-    for, and χ², how far the masses of their cells are from equal."""
+    """The potentials of a semidiscrete optimal transport problem: the sha256 of `potentials.npy`, the cost that they
+    are for, and χ², how far the masses of their cells are from equal."""
 
     sha256: Sha256
     cost: Literal["dot"]  # -⟨x, ε⟩

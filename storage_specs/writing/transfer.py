@@ -81,8 +81,8 @@ def _convert_units(store: Store, writer: StoreWriter, missing_units: list[Unit],
         progress(spec.rows_of(unit.block))
     if damaged:
         raise StoreError(
-            f"{next(iter(damaged.values()))} (damaged blocks: {list_numbers(damaged)}; all others are written. To complete "
-            f"the store, run the command that wrote the source with --out {writer.root.url})"
+            f"{next(iter(damaged.values()))} (damaged blocks: {list_numbers(damaged)}; all others are written. "
+            f"To complete the store, run the command that wrote the source with --out {writer.root.url})"
         )
 
 
