@@ -228,6 +228,14 @@ def test_memory_of_a_batch_is_reused_only_when_no_tensor_shares_it() -> None:
     assert address in {tensor.data_ptr() for tensor in [pool.allocate(4, 3, torch.float32) for _ in range(3)]}
 
 
+def test_no_code_runs_when_a_batch_goes() -> None:
+    """Python drops an exception that is raised in the callback of a reference: a Ctrl-C there was lost."""
+    pool = BufferPool()
+    pool.allocate(4, 3, torch.float32)
+    ((lent,),) = pool._lent.values()
+    assert lent.view() is None and lent.view.__callback__ is None
+
+
 def test_batches_kept_by_the_caller_do_not_change(run: Run) -> None:
     with closing(CouplingStream(run.couplings["zarr"], 16, seed=2)) as stream:
         batches = [next(stream) for _ in range(20)]

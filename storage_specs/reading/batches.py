@@ -1,7 +1,9 @@
 """Making one batch: its memory, the samples of one store or of a mixture of stores, the conversion to float32."""
 
 import weakref
+from collections import deque
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +12,8 @@ from numpy.typing import NDArray
 from nfm.storage_specs.format.pixels import scale_x
 from nfm.storage_specs.reading.order import Mixture
 from nfm.storage_specs.reading.rows import RowReader, SampleBuffers
+
+MAX_LOOKS = 8  # at memory that may be free, each time that some is needed
 
 
 @dataclass(frozen=True)
@@ -32,35 +36,48 @@ class Batch:
         return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
 
 
+class LentMemory(NamedTuple):
+    """Memory of a batch, and a reference to the view that its tensors share."""
+
+    memory: NDArray[np.uint8]
+    view: "weakref.ref[NDArray[np.uint8]]"
+
+
 class BufferPool:
     """Memory for batches, which is reused when no tensor shares it any more.
 
     New memory would cost a page fault for every 4 KiB. With CUDA, memory is pinned, and torch has such a pool itself.
+    Nothing is called when a tensor goes: Python drops an exception that is raised then, such as that of a Ctrl-C.
     """
 
     def __init__(self) -> None:
         self._pinned = torch.cuda.is_available()
-        self._free: dict[int, list[NDArray[np.uint8]]] = {}  # by size in bytes
-        self._in_use: dict[int, weakref.ref[NDArray[np.uint8]]] = {}  # by the id of the reference
+        self._lent: dict[int, deque[LentMemory]] = {}  # by size in bytes
 
     def allocate(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """A tensor (rows, columns) with arbitrary content."""
         if self._pinned:
             return torch.empty(rows, columns, dtype=dtype, pin_memory=True)
         num_bytes = rows * columns * dtype.itemsize
-        free = self._free.setdefault(num_bytes, [])
-        memory = free.pop() if free else np.empty(num_bytes, dtype=np.uint8)
-        # The tensor, and every tensor made from it, keeps this view alive, but not `memory`. When the last of them is
-        # gone, so is the view, and `reclaim` is called.
+        lent = self._lent.setdefault(num_bytes, deque())
+        memory = self._take_back(lent)
+        if memory is None:
+            memory = np.empty(num_bytes, dtype=np.uint8)
+        # The tensor, and every tensor made from it, keeps this view alive, but not `memory`.
         view = memory.view()
-
-        def reclaim(reference: weakref.ref[NDArray[np.uint8]]) -> None:
-            del self._in_use[id(reference)]
-            free.append(memory)
-
-        reference = weakref.ref(view, reclaim)
-        self._in_use[id(reference)] = reference  # Python calls `reclaim` only if the reference itself is alive
+        lent.append(LentMemory(memory, weakref.ref(view)))
         return torch.from_numpy(view).view(dtype).view(rows, columns)
+
+    @staticmethod
+    def _take_back(lent: "deque[LentMemory]") -> NDArray[np.uint8] | None:
+        """Memory that no tensor shares any more, taken out of `lent`, or None. It looks at a few each time, so that
+        whoever keeps many batches does not make the others slow."""
+        for _ in range(min(len(lent), MAX_LOOKS)):
+            candidate = lent.popleft()
+            if candidate.view() is None:
+                return candidate.memory
+            lent.append(candidate)
+        return None
 
 
 class BatchMaker:
