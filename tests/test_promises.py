@@ -276,6 +276,22 @@ def test_commit_records_that_a_version_was_not_made_of_are_refused(store: Path, 
     assert Store(str(store)).dataset.version == 1
 
 
+def test_repair_looks_into_files_whose_commit_record_agrees_with_them(store: Path) -> None:
+    """Somebody changed a file and its record, hashes and all, and dataset.json is damaged as well."""
+    damage(store, "z/k001/000001.tar", flip(3))  # in the name of a member
+    record = store / "commits/000001.k000-002.json"
+    document = json.loads(record.read_bytes())
+    del document["sha256"]
+    for file in document["files"]:
+        if file["path"] == "z/k001/000001.tar":
+            file["sha256"] = sha256((store / file["path"]).read_bytes())
+    record.write_bytes(sealed_json(document))
+    damage(store, "dataset.json", lambda data: data[:100])
+    faults, blocks, is_complete = repair_store(str(store), ignore_progress)
+    assert (blocks, is_complete) == ([1], False)
+    assert any("z/k001/000001.tar" in fault for fault in faults)
+
+
 def test_a_repair_that_was_interrupted_is_not_complete(store: Path) -> None:
     """The commit record of a damaged unit is gone, and dataset.json is still there."""
     spec = Store(str(store)).spec

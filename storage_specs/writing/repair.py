@@ -131,6 +131,9 @@ def _repair(
         return RepairedStore(messages, sorted(damaged_blocks), is_complete=False)
     writer.finalize(is_repair=True)
     repaired = Store(root.url, options=options)
+    if store is None and (faults_of_files := list(find_faults(repaired))):  # their records agree with wrong files
+        result = _repair(root, repaired, spec, faults_of_files, options)
+        return result._replace(faults=messages + result.faults)
     if contradictions and (remaining := list(find_faults(repaired))):
         raise StoreError(
             f"{_summary(remaining)}. The commit records say the same, so nothing tells which block is wrong; "
