@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfm.models.labels import class_rows
+from nfm.models.patches import ImageSize, canonical_size, height_and_width, patch_grid
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 MAX_LAYERS = 512  # many times those of published networks; each takes milliseconds to make, even without weights
@@ -24,29 +25,37 @@ class SiTConfig:
     """All that fixes the shapes of a SiT. Raises ValueError for sizes that do not fit each other."""
 
     channels: int  # image channels C
-    image_size: int  # H = W, in pixels
+    image_size: ImageSize  # (H, W) in pixels, one number where both are equal
     patch: int  # side of a patch, in pixels; each patch is one token
     width: int  # channels D of the transformer
     depth: int  # transformer layers
     heads: int  # attention heads of each layer
-    num_classes: int  # without the dropped label ∅
+    num_classes: int  # without the dropped label ∅; 0: unconditional, and there is no table of labels
     mlp_ratio: int = 4  # width of the MLP's hidden layer / D
     learn_sigma: bool = False  # published networks carry C unused output channels
 
     def __post_init__(self) -> None:
-        sizes = (self.channels, self.image_size, self.patch, self.width, self.depth, self.heads, self.num_classes)
-        if min(sizes) < 1:
+        sizes = (self.channels, *self.image_sides, self.patch, self.width, self.depth, self.heads, self.mlp_ratio)
+        if min(sizes) < 1 or self.num_classes < 0:
             raise ValueError("got a size below 1; expected positive sizes")
+        object.__setattr__(self, "image_size", canonical_size(self.image_size))
         if self.depth > MAX_LAYERS:
             raise ValueError(f"got {self.depth} layers; expected at most {MAX_LAYERS}")
-        if self.image_size % self.patch:
-            raise ValueError(
-                f"got image size {self.image_size} and patch {self.patch}; the patch must divide the image"
-            )
+        patch_grid(self.image_size, self.patch)
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"got width {self.width} and {self.heads} heads; the width must be a multiple of both heads and 4"
             )
+
+    @property
+    def image_sides(self) -> tuple[int, int]:
+        """(H, W), in pixels."""
+        return height_and_width(self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return patch_grid(self.image_size, self.patch)
 
 
 # What parse_size accepts; printed by `nfm config` and in docs/config.md.
@@ -93,17 +102,18 @@ def only_shapes_count() -> bool:
     return torch.empty(0).is_meta
 
 
-def sincos_position(width: int, side: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding of a side × side grid, (1, side², width), as in MAE and DiT."""
+def sincos_position(width: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sine-cosine embedding of a grid of h rows and w columns, (1, h·w, width), as in MAE and DiT."""
+    rows, columns = grid
     if only_shapes_count():
-        return torch.empty(1, side * side, width)
+        return torch.empty(1, rows * columns, width)
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    positions = torch.arange(side, dtype=torch.float64)
-    angles = torch.outer(positions, omega)  # (side, width/4)
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, width/2)
-    columns = axis[None, :, :].expand(side, side, -1)  # the published order: column index first
-    rows = axis[:, None, :].expand(side, side, -1)
-    return torch.cat([columns, rows], dim=2).reshape(1, side * side, width).float()
+    positions = torch.arange(max(grid), dtype=torch.float64)
+    angles = torch.outer(positions, omega)  # (max(h, w), width/4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (max(h, w), width/2)
+    of_columns = axis[None, :columns].expand(rows, -1, -1)  # the published order: column index first
+    of_rows = axis[:rows, None].expand(-1, columns, -1)
+    return torch.cat([of_columns, of_rows], dim=2).reshape(1, rows * columns, width).float()
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -226,12 +236,11 @@ class SiT(nn.Module):
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.side = config.image_size // config.patch
         self.out_channels = config.channels * (2 if config.learn_sigma else 1)
         self.x_embedder = PatchEmbedding(config)
         self.t_embedder = TimeEmbedding(config.width)
-        self.y_embedder = LabelEmbedding(config.num_classes, config.width)
-        self.register_buffer("pos_embed", sincos_position(config.width, self.side))
+        self.y_embedder = LabelEmbedding(config.num_classes, config.width) if config.num_classes else None
+        self.register_buffer("pos_embed", sincos_position(config.width, config.grid))
         self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, self.out_channels * config.patch**2)
         if not only_shapes_count():
@@ -246,7 +255,8 @@ class SiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         assert self.x_embedder.proj.bias is not None
         nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for name, parameter in self.named_parameters():
             if name.startswith("t_embedder.mlp") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
@@ -256,14 +266,20 @@ class SiT(nn.Module):
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, T, patch·patch·C) to (B, C, H, W), channels last within a patch as in the published code."""
         p = self.config.patch
-        grid = tokens.unflatten(2, (p, p, self.out_channels)).unflatten(1, (self.side, self.side))  # (B, h, w, p, q, C)
+        patches = tokens.unflatten(2, (p, p, self.out_channels))  # (B, T, p, q, C)
+        grid = patches.unflatten(1, self.config.grid)  # (B, h, w, p, q, C)
         image: Tensor = grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, h·p, w·q)
         return image
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """v(x_t, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) labels with -1 = dropped; returns (B, C, H, W)."""
+        """v(x_t, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) labels with -1 = dropped; returns (B, C, H, W).
+
+        A network without classes does not look at y.
+        """
         h = self.x_embedder(x) + self.pos_embed  # (B, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        c = self.t_embedder(t)  # (B, D)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
             h = block(h, c)  # (B, T, D)
         v = self.unpatchify(self.final_layer(h, c))  # (B, C or 2C, H, W)
@@ -274,7 +290,7 @@ def forward_flops(config: SiTConfig) -> int:
     """Floating point operations of `SiT.forward` for one image, 2 per multiply-add: every linear layer, the patch
     embedding, and QKᵀ and AV (T² entries per head), as `torch.utils.flop_counter` counts them. Elementwise work is not
     counted."""
-    tokens, width = (config.image_size // config.patch) ** 2, config.width
+    tokens, width = math.prod(config.grid), config.width
     patch_dim = config.channels * config.patch**2
     out_dim = patch_dim * (2 if config.learn_sigma else 1)
     attention = 4 * width**2 + 2 * tokens * width  # qkv and proj; QKᵀ and AV

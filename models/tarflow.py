@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfm.models.labels import class_rows
+from nfm.models.patches import ImageSize, canonical_size, height_and_width, patch_grid
 
 GuideWhat = Literal["a", "b", "ab"]
 MAX_LAYERS = 512  # many times those of published networks; each takes milliseconds to make, even without weights
@@ -33,7 +34,7 @@ class TarFlowConfig:
     """
 
     channels: int  # image channels C
-    image_size: int  # H = W, in pixels
+    image_size: ImageSize  # (H, W) in pixels, one number where both are equal
     patch: int  # side of a patch, in pixels; each patch is one token
     width: int  # channels D of the transformers
     depths: tuple[int, ...]  # transformer layers of each flow block, in the order in which data passes through them
@@ -43,12 +44,11 @@ class TarFlowConfig:
     nvp: bool = True
 
     def __post_init__(self) -> None:
-        if min(self.channels, self.image_size, self.patch, self.width, self.head_dim, self.expansion) < 1:
+        sizes = (self.channels, *self.image_sides, self.patch, self.width, self.head_dim, self.expansion)
+        if min(sizes) < 1:
             raise ValueError("got a size below 1; expected positive sizes")
-        if self.image_size % self.patch:
-            raise ValueError(
-                f"got image size {self.image_size} and patch {self.patch}; the patch must divide the image"
-            )
+        object.__setattr__(self, "image_size", canonical_size(self.image_size))
+        patch_grid(self.image_size, self.patch)
         if self.width % self.head_dim:
             raise ValueError(f"got width {self.width} and head_dim {self.head_dim}; head_dim must divide the width")
         if not self.depths or min(self.depths) < 1:
@@ -57,9 +57,19 @@ class TarFlowConfig:
             raise ValueError(f"got {sum(self.depths)} layers; expected at most {MAX_LAYERS}")
 
     @property
+    def image_sides(self) -> tuple[int, int]:
+        """(H, W), in pixels."""
+        return height_and_width(self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return patch_grid(self.image_size, self.patch)
+
+    @property
     def tokens(self) -> int:
-        """T, the length of the sequence."""
-        return (self.image_size // self.patch) ** 2
+        """T, the length of the sequence: the patches, row by row."""
+        return math.prod(self.grid)
 
     @property
     def token_dim(self) -> int:
@@ -342,8 +352,7 @@ class TarFlow(nn.Module):
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, T, P) to (B, C, H, W); the inverse of `patchify`."""
-        side = self.config.image_size // self.config.patch
-        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (side, side)), self.config.patch)
+        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, self.config.grid), self.config.patch)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Encoded:
         """Encode x (B, C, H, W), images in [-1, 1] plus η-noise, with labels y (B,): class indices, where -1 is a
@@ -403,10 +412,11 @@ def nll(encoded: Encoded) -> Tensor:
     return 0.5 * encoded.z.float().square().mean(dim=(1, 2, 3)) - encoded.logdet
 
 
-def bits_per_dim(nll_nats: float, levels: int = 256) -> float:
+def bits_per_dim(nll_nats: float, levels: int | None = 256) -> float:
     """Bits per dimension of data that has `levels` values over [-1, 1], from the value of `nll`, to which this adds the
-    constant ½·log 2π."""
-    return (nll_nats + 0.5 * math.log(2 * math.pi)) / math.log(2) + math.log2((levels - 1) / 2)
+    constant ½·log 2π. None: of the density of continuous data, which may be negative."""
+    density_bits = (nll_nats + 0.5 * math.log(2 * math.pi)) / math.log(2)
+    return density_bits if levels is None else density_bits + math.log2((levels - 1) / 2)
 
 
 def forward_flops(config: TarFlowConfig) -> int:

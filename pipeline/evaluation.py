@@ -15,8 +15,8 @@ from nfm.storage_specs.storage.files import Root
 
 MAX_METRICS_BYTES = 1 << 28
 # Raised when keys of metrics.json change, or how something is measured: what an earlier version measured is measured
-# again. 3: the time of a sampler is without that of the curvature.
-METRICS_VERSION = 3
+# again. 3: the time of a sampler is without that of the curvature. 4: the views of the real images.
+METRICS_VERSION = 4
 
 
 def evaluate_and_report(
@@ -68,6 +68,7 @@ def _summarize(metrics: dict[str, Any], report_url: str) -> list[str]:
     teacher = metrics["teacher"]
     floor = distances["floor"]
     samplers = sampler_names(metrics)
+    views = f" ({' and '.join(distances['views'])})" if len(distances["views"]) > 1 else ""
     lines = [
         f"{'':16}{'loss':>8}" + "".join(f"{name:>18}" for name in samplers),
         f"{'':24}" + f"{'FD      κ':>18}" * len(samplers),
@@ -80,7 +81,7 @@ def _summarize(metrics: dict[str, Any], report_url: str) -> list[str]:
         f"teacher: FD {teacher['fd']:.3f}, {teacher['bpd']:.3f} bits/dim, "
         f"round trip {teacher['roundtrip_max_abs']:.1e}",
         f"FD: over {distances['features']}, "
-        f"of {distances['samples']} samples to {distances['reference']} training images",
+        f"of {distances['samples']} samples to {distances['reference']} training images{views}",
         f"noise floor: FD {floor['fd']:.3f} of {floor['samples']} held-out images "
         f"({teacher['fd_at_floor_samples']:.3f} of as many of the teacher's samples)",
         f"resampling: FD {distances['resampled']['fd']:.3f} "

@@ -42,7 +42,7 @@ def write_report(root: Root, metrics: dict[str, Any]) -> None:
         fd_plot=_base64(plot_png(plot_distance, metrics)),
         teacher_plot=_base64(plot_png(plot_teacher, metrics)),
         rows=[(row_name(name), _base64(strip_png(images))) for name, images in grids.items()],
-        columns=len(next(iter(grids.values()))),
+        columns=max((len(images) for images in grids.values()), default=0),
         comparison=compare_students(metrics),
     )
     root.write("report.png", summary_png(metrics, grids))

@@ -9,7 +9,7 @@ mpl.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -134,7 +134,11 @@ def plot_png(plot: Any, metrics: dict[str, Any]) -> bytes:
 
 
 def summary_png(metrics: dict[str, Any], grids: dict[str, NDArray[np.uint8]]) -> bytes:
-    """Rows of samples above, loss and Fréchet distance below."""
+    """Rows of samples above, if there are any, loss and Fréchet distance below."""
+    if not grids:
+        figure = plt.figure(figsize=(11, 4.2), layout="constrained")
+        _plot_students(figure, metrics)
+        return _png(figure)
     images = next(iter(grids.values()))
     strip_height = STRIP_WIDTH * images.shape[2] / (len(images) * (images.shape[3] + 1))  # inches
     heights = [0.4 + len(grids) * (strip_height + 0.05), 4.2]
@@ -150,11 +154,16 @@ def summary_png(metrics: dict[str, Any], grids: dict[str, NDArray[np.uint8]]) ->
         for spine in axes.spines.values():
             spine.set_visible(False)
         axes.set_ylabel(row_name(name), rotation=0, ha="right", va="center")
-    left, right = plots.subplots(1, 2)
+    _plot_students(plots, metrics)
+    return _png(figure)
+
+
+def _plot_students(figure: FigureBase, metrics: dict[str, Any]) -> None:
+    """Loss and Fréchet distance side by side."""
+    left, right = figure.subplots(1, 2)
     for axes, plot in ((left, plot_loss), (right, plot_distance)):
         _style(axes)
         plot(axes, metrics)
-    return _png(figure)
 
 
 def _style(axes: Axes) -> None:

@@ -22,6 +22,7 @@ from nfm.models.tarflow import TarFlow, TarFlowConfig
 from nfm.stages.errors import StageError
 from nfm.stages.memory import check_memory
 from nfm.stages.safetensors_header import Header, no_checkpoint_error, parse_object, read_header
+from nfm.storage_specs.format.schema import LatentSpec, PixelSpec, XSpec
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import split_url
 
@@ -258,6 +259,23 @@ def _run_section(document: dict[str, Any]) -> dict[str, Any]:
     """The section `teacher` or `student` of a checkpoint's run; empty without one."""
     section = document["run"].get("teacher") or document["run"].get("student")
     return section if isinstance(section, dict) else {}
+
+
+def read_x_spec(document: dict[str, Any], url: str) -> PixelSpec | LatentSpec:
+    """What the x stands for that a network was trained on: pixels, or latents with their scale, shift and decoder.
+
+    Raises StageError for a document that says something else. One that says nothing is of pixels, as all were once.
+    """
+    if "x" not in document:
+        return PixelSpec(dtype="uint8")
+    try:
+        return TypeAdapter(XSpec).validate_json(json.dumps(document["x"]), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise StageError(
+            f"{url}: its images are neither pixels nor latents: {first['msg']}; "
+            "the file is damaged or of another version"
+        ) from error
 
 
 def has_dropped_labels(document: dict[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from nfm.models.tarflow import FlowBlock, TarFlow, TarFlowConfig
 from nfm.stages.checkpoint import load_network, read_teacher_training, weights_sha256
 from nfm.stages.errors import StageError
 from nfm.stages.section import Section
-from nfm.stages.support import check_network, check_supported
+from nfm.stages.support import check_network
 from nfm.storage_specs.format.codecs import ZDtype, int8_scale
 from nfm.storage_specs.format.noise import NOISE_LAW, standard_normal
 from nfm.storage_specs.format.pixels import to_float
@@ -160,23 +160,37 @@ def output_spec(
 
 @torch.no_grad()
 def calibrate(samples: Store, teacher: TarFlow, eta: float, noise: NoiseSpec) -> NDArray[np.float32]:
-    """The int8 scale of each dimension of z, float32 (C, H, W), from the z of the first images and their first draw."""
+    """The int8 scale of each dimension of z, float32 (C, H, W), from the z of the first images, and their first draw
+    in each view."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher.to(device)
-    index = samples.spec.indices(0)[:CALIBRATION_ROWS]
-    stored_noise = standard_normal(noise.seed, index, 0, samples.spec.shape).astype(noise.dtype)
-    noisy = to_float(samples.column("x", 0)[: len(index)]) + eta * torch.from_numpy(stored_noise).float()
+    spec = samples.spec
+    index = spec.indices(0)[: CALIBRATION_ROWS // len(spec.views)]
     y = torch.from_numpy(samples.column("label", 0)[: len(index)])
-    batches = zip(noisy.split(CALIBRATION_BATCH), y.split(CALIBRATION_BATCH), strict=True)
-    z = [teacher(noisy_batch.to(device), y_batch.to(device)).z.cpu() for noisy_batch, y_batch in batches]
+    z: list[Tensor] = []
+    for draw, view in enumerate(spec.views):
+        stored_noise = standard_normal(noise.seed, index, draw, spec.shape).astype(noise.dtype)
+        x = to_float(samples.x_in(0, view)[: len(index)], spec.x)
+        noisy = x + eta * torch.from_numpy(stored_noise).float()
+        batches = zip(noisy.split(CALIBRATION_BATCH), y.split(CALIBRATION_BATCH), strict=True)
+        z += [teacher(noisy_batch.to(device), y_batch.to(device)).z.cpu() for noisy_batch, y_batch in batches]
     return int8_scale(torch.cat(z).numpy())
 
 
 def coupling_spec(config: EncodeConfig, samples: Store, teacher: TarFlow, document: dict[str, Any], url: str) -> Spec:
     """The spec of the store that encoding `samples` with a teacher gives, where `document` is that of the teacher's
-    checkpoint and `url` is for messages. For int8 z, whose scale is not known here, it has float16."""
-    source = check_supported(samples).spec
-    check_network(teacher, url, samples)
+    checkpoint and `url` is for messages. For int8 z, whose scale is not known here, it has float16.
+
+    Raises StageError if teacher, samples and number of draws do not fit each other.
+    """
+    source = samples.spec
+    if config.draws % len(source.views):
+        raise StageError(
+            f"{samples.url}: got encode.draws = {config.draws} for images in {len(source.views)} views "
+            f"({', '.join(source.views)}), which draws show in turn; expected an even number, "
+            f"as {config.draws + 1}, so that each view is shown equally often"
+        )
+    check_network(teacher, document, url, samples)
     training = read_teacher_training(document, url)
     coupling = NfmCoupling(
         kind="nfm",
@@ -263,18 +277,24 @@ class UnitEncoder:
         self.forward(x, torch.zeros(self.batch_rows, dtype=torch.int64, device=self.device)).cpu()
 
     def encode(self, unit: Unit) -> EncodedUnit:
-        """Encode, write and commit one unit: z = f(x + η·ε′, c), with ε′ rounded to its stored dtype before the teacher
-        sees it. A unit that is committed already is left as it is."""
-        images = self.writer.spec.rows_of(unit.block)
+        """Encode, write and commit one unit: z = f(x + η·ε′, c), with x in the view of the draw, and ε′ rounded to its
+        stored dtype before the teacher sees it. A unit that is committed already is left as it is."""
+        spec = self.writer.spec
+        images = spec.rows_of(unit.block)
         if self.writer.root.exists(unit.commit_file):
             return EncodedUnit(images, 0, 0.0)
-        pixels, label = self.samples.column("x", unit.block), self.samples.column("label", unit.block)
-        x = to_float(pixels)
+        label = self.samples.column("label", unit.block)
+        x = [to_float(self.samples.x_in(unit.block, view), spec.x) for view in spec.views]
         y = torch.from_numpy(label).to(self.device)
         unit_writer = self.writer.unit_writer(unit, label)
         names = self.samples.image_names_of(unit.block) if unit.has_base else None
-        image_write = self.write_pool.submit(unit_writer.write_base, {"x": pixels}, names)
-        next_input = self.prefetch_pool.submit(self.add_noise, unit.block, unit.first, x)
+        stored_x = {column: self.samples.column(column, unit.block) for column in spec.image_columns}
+        image_write = self.write_pool.submit(unit_writer.write_base, stored_x, names)
+
+        def prepare_input(draw: int) -> Future[tuple[NDArray[Any], Tensor]]:
+            return self.prefetch_pool.submit(self.add_noise, unit.block, draw, x[draw % len(x)])
+
+        next_input = prepare_input(unit.first)
         draw_writes: list[Future[list[tuple[int, int]]]] = []
         with self.teacher_lock:
             self.pairs_done[unit] = 0
@@ -282,7 +302,7 @@ class UnitEncoder:
             for draw in unit.draws:
                 noise, noisy = next_input.result()
                 if draw + 1 < unit.stop:
-                    next_input = self.prefetch_pool.submit(self.add_noise, unit.block, draw + 1, x)
+                    next_input = prepare_input(draw + 1)
                 z = self.forward(noisy, y, unit)
                 if len(draw_writes) >= MAX_PENDING_WRITES:
                     draw_writes[-MAX_PENDING_WRITES].result()  # waits: z of every pending write takes memory
@@ -343,7 +363,7 @@ class UnitEncoder:
     def measure_speed(self, seconds: float) -> Speed:
         """The median speed of the teacher on images of the first block, measured for about so many seconds, after two
         passes to warm up."""
-        x = to_float(self.samples.column("x", 0)[: self.batch_rows])
+        x = to_float(self.samples.column("x", 0)[: self.batch_rows], self.samples.spec.x)
         y = torch.from_numpy(self.samples.column("label", 0)[: self.batch_rows]).to(self.device)
         times: list[float] = []
         for _ in range(2):

@@ -28,14 +28,15 @@ from nfm.stages.checkpoint import (
     weights_sha256,
 )
 from nfm.stages.errors import StageError
-from nfm.stages.frechet import Features, FrechetDistance, all_rows, read_images
+from nfm.stages.frechet import Features, FrechetDistance, all_images, read_images
 from nfm.stages.memory import check_memory
 from nfm.stages.progress import Progress, count_calls
 from nfm.stages.section import Section
 from nfm.stages.splits import open_splits
-from nfm.stages.support import check_network, check_supported
+from nfm.stages.support import check_network, describe_x, levels_of
 from nfm.storage_specs.format.noise import standard_normal
 from nfm.storage_specs.format.pixels import PICTURE_CHANNELS, to_uint8
+from nfm.storage_specs.format.schema import PixelSpec, Spec
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.versions import find_version
 from nfm.storage_specs.storage.documents import canonical_json
@@ -61,7 +62,7 @@ class EvaluateConfig(Section):
     )
     features: Features = Field(
         description='Features of the Fréchet distance. "inception": it is FID, and needs torch-fidelity. "pixels": '
-        "the pixels themselves.",
+        "the values of x themselves, which are pixels or latents.",
     )
     guidance: float = Field(
         default=1.0, ge=0, description="Weight of classifier-free guidance of the students; 1 is no guidance."
@@ -96,15 +97,16 @@ def evaluate(
     """Measure a teacher and its students, which are given by their names in the report.
 
     Returns all numbers of the report as JSON, and uint8 images (columns, C, H, W) for each row of its grid: "real",
-    "teacher" and "<student> <sampler>". Raises StageError or StoreError if samples, couplings, teacher and students do
-    not belong together, or are more than memory holds, FloatingPointError if what is measured is not finite.
+    "teacher" and "<student> <sampler>"; no rows for images that are no pictures. Where samples have two views, the real
+    images are those of both. Raises StageError or StoreError if samples, couplings, teacher and students do not belong
+    together, or are more than memory holds, FloatingPointError if what is measured is not finite.
     """
     if "teacher" in students:
         raise StageError("got a student called 'teacher', the name of the teacher in the report; expected another name")
     train, val = open_splits(samples)
-    pairs = check_supported(Store(couplings, kind="couplings"))
+    pairs = Store(couplings, kind="couplings")
     encode_totals = count_encoded(pairs)
-    check_images(train, val)
+    check_images(train, val, config.features)
     check_memory(
         EVALUATED_TENSORS * 4 * config.samples * train.spec.dim,
         f"evaluate.samples = {config.samples} of images of {train.spec.dim} values",
@@ -121,16 +123,18 @@ def evaluate(
         )
     if teacher_sha256 != pairs.spec.nfm.teacher.sha256:
         raise StageError(f"{teacher}: got another teacher than the one that encoded {couplings}; give that one")
-    check_network(network, teacher, train)
-    bpd = bits_per_dim(read_teacher_training(teacher_document, teacher).val_nll)
+    check_network(network, teacher_document, teacher, train)
+    bpd = bits_per_dim(read_teacher_training(teacher_document, teacher).val_nll, levels_of(train.spec.x))
     curves = {"teacher": read_curves(teacher_document, teacher)}
     loaded: dict[str, SiT] = {}
     with Progress("read the students"):
         for name, url in students.items():
             loaded[name], curves[name] = load_student(url, pairs, config.guidance)
     with Progress("build the metric"):
-        fd = FrechetDistance(config.features, config.batch_size, train.spec.dim, device)
+        fd = FrechetDistance(config.features, config.batch_size, train.spec, device)
     steps = STEPS_WITHOUT_STUDENTS + len(students) * (len(config.samplers) + 1)  # + 1: the image grid
+    if not are_pictures(train.spec):
+        steps -= 1 + len(students)
     with Progress("evaluate", steps, "step") as progress:
         evaluation = Evaluation(config, train, val, pairs, network.to(device), fd, progress)
         metrics: dict[str, Any] = {
@@ -147,15 +151,23 @@ def evaluate(
     return metrics, evaluation.grids
 
 
-def check_images(train: Store, val: Store) -> None:
-    """Raise StageError for images of which no Fréchet distance or picture can be made."""
+def are_pictures(spec: Spec) -> bool:
+    """Whether images can be shown: pixels, grey or coloured."""
+    return isinstance(spec.x, PixelSpec) and spec.shape[0] in PICTURE_CHANNELS
+
+
+def check_images(train: Store, val: Store, features: Features) -> None:
+    """Raise StageError for images of which no Fréchet distance can be made."""
     for store in (train, val):
         if store.spec.rows < MIN_IMAGES:
             raise StageError(
                 f"{store.url}: got {store.spec.rows} image, expected at least {MIN_IMAGES}, as a Fréchet distance needs"
             )
-    if train.spec.shape[0] not in PICTURE_CHANNELS:
-        raise StageError(f"{train.url}: got images of {train.spec.shape[0]} channels, expected 1 or 3 to evaluate them")
+    if features == "inception" and not are_pictures(train.spec):
+        raise StageError(
+            f"{train.url}: got {describe_x(train.spec.x)} of {train.spec.shape[0]} channels, expected pixels of 1 or 3 "
+            "for evaluate.features = 'inception'; use 'pixels'"
+        )
 
 
 def count_encoded(pairs: Store) -> dict[str, float]:
@@ -186,12 +198,16 @@ def load_student(url: str, pairs: Store, guidance: float) -> tuple[SiT, Curves]:
     """
     student, document = load_network(url, "SiT")
     assert isinstance(student, SiT)
-    check_network(student, url, pairs)
+    check_network(student, document, url, pairs)
     ids = trained_on(document)
     if pairs.dataset.id not in ids:
         versions = {find_version(pairs.url, content_id) for content_id in ids if content_id is not None}
         older = " or ".join(sorted(versions - {pairs.url})) or "the couplings it was trained on"
         raise StageError(f"{url}: got a student of other couplings than {pairs.version_url}; pass {older}")
+    if guidance != 1 and not pairs.spec.has_labels:
+        raise StageError(
+            f"{url}: got evaluate.guidance {guidance:g} for a student without classes; expected evaluate.guidance = 1"
+        )
     if guidance != 1 and not has_dropped_labels(document):
         raise StageError(
             f"{url}: got evaluate.guidance {guidance:g} for a student that never saw a dropped label (label_drop = 0); "
@@ -250,7 +266,7 @@ class Evaluation:
         columns = config.grid_columns
         self.grid_y = grid_labels(labels, columns)
         self.grid_noise = torch.randn((columns, *train.spec.shape), generator=generator)
-        self.grids = {"real": self._real_row()}
+        self.grids = {"real": self._real_row()} if are_pictures(train.spec) else {}
 
     @contextmanager
     def _step(self, name: str, total: int, unit: str) -> Iterator[Progress]:
@@ -271,20 +287,22 @@ class Evaluation:
     def measure_real_images(self) -> dict[str, Any]:
         """Takes the training images as the reference, and measures real images against it: the held-out ones, which
         give the noise floor, and as many training images, drawn with replacement, as there are generated ones."""
-        with self._step("statistics of the training images", self.train.spec.rows, "image") as step:
+        reference, held_out = all_images(self.train), all_images(self.val)
+        with self._step("statistics of the training images", len(reference), "image") as step:
             self.fd.set_reference(self.train, step)
-        with self._step("noise floor", self.val.spec.rows, "image") as step:
-            floor = self.fd.measure_rows(self.val, all_rows(self.val), step)
+        with self._step("noise floor", len(held_out), "image") as step:
+            floor = self.fd.measure_stored(self.val, held_out, step)
         generator = torch.Generator().manual_seed(self.config.seed)
         samples = self.config.samples
-        rows = torch.randint(self.train.spec.rows, (samples,), generator=generator).numpy()
+        images = torch.randint(len(reference), (samples,), generator=generator).numpy()
         with self._step("resampled training images", samples, "image") as step:
-            resampled = self.fd.measure_rows(self.train, rows, step)
+            resampled = self.fd.measure_stored(self.train, images, step)
         return {
-            "features": self.config.features,
+            "features": self.fd.over,
+            "views": list(self.train.spec.views),
             "samples": samples,
-            "reference": self.train.spec.rows,
-            "floor": {"fd": floor, "samples": self.val.spec.rows},
+            "reference": len(reference),
+            "floor": {"fd": floor, "samples": len(held_out)},
             "resampled": {"fd": resampled, "samples": samples},
         }
 
@@ -319,10 +337,10 @@ class Evaluation:
 
     @torch.no_grad()
     def _roundtrip_error(self, progress: Progress) -> float:
-        """Largest difference of a pixel between held-out images x and f⁻¹(f(x))."""
-        rows = all_rows(self.val)[:ROUNDTRIP_IMAGES]
-        x = read_images(self.val, rows)
-        y = torch.from_numpy(self.val.labels()[rows])
+        """Largest difference of a value between held-out images x and f⁻¹(f(x))."""
+        images = all_images(self.val)[:ROUNDTRIP_IMAGES]
+        x = read_images(self.val, images)
+        y = torch.from_numpy(self.val.labels()[images % self.val.spec.rows])
         largest = 0.0
         for x_batch, y_batch in self._batches(x, y):
             decoded = self.teacher.decode(self.teacher(x_batch, y_batch).z, y_batch, advance=progress.advance)
@@ -331,15 +349,16 @@ class Evaluation:
 
     def teacher_metrics(self) -> dict[str, float]:
         """Fréchet distances, round trip, speed and size of the teacher; adds its row to the grids."""
-        roundtrip_images = min(self.val.spec.rows, ROUNDTRIP_IMAGES)
+        roundtrip_images = min(len(all_images(self.val)), ROUNDTRIP_IMAGES)
         with self._step("teacher: round trip", self._decode_steps(roundtrip_images), "token") as step:
             error = self._roundtrip_error(step)
         with self._step("teacher: samples", self._decode_steps(len(self.noise)), "token") as step:
             started_at = self._synchronized_time()
             images = self._teacher_samples(self.noise, self.y, step)
             seconds = self._synchronized_time() - started_at
-        with self._step("teacher: image grid", self._decode_steps(len(self.grid_noise)), "token") as step:
-            self.grids["teacher"] = to_uint8(self._teacher_samples(self.grid_noise, self.grid_y, step))
+        if self.grids:
+            with self._step("teacher: image grid", self._decode_steps(len(self.grid_noise)), "token") as step:
+                self.grids["teacher"] = to_uint8(self._teacher_samples(self.grid_noise, self.grid_y, step))
         return self._frechet_distances("teacher", images) | {
             "roundtrip_max_abs": error,
             "seconds_per_1000": 1000 * seconds / len(images),
@@ -349,7 +368,7 @@ class Evaluation:
     def _frechet_distances(self, name: str, images: Tensor) -> dict[str, float]:
         """Fréchet distances of all samples, and of as many as there are held-out images: that one can be compared with
         the noise floor."""
-        first_images = images[: self.val.spec.rows]
+        first_images = images[: len(all_images(self.val))]
         total = len(images) + len(first_images)
         with self.progress.step(f"{name}: Fréchet distance", total, "image") as step:
             return {
@@ -368,6 +387,8 @@ class Evaluation:
         for text in self.config.samplers:
             sampler = parse_sampler(text)
             results[sampler.name] = self._sampler_metrics(f"{name} {sampler.name}", field, sampler)
+        if not self.grids:
+            return results
         samplers = [parse_sampler(text) for text in self.config.grid_samplers]
         with self._step(f"{name}: image grid", sum(sampler.nfe for sampler in samplers), "evaluation") as step:
             noise = self.grid_noise.to(self.device)
@@ -400,7 +421,7 @@ class Evaluation:
     @torch.no_grad()
     def measure_z_space(self) -> dict[str, dict[str, float]]:
         """Table 1 of the NFM paper: mean distances of noisy images ("dx") and of their z ("dz"), over at most `samples`
-        pairs of different images."""
+        pairs of different images, which are not mirrored."""
         count = min(self.train.spec.rows, self.config.samples)
         first = np.arange(count, dtype=np.int64)
         second = np.roll(first, 1)

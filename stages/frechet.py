@@ -16,6 +16,7 @@ from nfm.stages.errors import StageError
 from nfm.stages.memory import check_memory
 from nfm.stages.progress import Progress
 from nfm.storage_specs.format.pixels import to_float, to_uint8
+from nfm.storage_specs.format.schema import LatentSpec, Spec
 from nfm.storage_specs.reading.store import Store
 
 Features = Literal["pixels", "inception"]
@@ -39,24 +40,35 @@ def weights_alone() -> Iterator[None]:
             os.environ[FORCE_WEIGHTS_ONLY] = before
 
 
-def read_images(store: Store, rows: NDArray[np.int64]) -> Tensor:
-    """x of some rows of a store, (len(rows), C, H, W) in [-1, 1]."""
-    return to_float(store.images(rows))
+def all_images(store: Store) -> NDArray[np.int64]:
+    """The numbers of all images of a store with N rows: image i is row i mod N in the view with number ⌊i / N⌋, so that
+    a store with two views has 2·N images."""
+    return np.arange(store.spec.rows * len(store.spec.views), dtype=np.int64)
 
 
-def all_rows(store: Store) -> NDArray[np.int64]:
-    """The numbers of all rows of a store."""
-    return np.arange(store.spec.rows, dtype=np.int64)
+def read_images(store: Store, images: NDArray[np.int64]) -> Tensor:
+    """x of the images with some numbers, (len(images), C, H, W): pixels in [-1, 1], or scaled latents."""
+    spec = store.spec
+    view_numbers, rows = np.divmod(images, spec.rows)
+    stored = np.empty((len(images), *spec.shape), dtype=spec.dtype("x"))
+    for view_number, view in enumerate(spec.views):
+        positions = np.flatnonzero(view_numbers == view_number)
+        stored[positions] = store.x_of_rows(rows[positions], view)
+    return to_float(stored, spec.x)
 
 
 class FrechetDistance:
-    """Fréchet distance of images in [-1, 1] to reference images: FID over Inception features, or over the pixels.
+    """Fréchet distance of images to reference images, which `spec` describes: FID over Inception features, or over the
+    values of x, which are pixels or latents; `over` says which.
 
     Raises StageError if torch-fidelity, which Inception features need, is not installed, or if its weights cannot be
     read, or if the pixels are too many.
     """
 
-    def __init__(self, features: Features, batch_size: int, dim: int, device: torch.device) -> None:
+    def __init__(self, features: Features, batch_size: int, spec: Spec, device: torch.device) -> None:
+        dim = spec.dim
+        self.are_latents = isinstance(spec.x, LatentSpec)
+        self.over = "latents" if self.are_latents else features
         self.batch_size = batch_size
         self.device = device
         self.over_pixels = features == "pixels"
@@ -81,27 +93,29 @@ class FrechetDistance:
         self.metric = metric.to(device)
 
     def set_reference(self, store: Store, progress: Progress) -> None:
-        """Take all images of a store as the reference."""
-        self._update_from_store(store, all_rows(store), is_reference=True, progress=progress)
+        """Take all images of a store, in all of its views, as the reference."""
+        self._update_from_store(store, all_images(store), is_reference=True, progress=progress)
 
-    def measure_rows(self, store: Store, rows: NDArray[np.int64], progress: Progress) -> float:
-        """The distance of the images in some rows of a store."""
+    def measure_stored(self, store: Store, images: NDArray[np.int64], progress: Progress) -> float:
+        """The distance of the images of a store with some numbers (see `all_images`)."""
         self.metric.reset()  # keeps the reference
-        self._update_from_store(store, rows, is_reference=False, progress=progress)
+        self._update_from_store(store, images, is_reference=False, progress=progress)
         return float(self.metric.compute())
 
     def measure(self, images: Tensor, progress: Progress) -> float:
-        """The distance of images (N, C, H, W), which are clamped to [-1, 1]."""
+        """The distance of images (N, C, H, W); pixels are clamped to [-1, 1]."""
         self.metric.reset()  # keeps the reference
-        for batch in images.clamp(-1, 1).split(self.batch_size):
+        for batch in (images if self.are_latents else images.clamp(-1, 1)).split(self.batch_size):
             self._update(batch, is_reference=False)
             progress.advance(len(batch))
         return float(self.metric.compute())
 
-    def _update_from_store(self, store: Store, rows: NDArray[np.int64], is_reference: bool, progress: Progress) -> None:
+    def _update_from_store(
+        self, store: Store, images: NDArray[np.int64], is_reference: bool, progress: Progress
+    ) -> None:
         """Read a batch at a time: the store may be larger than memory."""
-        for start in range(0, len(rows), self.batch_size):
-            batch = read_images(store, rows[start : start + self.batch_size])
+        for start in range(0, len(images), self.batch_size):
+            batch = read_images(store, images[start : start + self.batch_size])
             self._update(batch, is_reference)
             progress.advance(len(batch))
 

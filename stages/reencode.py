@@ -8,7 +8,7 @@ from nfm.models.tarflow import TarFlow
 from nfm.stages.checkpoint import load_network, read_teacher_training, weights_sha256
 from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress
-from nfm.stages.support import check_network, check_supported
+from nfm.stages.support import check_network
 from nfm.storage_specs.format.noise import standard_normal
 from nfm.storage_specs.format.pixels import to_float
 from nfm.storage_specs.format.schema import Spec
@@ -36,7 +36,6 @@ def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> f
     Raises StageError for another teacher than the store's, StoreError if η is not the teacher's, if noise is not that
     of the law, or if a difference is too large.
     """
-    check_supported(store)
     coupling = store.spec.nfm
     with Progress(f"read {teacher}"):
         network, document = load_network(teacher, "TarFlow")
@@ -44,7 +43,7 @@ def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> f
         teacher_sha256 = weights_sha256(network.state_dict())
     if teacher_sha256 != coupling.teacher.sha256:
         raise StageError(f"{teacher}: got another teacher than the one that encoded {store.url}; give that one")
-    check_network(network, teacher, store)
+    check_network(network, document, teacher, store)
     eta = read_teacher_training(document, teacher).eta
     if coupling.eta != eta:
         raise StoreError(f"{store.url}: got η = {coupling.eta}, expected {eta}, with which {teacher} was trained")
@@ -102,7 +101,7 @@ def _teacher_input(store: Store, image: int, draw: int) -> tuple[torch.Tensor, i
             f"{store.url}: the noise of image {image}, draw {draw}, is not that of law {noise_spec.law} "
             f"with seed {noise_spec.seed}; the store is not what its spec says"
         )
-    x = to_float(store.column("x", block)[row])
+    x = to_float(store.x_of(block, draw)[row], store.spec.x)
     noisy = x + store.spec.nfm.eta * torch.from_numpy(np.asarray(noise, dtype=np.float32))
     return noisy, int(store.column("label", block)[row])
 

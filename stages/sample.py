@@ -16,11 +16,13 @@ from nfm.models.labels import NULL_LABEL
 from nfm.models.sit import SiT
 from nfm.models.solvers import Sampler, parse_sampler
 from nfm.models.tarflow import Guide, TarFlow
-from nfm.stages.checkpoint import has_dropped_labels, load_network, read_teacher_training
+from nfm.stages.checkpoint import has_dropped_labels, load_network, read_teacher_training, read_x_spec
 from nfm.stages.errors import StageError
 from nfm.stages.memory import check_memory
 from nfm.stages.progress import Progress, count_calls
-from nfm.storage_specs.format.pixels import PICTURE_CHANNELS, to_uint8
+from nfm.stages.support import describe_x
+from nfm.storage_specs.format.pixels import PICTURE_CHANNELS, to_values
+from nfm.storage_specs.format.schema import LatentSpec, PixelSpec
 from nfm.storage_specs.storage.files import split_url
 
 DEFAULT_SAMPLER = "heun31"  # of students
@@ -33,7 +35,8 @@ TENSORS = 8  # float32 tensors of a batch that a sampler holds at once, without 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to generate: `count` images of the given classes in turn (none given: of all classes; -1: without class).
+    """What to generate: `count` images of the given classes in turn (none given: of all classes, if there are any; -1:
+    without class).
 
     `sampler` is None for a teacher, and for a student that takes DEFAULT_SAMPLER. `guidance` is the weight of
     classifier-free guidance; 1 is no guidance.
@@ -53,9 +56,8 @@ def check_request(request: SampleRequest, network: SiT | TarFlow, document: dict
     num_classes = network.config.num_classes
     for label in request.classes:
         if not NULL_LABEL <= label < num_classes:
-            raise StageError(f"got class {label}, expected 0 to {num_classes - 1}, or -1 for none")
-    if num_classes < 1 and not request.classes:
-        raise StageError("got a network without classes; expected --class -1")
+            expected = f"0 to {num_classes - 1}, or -1 for none" if num_classes else "no --class: the network has none"
+            raise StageError(f"got class {label}, expected {expected}")
     is_teacher = isinstance(network, TarFlow)
     if is_teacher and request.sampler is not None:
         raise StageError(
@@ -70,6 +72,11 @@ def check_request(request: SampleRequest, network: SiT | TarFlow, document: dict
         raise StageError(
             f"got --guidance {request.guidance:g} for a {kind}, expected a number of at least {min_guidance}"
         )
+    if num_classes == 0:
+        raise StageError(
+            f"got --guidance {request.guidance:g} for a network without classes, so there is nothing to guide towards; "
+            "expected no --guidance"
+        )
     if request.classes and set(request.classes) == {NULL_LABEL}:
         raise StageError(
             f"got --guidance {request.guidance:g} for images without a class, which it cannot change; "
@@ -82,42 +89,57 @@ def check_request(request: SampleRequest, network: SiT | TarFlow, document: dict
         )
 
 
-def check_size(request: SampleRequest, network: SiT | TarFlow, as_grid: bool) -> None:
-    """Raise StageError for more images than a grid or the memory of this machine holds."""
+def check_size(request: SampleRequest, network: SiT | TarFlow, x_spec: PixelSpec | LatentSpec, as_grid: bool) -> None:
+    """Raise StageError for images that are no pictures in a grid, and for more than a grid or the memory of this
+    machine holds."""
     config = network.config
-    side = config.image_size
-    images = f"{request.count} images of {config.channels}×{side}×{side}"
+    height, width = config.image_sides
+    images = f"{request.count} images of {config.channels}×{height}×{width}"
+    if as_grid and isinstance(x_spec, LatentSpec):
+        raise StageError(
+            f"got {images} for a grid, which are {describe_x(x_spec)}, expected pixels; "
+            "give --out with a name ending in .npz, for the latents that the decoder takes"
+        )
     if as_grid and config.channels not in PICTURE_CHANNELS:
         raise StageError(f"got {images} for a grid, expected 1 or 3 channels; give --out with a name ending in .npz")
     if as_grid:
         rows, columns = grid_shape(request.count)
-        cell = side * grid_scale(side) + 1
-        grid_bytes = rows * columns * cell**2 * config.channels
+        scale = grid_scale(height)
+        grid_bytes = rows * columns * (height * scale + 1) * (width * scale + 1) * config.channels
         if grid_bytes > MAX_GRID_BYTES:
             raise StageError(
                 f"got {images} for a grid, which needs {grid_bytes / 1e9:,.1f} GB, expected at most "
                 f"{MAX_GRID_BYTES / 1e9:,.1f} GB; give a smaller --count, or --out with a name ending in .npz"
             )
-    pixels = request.count * config.channels * side**2
-    # The pixels and the file of them, and at least one image on its way in float32.
-    check_memory(2 * pixels + TENSORS * 4 * pixels // request.count, images, "give a smaller --count")
+    values = config.channels * height * width
+    # What is kept of all images and the file of it, and at least one image on its way in float32.
+    needed_bytes = 2 * request.count * values * _kept_dtype(x_spec).itemsize + TENSORS * 4 * values
+    check_memory(needed_bytes, images, "give a smaller --count")
+
+
+def _kept_dtype(x_spec: PixelSpec | LatentSpec) -> np.dtype[Any]:
+    """In which dtype generated images are kept (see `to_values`)."""
+    return np.dtype(np.uint8 if isinstance(x_spec, PixelSpec) else np.float32)
 
 
 @torch.no_grad()
-def generate(network: SiT | TarFlow, request: SampleRequest, eta: float) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The pixels (count, C, H, W) of images, and their labels (count,).
+def generate(
+    network: SiT | TarFlow, request: SampleRequest, eta: float, x_spec: PixelSpec | LatentSpec
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Images (count, C, H, W), as uint8 pixels or float32 latents, and their labels (count,).
 
     The η-noise of a teacher's images is removed by one score step; `eta` is not used for a student. Raises
     FloatingPointError if an image is not finite.
     """
     config = network.config
     device = next(network.parameters()).device
-    classes = torch.tensor(request.classes or range(config.num_classes))
+    classes = torch.tensor(request.classes or range(config.num_classes) or [NULL_LABEL])
     labels = classes[torch.arange(request.count) % len(classes)]
     generator = torch.Generator().manual_seed(request.seed)
     sampler = request.sampler or parse_sampler(DEFAULT_SAMPLER)
-    pixels = np.empty((request.count, config.channels, config.image_size, config.image_size), dtype=np.uint8)
-    batches = labels.split(max(1, min(request.batch_size, BATCH_VALUES // pixels[0].size)))
+    image_shape = (config.channels, *config.image_sides)
+    values = np.empty((request.count, *image_shape), dtype=_kept_dtype(x_spec))
+    batches = labels.split(max(1, min(request.batch_size, BATCH_VALUES // values[0].size)))
     done = 0
     if isinstance(network, TarFlow):
         total, unit = len(batches) * network.config.decode_steps, "token"
@@ -126,8 +148,7 @@ def generate(network: SiT | TarFlow, request: SampleRequest, eta: float) -> tupl
     with Progress("sample", total, unit) as progress:
         for i, y in enumerate(batches):
             progress.set_note(f"batch {i + 1} of {len(batches)}, {len(y)} images")
-            shape = (len(y), config.channels, config.image_size, config.image_size)
-            noise = torch.randn(shape, generator=generator).to(device)
+            noise = torch.randn((len(y), *image_shape), generator=generator).to(device)
             y = y.to(device)
             if isinstance(network, TarFlow):
                 # A request counts guidance as `Guided` does, where 1 is none; for a Guide, 0 is none.
@@ -136,16 +157,17 @@ def generate(network: SiT | TarFlow, request: SampleRequest, eta: float) -> tupl
             else:
                 field = count_calls(Guided(network, request.guidance), progress)
                 images = sampler(field, noise, y, keep_velocities=False).x
-            pixels[done : done + len(y)] = to_uint8(images)
+            values[done : done + len(y)] = to_values(images, x_spec)
             done += len(y)
-    return pixels, labels.numpy()
+    return values, labels.numpy()
 
 
 def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
     """Generate images with the finished model at `checkpoint`, a student or a teacher.
 
     `out` ends in .png, for a grid of the images, or in .npz, for the arrays `x` (uint8, (N, C, H, W)) and `label`
-    (int64, (N,)). Raises StageError for another name, and for a request that does not fit the model or the memory,
+    (int64, (N,), -1 without a class). Of a model of latents, x is float32, as their decoder takes it, and there is no
+    grid. Raises StageError for another name, and for a request that does not fit the model or the memory,
     FloatingPointError if an image is not finite.
     """
     suffix = Path(out).suffix
@@ -154,20 +176,21 @@ def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
     with Progress(f"read {checkpoint}"):
         network, document = load_network(checkpoint)
     check_request(request, network, document)
-    check_size(request, network, as_grid=suffix == ".png")
+    x_spec = read_x_spec(document, checkpoint)
+    check_size(request, network, x_spec, as_grid=suffix == ".png")
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     eta = 0.0
     if isinstance(network, TarFlow):
         eta = read_teacher_training(document, checkpoint).eta
     try:
-        pixels, labels = generate(network, request, eta)
+        values, labels = generate(network, request, eta, x_spec)
     except FloatingPointError as error:
         raise FloatingPointError(f"{checkpoint}: {error}; nothing was written") from error
     buffer = io.BytesIO()
     if suffix == ".npz":
-        np.savez(buffer, x=pixels, label=labels)
+        np.savez(buffer, x=values, label=labels)
     else:
-        grid_image(pixels, grid_shape(len(pixels))[1]).save(buffer, "PNG")
+        grid_image(values, grid_shape(len(values))[1]).save(buffer, "PNG")
     root, name = split_url(out)
     root.write(name, buffer.getvalue())
 

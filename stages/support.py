@@ -1,40 +1,47 @@
-"""What the stages can work with: the format holds more than they do yet, and networks take the images they were made
-for."""
+"""What x stands for, and whether a network takes the images of a store."""
+
+from typing import Any
 
 from nfm.models.sit import SiT
 from nfm.models.tarflow import TarFlow
+from nfm.stages.checkpoint import read_x_spec
 from nfm.stages.errors import StageError
-from nfm.storage_specs.format.schema import PixelSpec
+from nfm.storage_specs.format.schema import LatentSpec, PixelSpec
 from nfm.storage_specs.reading.store import Store
 
 
-def check_supported(store: Store) -> Store:
-    """Returns the store. Raises StageError unless its images are square, of uint8 pixels, with labels and in one
-    view."""
-    spec = store.spec
-    got = None
-    if not isinstance(spec.x, PixelSpec):
-        got = f"{spec.x.dtype} latents"
-    elif spec.shape[1] != spec.shape[2]:
-        got = f"images of {spec.shape[1]}×{spec.shape[2]}"
-    elif not spec.has_labels:
-        got = "images without labels"
-    elif len(spec.views) > 1:
-        got = "mirrored views"
-    if got is not None:
-        raise StageError(
-            f"{store.url}: got {got}; teachers and students take square uint8 pixels with labels, in one view"
-        )
-    return store
-
-
-def check_network(network: SiT | TarFlow, url: str, store: Store) -> None:
-    """Raise StageError unless the network, whose checkpoint is at `url`, takes images and labels of the store."""
+def check_network(network: SiT | TarFlow, document: dict[str, Any], url: str, store: Store) -> None:
+    """Raise StageError unless the network, whose checkpoint is at `url` and has this document, takes images and labels
+    of the store."""
     config, spec = network.config, store.spec
-    shape = (config.channels, config.image_size, config.image_size)
+    kind = "teacher" if isinstance(network, TarFlow) else "student"
+    shape = (config.channels, *config.image_sides)
     if (shape, config.num_classes) != (spec.shape, spec.num_classes):
-        kind = "teacher" if isinstance(network, TarFlow) else "student"
         raise StageError(
             f"{url}: got a {kind} of {shape} images with {config.num_classes} classes, expected {spec.shape} with "
             f"{spec.num_classes} classes as in {store.url}; use the {kind} that was trained on these samples"
         )
+    x_spec = read_x_spec(document, url)
+    if meaning(x_spec) != meaning(spec.x):
+        raise StageError(
+            f"{url}: got a {kind} of {describe_x(x_spec)}, expected {describe_x(spec.x)} as in {store.url}; "
+            f"use the {kind} that was trained on these samples"
+        )
+
+
+def levels_of(x_spec: PixelSpec | LatentSpec) -> int | None:
+    """The number of values that x can have in [-1, 1], as bits per dimension need it; None for latents."""
+    return 256 if isinstance(x_spec, PixelSpec) else None
+
+
+def meaning(x_spec: PixelSpec | LatentSpec) -> tuple[Any, ...]:
+    """What x stands for, whatever the dtype in which it is stored."""
+    return () if isinstance(x_spec, PixelSpec) else (x_spec.scale, x_spec.shift, x_spec.decoder)
+
+
+def describe_x(x_spec: PixelSpec | LatentSpec) -> str:
+    """What x stands for, in words."""
+    if isinstance(x_spec, PixelSpec):
+        return "pixels"
+    decoder = x_spec.decoder
+    return f"latents of {decoder.name} {decoder.sha256[:8]} (scale {x_spec.scale:g}, shift {x_spec.shift:g})"

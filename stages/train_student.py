@@ -16,7 +16,6 @@ from nfm.stages.checkpoint import exists, load_document, trained_on
 from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress, print_line
 from nfm.stages.section import Section
-from nfm.stages.support import check_supported
 from nfm.stages.training import TrainConfig, Trainer, checkpoint_urls, join_world, open_stream
 from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.batches import Batch
@@ -58,10 +57,10 @@ class StudentConfig(Section):
 
 def sit_config(config: StudentConfig, spec: Spec) -> SiTConfig:
     """The shapes of a student for the images of a store. Raises StageError if it cannot take them."""
-    channels, size, _ = spec.shape
+    channels, height, width = spec.shape
     try:
         parsed = parse_size(config.size)
-        return SiTConfig(channels=channels, image_size=size, num_classes=spec.num_classes, **parsed)
+        return SiTConfig(channels=channels, image_size=(height, width), num_classes=spec.num_classes, **parsed)
     except ValueError as error:
         raise StageError(f"student: {error}") from error
 
@@ -89,7 +88,7 @@ def train_student(config: StudentConfig, couplings: str | Sequence[Source], out:
     """
     given = [Source(couplings)] if isinstance(couplings, str) else list(couplings)
     sources = find_trained_versions(given, out)
-    stores = [check_supported(Store(source.url, "couplings", source.options)) for source in sources]
+    stores = [Store(source.url, "couplings", source.options) for source in sources]
     older = [(source.url, before.url) for source, before in zip(sources, given, strict=True) if source != before]
     # The stream opens the same versions, also if a store gets a newer one in this moment.
     sources = [replace(source, url=opened.version_url) for source, opened in zip(sources, stores, strict=True)]

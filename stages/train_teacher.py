@@ -1,5 +1,6 @@
 """train-teacher: sample store → TarFlow checkpoint."""
 
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from nfm.stages.errors import StageError
 from nfm.stages.progress import Progress
 from nfm.stages.section import Section
 from nfm.stages.splits import open_splits
+from nfm.stages.support import levels_of
 from nfm.stages.training import TrainConfig, Trainer, join_world, open_stream
 from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
@@ -35,7 +37,7 @@ class TeacherConfig(Section):
     eta: float = Field(
         gt=0,
         description="η, the amount of noise added to the data: "
-        "the teacher sees x + η·ε′, with x in [-1, 1] and ε′ standard normal.",
+        "the teacher sees x + η·ε′, with x in [-1, 1], or scaled latents, and ε′ standard normal.",
     )
     label_drop: float = Field(
         default=0.1,
@@ -53,13 +55,13 @@ class TeacherConfig(Section):
 
 
 def teacher_network(config: TeacherConfig, store: Store) -> TarFlow:
-    channels, size, _ = store.spec.shape
+    channels, height, width = store.spec.shape
     try:
         parsed = parse_notation(config.notation)
         return TarFlow(
             TarFlowConfig(
                 channels=channels,
-                image_size=size,
+                image_size=(height, width),
                 num_classes=store.spec.num_classes,
                 head_dim=config.head_dim,
                 **parsed,
@@ -73,8 +75,8 @@ def train_teacher(config: TeacherConfig, samples: str, out: str) -> dict[str, An
     """Train a teacher in the folder `out` on the samples in `<samples>/train`, where `samples` is what prepare wrote.
 
     Of the checkpoints, the one with the lowest NLL of `<samples>/val` is kept. Returns the document of the finished
-    model, with its held-out bits per dimension as "bpd". Raises StageError or StoreError for samples, sizes or a folder
-    that do not fit, FloatingPointError if training becomes not finite.
+    model, with its held-out bits per dimension as "bpd" (of latents: those of their density). Raises StageError or
+    StoreError for samples, sizes or a folder that do not fit, FloatingPointError if training becomes not finite.
     """
     train, val = open_splits(samples)
 
@@ -101,21 +103,23 @@ def train_teacher(config: TeacherConfig, samples: str, out: str) -> dict[str, An
             validate=lambda model, progress: held_out_nll(model, val, config.eta, world.device, progress),
         )
         document = trainer.run()
-    return document | {"bpd": bits_per_dim(document["training"]["val"])}
+    return document | {"bpd": bits_per_dim(document["training"]["val"], levels_of(train.spec.x))}
 
 
 @torch.no_grad()
 def held_out_nll(model: nn.Module, store: Store, eta: float, device: torch.device, progress: Progress) -> float:
     """Mean NLL per dimension, in nats, of held-out images with η-noise. Images and noise are the same in each call.
 
-    It is shown as a step of `progress`.
+    The views of a store take turns, as they do in its draws. It is shown as a step of `progress`.
     """
     generator = torch.Generator().manual_seed(0)
     images = min(store.spec.rows, VAL_IMAGES)
     total = 0.0
     with progress.step("validate", VAL_DRAWS * images, "image") as step:
-        batch = next(CouplingStream(store.version_url, batch_size=images, seed=0, view="samples"))
-        for _ in range(VAL_DRAWS):
+        with closing(CouplingStream(store.version_url, batch_size=images, seed=0, view="samples")) as stream:
+            batches = [next(stream) for _ in store.spec.views]
+        for draw in range(VAL_DRAWS):
+            batch = batches[draw % len(batches)]
             for x, y in zip(batch.x.split(VAL_BATCH), batch.label.split(VAL_BATCH), strict=True):
                 noisy = x + eta * torch.randn(x.shape, generator=generator)
                 total += nll(model(noisy.to(device), y.to(device))).sum().item()

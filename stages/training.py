@@ -416,6 +416,7 @@ class Trainer:
         document = {
             "run": self.document,
             "architecture": architecture(self.network),
+            "x": self.stream.spec.x.model_dump(mode="json"),
             "training": {"images": self.images, "val": val, "chosen_at": chosen_at, **timing},
             "curves": vars(self.curves),
         }

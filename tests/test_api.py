@@ -22,6 +22,7 @@ from nfm.stages.errors import StageError
 from nfm.stages.frechet import FrechetDistance
 from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.small_run import Run
+from tests.tools.stores import sample_spec
 
 ROOT = Path(__file__).parent.parent
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -136,7 +137,7 @@ def test_streams_and_stores_say_what_is_wrong(run: Run, tmp_path: Path) -> None:
 def test_inception_features_name_the_extra_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(StageError, match=r"needs torch-fidelity .*; install nfm\[fid\], or use 'pixels'"):
-        FrechetDistance("inception", batch_size=8, dim=64, device=torch.device("cpu"))
+        FrechetDistance("inception", 8, sample_spec(), torch.device("cpu"))
 
 
 def imported_packages(paths: list[Path]) -> set[str]:

@@ -265,7 +265,7 @@ def test_one_held_out_image_is_too_few(tmp_path: Path) -> None:
     for split, rows in (("train", 2), ("val", 1)):
         write_samples(f"{tmp_path}/{split}", sample_spec(rows=rows))
     with pytest.raises(StageError, match="val: got 1 image, expected at least 2, as a Fréchet distance needs"):
-        check_images(*open_splits(str(tmp_path)))
+        check_images(*open_splits(str(tmp_path)), "pixels")
 
 
 @pytest.mark.parametrize(

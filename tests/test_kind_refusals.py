@@ -4,21 +4,12 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nfm.models.tarflow import TarFlow, TarFlowConfig
-from nfm.pipeline.config import Config
-from nfm.stages.encode import coupling_spec
-from nfm.stages.errors import StageError
-from nfm.stages.reencode import verify_by_reencoding
-from nfm.stages.splits import open_splits
-from nfm.stages.support import check_supported
-from nfm.stages.train_student import train_student
 from nfm.storage_specs.format.dataset import expected_documents
 from nfm.storage_specs.format.schema import Spec
 from nfm.storage_specs.reading.store import Store
@@ -26,11 +17,7 @@ from nfm.storage_specs.reading.stream import CouplingStream
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.kind_checks import WrittenKinds
-from tests.tools.kinds import (
-    BOTH,
-    KINDS,
-    Kind,
-)
+from tests.tools.kinds import KINDS
 from tests.tools.stores import damage, edit
 
 SEMIDISCRETE = {
@@ -76,44 +63,6 @@ def test_couplings_that_only_the_schema_has_are_refused_with_one_line(
     with pytest.raises(StoreError, match=rf"^.*new: {message}$"):
         StoreWriter(f"{tmp_path}/new", spec)
     assert not (tmp_path / "new").exists()
-
-
-UNSUPPORTED = {
-    "samples-float16": "got float16 latents",
-    "samples-unlabelled": "got images of 2×3",
-    "samples-views": "got images of 4×6",
-    "pairs-latents": "got bfloat16 latents",
-    "pairs-unlabelled": "got images of 2×5",
-}
-SQUARE = {
-    "samples": (Kind(classes=0), "got images without labels"),
-    "samples-views": (Kind(views=BOTH), "got mirrored views"),
-    "pairs": (Kind(z="int8", classes=0), "got images without labels"),
-    "pairs-views": (Kind(z="int8", views=BOTH), "got mirrored views"),
-}
-
-
-@pytest.mark.parametrize("name", [*UNSUPPORTED, *(f"square {name}" for name in SQUARE)])
-def test_stages_refuse_with_one_line_what_they_cannot_take(tmp_path: Path, config: Config, name: str) -> None:
-    kind, got = SQUARE[name.removeprefix("square ")] if name.startswith("square") else (KINDS[name], UNSUPPORTED[name])
-    message = rf"^{tmp_path}.*: {got}; teachers and students take square uint8 pixels with labels, in one view$"
-    kind.write(f"{tmp_path}/train", "webdataset")
-    shutil.copytree(f"{tmp_path}/train", f"{tmp_path}/val")
-    store = Store(f"{tmp_path}/train")
-    teacher = TarFlow(TarFlowConfig(3, 4, 2, 8, (1,), head_dim=8))
-    refused: list[Callable[[], object]] = [
-        lambda: check_supported(store),
-        lambda: coupling_spec(config.encode, store, teacher, {}, "model.safetensors"),
-    ]
-    if kind.z is None:
-        refused.append(lambda: open_splits(str(tmp_path)))
-    else:
-        refused.append(lambda: train_student(config.student, store.url, f"{tmp_path}/out"))
-        refused.append(lambda: verify_by_reencoding(store, "no.safetensors", 1, seed=0))
-    for call in refused:
-        with pytest.raises(StageError, match=message):
-            call()
-    assert not (tmp_path / "out").exists()
 
 
 LATENT = {

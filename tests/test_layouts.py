@@ -118,7 +118,7 @@ def test_the_tuple_is_what_the_teacher_did(run: Run, layout: LayoutName) -> None
             noise = store.column("noise", block, draw)[row]
             drawn = standard_normal(0, np.array([index]), draw, store.spec.shape)[0]
             assert np.array_equal(noise, drawn.astype(np.float16))
-            x = to_float(store.column("x", block)[row])
+            x = to_float(store.column("x", block)[row], store.spec.x)
             noisy = x + store.spec.nfm.eta * torch.from_numpy(noise.astype(np.float32))
             y = torch.tensor([store.column("label", block)[row]])
             with torch.no_grad():

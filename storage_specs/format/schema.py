@@ -64,6 +64,9 @@ class LatentSpec(StrictModel):
     decoder: DecoderSpec
 
 
+XSpec = Annotated[PixelSpec | LatentSpec, Field(discriminator="dtype")]
+
+
 class NoiseSpec(StrictModel):
     """How the noise ε′ was drawn (docs/store.md), in which dtype the teacher saw it, and whether it is stored. If it is
     not, it can be drawn again from law, seed, image index and draw."""
@@ -160,7 +163,7 @@ class Spec(StrictModel):
     rows: Rows
     block_rows: Annotated[int, Field(ge=1, le=1 << 20)]  # of every block but the last, which may have fewer
     shape: tuple[Positive, Positive, Positive]  # (C, H, W)
-    x: Annotated[PixelSpec | LatentSpec, Field(discriminator="dtype")]
+    x: XSpec
     views: list[ImageView]  # draw k is of view k mod the number of views
     num_classes: Annotated[int, Field(ge=0, le=1_000_000)]  # 0: the images have no labels
     class_names: list[str]

@@ -27,7 +27,16 @@ from nfm.storage_specs.format.manifest import (
 )
 from nfm.storage_specs.format.names import COST_FILE, MAX_METADATA_BYTES, Z_SCALE_FILE
 from nfm.storage_specs.format.noise import standard_normal
-from nfm.storage_specs.format.schema import Dataset, DocumentFile, FileRecord, Kind, PixelSpec, Spec, Totals
+from nfm.storage_specs.format.schema import (
+    Dataset,
+    DocumentFile,
+    FileRecord,
+    ImageView,
+    Kind,
+    PixelSpec,
+    Spec,
+    Totals,
+)
 from nfm.storage_specs.format.sums import NUM_POWERS, ZSums
 from nfm.storage_specs.reading.versions import open_document
 from nfm.storage_specs.storage.cache import Cache
@@ -299,7 +308,14 @@ class Store:
         """The x that a draw was made of, (rows, C, H, W) in the dtype of the files: the mirror image where the view of
         the draw is that. Raises ValueError for a block or draw that the store does not have."""
         self._check_address("z", block, draw)
-        if self.spec.view_of(draw) == "plain":
+        return self.x_in(block, self.spec.view_of(draw))
+
+    def x_in(self, block: int, view: ImageView) -> NDArray[Any]:
+        """The x of a block in a view, (rows, C, H, W) in the dtype of the files. Raises ValueError for a block or view
+        that the store does not have."""
+        if view not in self.spec.views:
+            raise ValueError(f"{self.url}: got view {view!r}; expected one of {', '.join(self.spec.views)}")
+        if view == "plain":
             return self.column("x", block)
         if "x_mirrored" in self.spec.image_columns:
             return self.column("x_mirrored", block)
@@ -337,15 +353,22 @@ class Store:
         """
         if not isinstance(self.spec.x, PixelSpec):
             raise ValueError(f"{self.url}: got a store of {self.spec.x.dtype} latents; expected one of uint8 pixels")
+        return self.x_of_rows(rows, "plain")
+
+    def x_of_rows(self, rows: NDArray[np.int64], view: ImageView) -> NDArray[Any]:
+        """x of the given rows in a view, (len(rows), C, H, W) in the dtype of the files. Each block is read once.
+
+        Raises ValueError for rows, or a view, that the store does not have.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         outside = rows[(rows < 0) | (rows >= self.spec.rows)]
         if len(outside):
             raise ValueError(f"{self.url}: got row {outside[0]}; expected 0 to {self.spec.rows - 1}")
-        images = np.empty((len(rows), *self.spec.shape), dtype=np.uint8)
+        images = np.empty((len(rows), *self.spec.shape), dtype=self.spec.dtype("x"))
         blocks, rows_in_block = np.divmod(rows, self.spec.block_rows)
         for block in np.unique(blocks).tolist():
             positions = np.flatnonzero(blocks == block)
-            images[positions] = self.column("x", block)[rows_in_block[positions]]
+            images[positions] = self.x_in(block, view)[rows_in_block[positions]]
         return images
 
 

@@ -49,13 +49,12 @@ def prepare(root: Path) -> tuple[str, str]:
     samples, teacher = str(root / "samples"), str(root / "teacher" / "model.safetensors")
     rng = np.random.default_rng(0)
     _, config = SMALL
-    side = config.image_size
     spec = Spec(
         kind="samples",
         layout="webdataset",
         rows=IMAGES,
         block_rows=BLOCK_ROWS,
-        shape=(config.channels, side, side),
+        shape=(config.channels, *config.image_sides),
         x=PixelSpec(dtype="uint8"),
         views=["plain"],
         num_classes=config.num_classes,
@@ -92,7 +91,7 @@ def bare_worker(root: Path, share: int) -> None:
     blocks = range(share, encoder.writer.spec.num_blocks, WORKERS)
     batches = []
     for block in blocks:
-        x = to_float(encoder.samples.column("x", block))
+        x = to_float(encoder.samples.column("x", block), encoder.samples.spec.x)
         y = torch.from_numpy(encoder.samples.column("label", block))
         batches += [(encoder.add_noise(block, draw, x)[1], y) for draw in range(DRAWS)]
     encoder.forward(*batches[0])

@@ -172,7 +172,7 @@ def random_teacher(config: TarFlowConfig, device: torch.device) -> TarFlow:
 def inputs(config: TarFlowConfig, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images in [-1, 1] with noise of η = 0.1, (rows, C, H, W), and their labels (rows,)."""
     generator = torch.Generator().manual_seed(1)
-    shape = (rows, config.channels, config.image_size, config.image_size)
+    shape = (rows, config.channels, *config.image_sides)
     x = torch.rand(shape, generator=generator) * 2 - 1 + 0.1 * torch.randn(shape, generator=generator)
     y = torch.randint(config.num_classes, (rows,), generator=generator)
     return x.to(device), y.to(device)
