@@ -1,7 +1,6 @@
 """Every kind of data goes through the stages: teacher, encode, student, sample, evaluate."""
 
 import json
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,14 @@ from nfm.stages.encode import output_spec
 from nfm.stages.errors import StageError
 from nfm.stages.evaluate import evaluate
 from nfm.stages.frechet import all_images, read_images
+from nfm.stages.progress import Progress
 from nfm.stages.reencode import verify_by_reencoding
 from nfm.stages.sample import SampleRequest, sample
 from nfm.stages.splits import open_splits
 from nfm.stages.support import check_network
 from nfm.stages.train_student import train_student
 from nfm.stages.train_teacher import held_out_nll
+from nfm.storage_specs.format.codecs import int8_scale
 from nfm.storage_specs.format.schema import LatentSpec, LayoutName
 from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
@@ -45,6 +46,24 @@ EVEN = "got encode.draws = {draws} for images in 2 views .plain, mirrored., .* e
 
 def make_run(folder: Path, kind: Kind, layout: LayoutName = "webdataset", *settings: str) -> KindRun:
     return KindRun(kind, layout, str(folder), settings)
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> KindRun:
+    """A run that nobody changes, of PIXELS with four draws."""
+    return make_run(tmp_path_factory.mktemp("pixels"), replace(PIXELS, draws=4))
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> KindRun:
+    """A run that nobody changes, of LATENTS with four draws."""
+    return make_run(tmp_path_factory.mktemp("latents"), replace(LATENTS, draws=4))
+
+
+@pytest.fixture(params=["pixels", "latents"])
+def run(request: pytest.FixtureRequest, pixels: KindRun, latents: KindRun) -> KindRun:
+    """Either of them."""
+    return {"pixels": pixels, "latents": latents}[request.param]
 
 
 @some_kinds
@@ -78,11 +97,9 @@ def test_every_kind_goes_from_samples_to_the_report(tmp_path: Path, name: str, l
     assert has_grids == (spec.shape[0] in (1, 3) and not isinstance(spec.x, LatentSpec))
 
 
-@pytest.mark.parametrize("kind", [PIXELS, LATENTS], ids=["pixels", "latents"])
-def test_a_draw_is_encoded_from_its_view(tmp_path: Path, kind: Kind) -> None:
+def test_a_draw_is_encoded_from_its_view(run: KindRun) -> None:
     """Computed from the definition, one image at a time: z = f(x + η·ε′, label), with x mirrored in odd draws."""
-    run = make_run(tmp_path, replace(kind, draws=4))
-    spec, values = run.couplings.spec, kind.values()
+    spec, values = run.couplings.spec, run.kind.values()
     network, _ = load_network(run.teacher, "TarFlow")
     assert spec.views == ["plain", "mirrored"]
     for draw in range(4):
@@ -97,45 +114,35 @@ def test_a_draw_is_encoded_from_its_view(tmp_path: Path, kind: Kind) -> None:
             torch.testing.assert_close(stored, z, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [PIXELS, LATENTS], ids=["pixels", "latents"])
-def test_added_draws_go_on_with_the_views(tmp_path: Path, kind: Kind) -> None:
+def test_added_draws_go_on_with_the_views(run: KindRun, tmp_path: Path) -> None:
     """Two draws and then two more give the store that four at once give."""
-    run = make_run(tmp_path, kind)
-    more = make_run(tmp_path, replace(kind, draws=4)).config
-    encode_in_process(more, f"{run.samples}/train", run.teacher, f"{tmp_path}/at-once", run.layout)
-    before = tree(run.couplings.url)
-    encode_in_process(more, f"{run.samples}/train", run.teacher, run.couplings.url, run.layout)
-    store, at_once = Store(run.couplings.url), Store(f"{tmp_path}/at-once")
-    assert (store.dataset.id, store.spec.num_draws, store.dataset.version) == (at_once.dataset.id, 4, 2)
-    after = tree(store.url)
+    url, two = f"{tmp_path}/couplings", replace(run, kind=replace(run.kind, draws=2))
+    encode_in_process(two.config, f"{run.samples}/train", run.teacher, url, run.layout)
+    before = tree(url)
+    encode_in_process(run.config, f"{run.samples}/train", run.teacher, url, run.layout)
+    store = Store(url)
+    assert (store.dataset.id, store.spec.num_draws, store.dataset.version) == (run.couplings.dataset.id, 4, 2)
+    after = tree(url)
     assert all(after[path] == data for path, data in before.items() if path.endswith(".tar"))
 
 
 @pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("z_dtype", ["float16", "int8"])
-def test_draws_that_do_not_show_both_views_equally_often_are_refused(tmp_path: Path, draws: int, z_dtype: str) -> None:
-    run = make_run(tmp_path, PIXELS, "webdataset", f"encode.draws={draws}", f"encode.z_dtype={z_dtype}")
+def test_draws_that_do_not_show_both_views_equally_often_are_refused(
+    run: KindRun, tmp_path: Path, draws: int, z_dtype: str
+) -> None:
+    config = run.config.encode.model_copy(update={"draws": draws, "z_dtype": z_dtype})
     with pytest.raises(StageError, match=EVEN.format(draws=draws, more=draws + 1)):
-        output_spec(run.config.encode, Store(f"{run.samples}/train"), run.teacher, f"{tmp_path}/out")
+        output_spec(config, Store(f"{run.samples}/train"), run.teacher, f"{tmp_path}/out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_scale_of_int8_is_that_of_both_views(tmp_path: Path) -> None:
-    run = make_run(tmp_path, replace(PIXELS, z="int8"))
-    z = np.concatenate([run.couplings.z(0, draw) for draw in range(2)])
-    exact = make_run(tmp_path, PIXELS)
-    exact_z = np.concatenate([exact_z_of(exact, run, draw) for draw in range(2)])
-    rms = np.sqrt(np.square(exact_z.astype(np.float64)).mean(axis=0))
-    assert run.couplings.z_scale is not None
-    assert np.ptp(run.couplings.z_scale / rms) < 1e-4 * np.mean(run.couplings.z_scale / rms)
-    np.testing.assert_allclose(z, exact_z, atol=0.05)
-
-
-def exact_z_of(exact: KindRun, run: KindRun, draw: int) -> Any:
-    """z of the first block in float32, by the teacher of `run`."""
-    url = f"{exact.folder}/exact"
-    encode_in_process(exact.config, f"{run.samples}/train", run.teacher, url, "webdataset")
-    return Store(url).z(0, draw)
+def test_the_scale_of_int8_is_that_of_both_views(run: KindRun, tmp_path: Path) -> None:
+    """Of the first block, whose z is there in float32 too."""
+    config = run.config.encode.model_copy(update={"z_dtype": "int8"})
+    _, scale = output_spec(config, Store(f"{run.samples}/train"), run.teacher, f"{tmp_path}/out")
+    z = np.concatenate([run.couplings.z(0, draw) for draw in (0, 1)])
+    np.testing.assert_allclose(scale, int8_scale(z), rtol=1e-4)
 
 
 def record_batches(run: KindRun, coupling: CouplingName, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
@@ -154,29 +161,24 @@ def record_batches(run: KindRun, coupling: CouplingName, monkeypatch: pytest.Mon
     return batches
 
 
-@pytest.mark.parametrize("kind", [PIXELS, LATENTS], ids=["pixels", "latents"])
-def test_the_independent_coupling_sees_the_same_views(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
-) -> None:
-    run = make_run(tmp_path, kind)
+def test_the_independent_coupling_sees_the_same_views(run: KindRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, values = run.couplings.spec, run.kind.values()
     both: list[list[Batch]] = [record_batches(run, name, monkeypatch) for name in ("nfm", "independent")]
     assert [len(batches) for batches in both] == [3, 3]
-    spec, values = run.couplings.spec, kind.values()
     draws = set[int]()
     for ours, theirs in zip(*both, strict=True):
         assert torch.equal(ours.x, theirs.x) and torch.equal(ours.draw, theirs.draw)
         for x, index, draw in zip(theirs.x, theirs.index.tolist(), theirs.draw.tolist(), strict=True):
             draws.add(draw)
             np.testing.assert_array_equal(x, scaled_x(spec, stored_x(values, spec.view_of(draw)))[index])
-    assert draws == {0, 1}
+    assert {spec.view_of(draw) for draw in draws} == set(BOTH)
 
 
-@pytest.mark.parametrize("kind", [PIXELS, LATENTS], ids=["pixels", "latents"])
 def test_a_resumed_student_and_a_resumed_teacher_are_the_same_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+    run: KindRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The views go on where they were: a run is ended at its checkpoint after 16 of 24 images, and continued."""
-    whole, parts = (make_run(tmp_path / name, kind) for name in ("whole", "parts"))
+    parts = make_run(tmp_path, run.kind)
     read, left = CouplingStream.__next__, 2
 
     def end_early(stream: CouplingStream) -> Batch:
@@ -188,7 +190,7 @@ def test_a_resumed_student_and_a_resumed_teacher_are_the_same_bit_for_bit(
         return read(stream)
 
     for artifact in ("teacher", "student"):
-        expected = load(getattr(whole, artifact))
+        expected = load(getattr(run, artifact))
         left = 2
         with monkeypatch.context() as patch:
             patch.setattr(CouplingStream, "__next__", end_early)
@@ -199,11 +201,10 @@ def test_a_resumed_student_and_a_resumed_teacher_are_the_same_bit_for_bit(
         assert all(torch.equal(resumed.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
 
-def test_a_teacher_is_validated_on_both_views(tmp_path: Path) -> None:
+def test_a_teacher_is_validated_on_both_views(run: KindRun) -> None:
     """With as many images of each, and the same in each call."""
-    run = make_run(tmp_path, replace(PIXELS, rows=4))
     val = Store(f"{run.samples}/val")
-    network, document = load_network(run.teacher, "TarFlow")
+    network, _ = load_network(run.teacher, "TarFlow")
     seen: list[torch.Tensor] = []
 
     class Spy(torch.nn.Module):
@@ -211,27 +212,20 @@ def test_a_teacher_is_validated_on_both_views(tmp_path: Path) -> None:
             seen.append(x)
             return network(x, y)
 
-    from nfm.stages.progress import Progress
-
     with Progress("validate") as progress:
         value = held_out_nll(Spy(), val, 0.0, torch.device("cpu"), progress)
     assert value == held_out_nll(network, val, 0.0, torch.device("cpu"), Progress("again"))
     shown = sorted(x.numpy().tobytes() for batch in seen for x in batch)
     expected = read_images(val, all_images(val))
     assert shown == sorted(2 * [x.numpy().tobytes() for x in expected])
-    assert document["training"]["val"] is not None
 
 
-def test_a_student_learns_from_a_mixture_of_views(tmp_path: Path) -> None:
+def test_a_student_learns_from_a_mixture_of_views(run: KindRun, tmp_path: Path) -> None:
     """Of a store with views and one without, of the same images."""
-    both = make_run(tmp_path / "both", PIXELS)
-    plain = make_run(tmp_path / "plain", replace(PIXELS, views=("plain",), draws=3))
-    sources = [Source(both.couplings.url, 2), Source(plain.couplings.url, 1)]
-    document = train_student(both.config.student, sources, f"{tmp_path}/student")
-    assert document["run"]["couplings"][1]["weight"] == 1
-    with closing(CouplingStream(sources, 8, 0)) as stream:
-        batch = next(stream)
-    assert set(batch.source.tolist()) == {0, 1}
+    replace(run.kind, views=("plain",), draws=3).write(f"{tmp_path}/plain", "zarr")
+    sources = [Source(run.couplings.url, 2), Source(f"{tmp_path}/plain", 1)]
+    document = train_student(run.config.student, sources, f"{tmp_path}/student")
+    assert [entry["weight"] for entry in document["run"]["couplings"]] == [2, 1]
 
 
 def test_images_are_numbered_view_by_view(tmp_path: Path) -> None:
@@ -261,17 +255,16 @@ def test_networks_without_classes(tmp_path: Path) -> None:
         evaluate(guided, run.samples, run.couplings.url, run.teacher, {"a": run.student})
 
 
-def test_samples_of_latents_are_what_the_decoder_takes(tmp_path: Path) -> None:
+def test_samples_of_latents_are_what_the_decoder_takes(latents: KindRun, tmp_path: Path) -> None:
     """A teacher that is the identity gives back its noise, scaled and moved."""
-    run = make_run(tmp_path, LATENTS)
-    checkpoint = load(run.teacher)
+    checkpoint = load(latents.teacher)
     tensors = {name: tensor * ("proj_out" not in name) for name, tensor in checkpoint.tensors.items()}
     document = json.loads(json.dumps(checkpoint.document))
     document["run"]["teacher"]["eta"] = 0.0
     save(f"{tmp_path}/identity.safetensors", Checkpoint(tensors, document))
     sample(f"{tmp_path}/identity.safetensors", f"{tmp_path}/x.npz", SampleRequest(5, seed=3))
     noise = torch.randn((5, 4, 2, 3), generator=torch.Generator().manual_seed(3)).numpy()
-    x_spec = run.couplings.spec.x
+    x_spec = latents.couplings.spec.x
     assert isinstance(x_spec, LatentSpec) and (x_spec.scale, x_spec.shift) == (0.3611, 0.1159)
     x = np.load(f"{tmp_path}/x.npz", allow_pickle=False)["x"]
     np.testing.assert_allclose(x, noise / 0.3611 + 0.1159, rtol=1e-5, atol=1e-6)
@@ -293,12 +286,10 @@ def test_a_network_of_another_x_is_refused(tmp_path: Path, x: Any, message: str)
         check_network(network, {"x": x}, "teacher", store)
 
 
-def test_a_network_takes_its_latents_in_any_dtype(tmp_path: Path) -> None:
-    run = make_run(tmp_path, LATENTS)
-    network, document = load_network(run.teacher)
+def test_a_network_takes_its_latents_in_any_dtype(latents: KindRun) -> None:
+    network, document = load_network(latents.teacher)
     assert document["x"] == LATENT_X
-    store = Store(replace(LATENTS, z=None).write(f"{tmp_path}/others", "zarr").root.url)
-    check_network(network, document | {"x": LATENT_X | {"dtype": "float32"}}, run.teacher, store)
+    check_network(network, document | {"x": LATENT_X | {"dtype": "float32"}}, latents.teacher, latents.couplings)
 
 
 def test_a_network_that_says_nothing_of_its_x_takes_pixels(tmp_path: Path) -> None:
@@ -316,8 +307,7 @@ def test_train_and_val_are_of_one_kind(tmp_path: Path, what: str) -> None:
         open_splits(str(tmp_path))
 
 
-def test_inception_takes_pictures_alone(tmp_path: Path) -> None:
-    run = make_run(tmp_path, LATENTS)
-    config = run.config.evaluate.model_copy(update={"features": "inception"})
+def test_inception_takes_pictures_alone(latents: KindRun) -> None:
+    config = latents.config.evaluate.model_copy(update={"features": "inception"})
     with pytest.raises(StageError, match=r"got latents of AutoencoderKL .* of 4 channels, expected pixels of 1 or 3"):
-        evaluate(config, run.samples, run.couplings.url, run.teacher, {})
+        evaluate(config, latents.samples, latents.couplings.url, latents.teacher, {})
