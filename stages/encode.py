@@ -166,7 +166,7 @@ def calibrate(samples: Store, teacher: TarFlow, eta: float, noise: NoiseSpec) ->
     teacher.to(device)
     spec = samples.spec
     index = spec.indices(0)[: CALIBRATION_ROWS // len(spec.views)]
-    y = torch.from_numpy(samples.column("label", 0)[: len(index)])
+    y = torch.tensor(samples.column("label", 0)[: len(index)])
     z: list[Tensor] = []
     for draw, view in enumerate(spec.views):
         stored_noise = standard_normal(noise.seed, index, draw, spec.shape).astype(noise.dtype)
@@ -285,7 +285,7 @@ class UnitEncoder:
             return EncodedUnit(images, 0, 0.0)
         label = self.samples.column("label", unit.block)
         x = [to_float(self.samples.x_in(unit.block, view), spec.x) for view in spec.views]
-        y = torch.from_numpy(label).to(self.device)
+        y = torch.tensor(label).to(self.device)
         unit_writer = self.writer.unit_writer(unit, label)
         names = self.samples.image_names_of(unit.block) if unit.has_base else None
         stored_x = {column: self.samples.column(column, unit.block) for column in spec.image_columns}
@@ -364,7 +364,7 @@ class UnitEncoder:
         """The median speed of the teacher on images of the first block, measured for about so many seconds, after two
         passes to warm up."""
         x = to_float(self.samples.column("x", 0)[: self.batch_rows], self.samples.spec.x)
-        y = torch.from_numpy(self.samples.column("label", 0)[: self.batch_rows]).to(self.device)
+        y = torch.tensor(self.samples.column("label", 0)[: self.batch_rows]).to(self.device)
         times: list[float] = []
         for _ in range(2):
             self.forward(x, y).cpu()

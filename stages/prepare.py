@@ -30,7 +30,7 @@ from nfm.stages.section import Section
 from nfm.stages.splits import SPLITS
 from nfm.storage_specs.format.image_names import ImageName
 from nfm.storage_specs.format.names import DATASET_FILE, SPEC_FILE
-from nfm.storage_specs.format.schema import LayoutName, PixelSpec, Sha256, Spec
+from nfm.storage_specs.format.schema import ImageView, LayoutName, PixelSpec, Sha256, Spec
 from nfm.storage_specs.reading.order import permutation
 from nfm.storage_specs.storage.documents import StrictModel, canonical_json, make_document, parse_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
@@ -42,6 +42,7 @@ QUARANTINE_FILE = "quarantine.json"
 MAX_QUARANTINE_BYTES = 1 << 28
 MAX_NAMED = 20  # bad images, or classes, that an error message names
 MIN_ROWS = 2  # images of a split
+VIEWS: list[ImageView] = ["plain", "mirrored"]
 CHECK_ROWS = 1024  # images between two updates of the check's progress
 
 
@@ -73,6 +74,11 @@ class DataConfig(Section):
         description="Images in a block. A block of one column is one file, and encode works block by block.",
     )
     layout: LayoutName = Field(default="webdataset", description="File layout of the sample stores.")
+    views: Literal[1, 2] = Field(
+        default=1,
+        description="2: networks see each image and its mirror image, left to right, in turn. "
+        "encode then needs an even number of draws.",
+    )
 
     def with_folder(self, data: Path | None) -> "DataConfig":
         """This config for the image folder `data`; the same config if it is None."""
@@ -266,7 +272,7 @@ def write_store(config: DataConfig, url: str, split: str, images: Images, attrib
         "block_rows": config.block_rows,
         "shape": (config.channels, config.image_size, config.image_size),
         "x": PixelSpec(dtype="uint8"),
-        "views": ["plain"],
+        "views": VIEWS[: config.views],
         "num_classes": len(images.class_names),
         "class_names": images.class_names,
         "names": True,

@@ -33,7 +33,7 @@ from nfm.storage_specs.reading.stream import CouplingStream, Source
 from nfm.storage_specs.reading.verify import find_faults
 from tests.tools.kind_checks import some_kinds
 from tests.tools.kind_runs import KindRun
-from tests.tools.kinds import BOTH, KINDS, Kind, scaled_x, stored_x
+from tests.tools.kinds import BOTH, KINDS, PLAIN, Kind, scaled_x, stored_x
 from tests.tools.small_run import encode_in_process
 from tests.tools.stores import tree
 
@@ -142,6 +142,7 @@ def test_the_scale_of_int8_is_that_of_both_views(run: KindRun, tmp_path: Path) -
     config = run.config.encode.model_copy(update={"z_dtype": "int8"})
     _, scale = output_spec(config, Store(f"{run.samples}/train"), run.teacher, f"{tmp_path}/out")
     z = np.concatenate([run.couplings.z(0, draw) for draw in (0, 1)])
+    assert scale is not None
     np.testing.assert_allclose(scale, int8_scale(z), rtol=1e-4)
 
 
@@ -222,7 +223,7 @@ def test_a_teacher_is_validated_on_both_views(run: KindRun) -> None:
 
 def test_a_student_learns_from_a_mixture_of_views(run: KindRun, tmp_path: Path) -> None:
     """Of a store with views and one without, of the same images."""
-    replace(run.kind, views=("plain",), draws=3).write(f"{tmp_path}/plain", "zarr")
+    replace(run.kind, views=PLAIN, draws=3).write(f"{tmp_path}/plain", "zarr")
     sources = [Source(run.couplings.url, 2), Source(f"{tmp_path}/plain", 1)]
     document = train_student(run.config.student, sources, f"{tmp_path}/student")
     assert [entry["weight"] for entry in document["run"]["couplings"]] == [2, 1]
@@ -298,11 +299,15 @@ def test_a_network_that_says_nothing_of_its_x_takes_pixels(tmp_path: Path) -> No
     check_network(network, {}, "teacher", Store(replace(PIXELS, z=None).write(f"{tmp_path}/x", "zarr").root.url))
 
 
-@pytest.mark.parametrize("what", ["x", "views"])
-def test_train_and_val_are_of_one_kind(tmp_path: Path, what: str) -> None:
-    kind = replace(LATENTS, z=None)
-    kind.write(f"{tmp_path}/train", "zarr")
-    replace(kind, **{"x": {"x": "float32"}, "views": {"views": ("plain",)}}[what]).write(f"{tmp_path}/val", "zarr")
+SAMPLES = replace(LATENTS, z=None)
+
+
+@pytest.mark.parametrize(
+    ("what", "val"), [("x", replace(SAMPLES, x="float32")), ("views", replace(SAMPLES, views=PLAIN))]
+)
+def test_train_and_val_are_of_one_kind(tmp_path: Path, what: str, val: Kind) -> None:
+    SAMPLES.write(f"{tmp_path}/train", "zarr")
+    val.write(f"{tmp_path}/val", "zarr")
     with pytest.raises(StageError, match=f"val: got another {what} than that of .*train; expected the stores of one"):
         open_splits(str(tmp_path))
 

@@ -43,6 +43,19 @@ def test_digits_are_all_there_once_in_equal_shares(tmp_path: Path) -> None:
     assert first.min() > 0, "a block holds a mix of classes"
 
 
+def test_samples_in_two_views_hold_the_same_files(tmp_path: Path) -> None:
+    """The mirrored view of pixels takes no bytes: readers make it."""
+    for views in (1, 2):
+        prepare(DIGITS.model_copy(update={"views": views}), f"{tmp_path}/{views}")
+    plain, both = (Store(f"{tmp_path}/{views}/train") for views in (1, 2))
+    assert (plain.spec.views, both.spec.views) == (["plain"], ["plain", "mirrored"])
+    assert {key: file.sha256 for key, file in plain.files.items()} == {
+        key: file.sha256 for key, file in both.files.items()
+    }
+    with pytest.raises(StoreError, match=r"views: existing .*mirrored"):
+        prepare(DIGITS, f"{tmp_path}/2")
+
+
 def test_a_folder_is_resized_with_the_box_filter(images: Path, tmp_path: Path) -> None:
     prepare(FOLDER, f"{tmp_path}/out", images)
     train, val = Store(f"{tmp_path}/out/train"), Store(f"{tmp_path}/out/val")

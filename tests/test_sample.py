@@ -159,14 +159,3 @@ def test_large_images_pass_in_smaller_batches(tmp_path: Path, monkeypatch: pytes
     assert ("sample", 4 * 31, 4 * 31) in ended
     whole, parts = (np.load(f"{tmp_path}/{name}.npz", allow_pickle=False)["x"] for name in ("whole", "parts"))
     np.testing.assert_array_equal(whole, parts)
-
-
-def test_a_teacher_without_classes_is_sampled_without_a_class(run: Run, tmp_path: Path) -> None:
-    checkpoint = load(run.teacher)
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "class_embed" not in name}
-    document = checkpoint.document | {"architecture": checkpoint.document["architecture"] | {"num_classes": 0}}
-    save(f"{tmp_path}/plain.safetensors", Checkpoint(tensors, document))
-    with pytest.raises(StageError, match="got a network without classes; expected --class -1"):
-        sample(f"{tmp_path}/plain.safetensors", f"{tmp_path}/x.png", SampleRequest(count=4))
-    sample(f"{tmp_path}/plain.safetensors", f"{tmp_path}/x.png", SampleRequest(count=4, classes=(-1,)))
-    assert (tmp_path / "x.png").exists()

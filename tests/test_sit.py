@@ -70,6 +70,33 @@ def test_a_fresh_network_predicts_zero() -> None:
     assert not network(torch.randn(2, 1, 8, 8), torch.tensor([0.1, 0.9]), torch.tensor([0, -1])).any()
 
 
+def test_images_need_not_be_square() -> None:
+    """Token 3·r + c is the patch in row r and column c, which has the position (c, r)."""
+    network = SiT(SiTConfig(channels=5, image_size=(4, 6), patch=2, width=16, depth=1, heads=2, num_classes=0))
+    x = torch.rand(2, 5, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert network.config.grid == (2, 3)
+    embedded = network.x_embedder(x)
+    for r, c in ((0, 0), (0, 2), (1, 0), (1, 2)):
+        patch = x[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2]
+        torch.testing.assert_close(network.x_embedder(patch)[:, 0], embedded[:, 3 * r + c])
+        omega = 10000.0 ** (-torch.arange(4) / 4)
+        position = torch.cat([(c * omega).sin(), (c * omega).cos(), (r * omega).sin(), (r * omega).cos()])
+        torch.testing.assert_close(network.pos_embed[0, 3 * r + c], position)
+    tokens = x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 4, 5, 1).reshape(2, 6, -1)  # channels last in a patch
+    assert torch.equal(network.unpatchify(tokens), x)
+    assert network(x, torch.tensor([0.1, 0.9]), torch.tensor([-1, -1])).shape == x.shape
+
+
+def test_a_network_without_classes_has_no_table_and_does_not_look_at_labels() -> None:
+    torch.manual_seed(0)
+    network = SiT(SiTConfig(1, 8, 2, 16, 1, 2, num_classes=0)).requires_grad_(False)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert not [name for name in network.state_dict() if name.startswith("y_embedder")]
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 0.9])
+    assert torch.equal(network(x, t, torch.tensor([-1, -1])), network(x, t, torch.tensor([5, 0])))
+
+
 @pytest.mark.parametrize(("name", "millions"), [("SiT-S/2", 33), ("SiT-B/4", 130), ("SiT-L/8", 458), ("SiT-XL/2", 675)])
 def test_published_sizes(name: str, millions: float) -> None:
     with torch.device("meta"):
@@ -90,10 +117,10 @@ def test_unknown_sizes(name: str) -> None:
         parse_size(name)
 
 
-@pytest.mark.parametrize(("learn_sigma", "mlp_ratio"), [(False, 4), (True, 3)])
-def test_flops_are_those_that_torch_counts(learn_sigma: bool, mlp_ratio: int) -> None:
-    network = SiT(SiTConfig(3, 8, 2, 24, 3, 2, num_classes=5, mlp_ratio=mlp_ratio, learn_sigma=learn_sigma))
-    x = torch.zeros(2, 3, 8, 8)
+@pytest.mark.parametrize(("learn_sigma", "mlp_ratio", "width"), [(False, 4, 8), (True, 3, 12)])
+def test_flops_are_those_that_torch_counts(learn_sigma: bool, mlp_ratio: int, width: int) -> None:
+    network = SiT(SiTConfig(3, (8, width), 2, 24, 3, 2, num_classes=5, mlp_ratio=mlp_ratio, learn_sigma=learn_sigma))
+    x = torch.zeros(2, 3, 8, width)
     t, y = torch.tensor([0.1, 0.9]), torch.tensor([0, -1])
     # torch's counter has no formula for the fused attention of the CPU; the unfused is matrix products, which it counts
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from nfm.models.sit import SiTConfig
 from nfm.models.tarflow import (
     Guide,
     TarFlow,
@@ -126,6 +127,47 @@ def test_under_autocast_the_affine_map_keeps_float32() -> None:
     torch.testing.assert_close(encoded.z, flow(x, None).z, atol=0.05, rtol=0.05)
 
 
+def rectangular(num_classes: int = 3) -> TarFlow:
+    """A random flow over images of 5 channels and 4×6 pixels."""
+    torch.manual_seed(0)
+    flow = TarFlow(TarFlowConfig(5, (4, 6), 2, 16, (1, 2), num_classes=num_classes, head_dim=8))
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return flow.requires_grad_(False)
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_images_need_not_be_square(num_classes: int) -> None:
+    """Token 3·r + c is the patch in row r and column c, for f and its inverse, with and without classes."""
+    flow = rectangular(num_classes)
+    assert (flow.config.tokens, flow.config.grid) == (6, (2, 3))
+    x = torch.rand(2, 5, 4, 6, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    tokens = flow.patchify(x)
+    for r, c in ((0, 0), (0, 2), (1, 0), (1, 2)):
+        assert torch.equal(tokens[:, 3 * r + c], x[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].flatten(1))
+    assert torch.equal(flow.unpatchify(tokens), x)
+    y = torch.tensor([-1, min(1, num_classes - 1)])
+    encoded = flow(x, y)
+    torch.testing.assert_close(flow.decode(encoded.z, y), x, atol=1e-4, rtol=0)
+    assert flow.sample(torch.zeros_like(x), y).shape == flow.denoise(x, y, 0.1).shape == x.shape
+
+
+def test_equal_sides_are_one_number() -> None:
+    """So that a network has one config, and one document, however its size was given."""
+    square, rectangle = TarFlowConfig(3, (8, 8), 2, 64, (1,)), TarFlowConfig(3, (8, 4), 2, 64, (1,))
+    assert square == TarFlowConfig(3, 8, 2, 64, (1,)) and square.image_size == 8 and square.image_sides == (8, 8)
+    assert rectangle.image_size == rectangle.image_sides == (8, 4)
+
+
+@pytest.mark.parametrize("size", [9, (8, 9), (9, 8), (9, 9), (8, 0), (-2, 8)])
+def test_a_patch_divides_both_sides(size: int | tuple[int, int]) -> None:
+    message = "got image size (9|8×9|9×8) and patch 2; the patch must divide the image|got a size below 1"
+    with pytest.raises(ValueError, match=message):
+        TarFlowConfig(3, size, 2, 64, (1,))
+    with pytest.raises(ValueError, match=message):
+        SiTConfig(3, size, 2, 8, 1, 2, 3)
+
+
 @pytest.mark.parametrize("y", [torch.tensor([0, 2, -1, 1]), torch.full((4,), -1), None])
 def test_decode_inverts_encode(y: Tensor | None) -> None:
     flow = small()
@@ -177,6 +219,11 @@ def test_bits_per_dim_of_a_uniform_density() -> None:
     """Density ½ on [-1, 1], 256 levels spaced 2/255: log2(255) bits (0.5·log 2π is added back to `nll`)."""
     nats = np.log(2) - 0.5 * np.log(2 * np.pi)
     assert bits_per_dim(nats) == pytest.approx(np.log2(255))
+
+
+def test_bits_per_dim_of_a_continuous_density() -> None:
+    """Of N(0, I), whose `nll` at the average is ½ and its entropy ½·log2(2πe) bits."""
+    assert bits_per_dim(0.5, levels=None) == pytest.approx(0.5 * np.log2(2 * np.pi * np.e))
 
 
 def test_notation() -> None:
