@@ -35,7 +35,7 @@ from tests.tools.stores import LAYOUT_NAMES, ignore_progress
 
 FROZEN = Path(__file__).parents[1] / "fixtures"
 NAMES_1_0 = ("samples", "float16-stored", "float32-derived", "bfloat16-derived", "int8-stored")
-SQUARE = Kind(shape=(1, 4, 4), rows=7, block_rows=3, names=True)  # of samples that teachers and students take
+SQUARE = Kind(shape=(1, 4, 4), rows=7, block_rows=3, names=True)  # of samples that SETTINGS fit
 SETTINGS = (
     *("data.image_size=4", "data.channels=1", "data.block_rows=3", "data.holdout=0.4", "student.size=SiT-1x8h2/2"),
     *("student.train.images=16", "student.train.batch_size=8", "student.train.checkpoint_images=8"),
