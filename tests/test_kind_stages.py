@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,10 @@ from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.stream import CouplingStream, Source
 from nfm.storage_specs.reading.verify import find_faults
-from tests.tools.kind_checks import some_kinds
 from tests.tools.kind_runs import KindRun
 from tests.tools.kinds import BOTH, KINDS, PLAIN, Kind, scaled_x, stored_x
 from tests.tools.small_run import encode_in_process
-from tests.tools.stores import tree
+from tests.tools.stores import LAYOUT_NAMES, tree
 
 PIXELS = Kind(z="float32", views=BOTH, shape=(3, 2, 4), stored=True)
 LATENTS = Kind(z="float32", x="bfloat16", views=BOTH, shape=(4, 2, 3), classes=0)
@@ -66,7 +66,14 @@ def run(request: pytest.FixtureRequest, pixels: KindRun, latents: KindRun) -> Ki
     return {"pixels": pixels, "latents": latents}[request.param]
 
 
-@some_kinds
+QUICK = (("pairs-latents-views", "webdataset"), ("pairs-unlabelled", "zarr"), ("pairs-views-int8", "zarr"))
+EVERY = [
+    pytest.param(name, layout, marks=[] if (name, layout) in QUICK else pytest.mark.long)
+    for name, layout in product(KINDS, LAYOUT_NAMES)
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), EVERY)
 def test_every_kind_goes_from_samples_to_the_report(tmp_path: Path, name: str, layout: LayoutName) -> None:
     run = KindRun(KINDS[name], layout, str(tmp_path))
     spec = run.couplings.spec
