@@ -14,19 +14,6 @@ class VelocityField(Protocol):
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
 
 
-class ReversedTime(nn.Module):
-    """Turns a network of the published SiT convention (t = 1 is data, v = x - ε) into a field of this project's, where
-    t = 0 is data and v = ε - x."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        result: Tensor = -self.network(x, 1 - t, y)  # (B, C, H, W)
-        return result
-
-
 class Guided(nn.Module):
     """Classifier-free guidance: v_∅ + w·(v_c - v_∅), where w is `weight`; w = 1 is the conditional field itself.
 

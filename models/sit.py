@@ -1,7 +1,7 @@
 """SiT, the flow-matching student (Ma et al., 2024, arXiv:2401.08740): a diffusion transformer with adaLN-Zero.
 
 It predicts the velocity v = ε - x at time t, with t = 0 data and t = 1 noise. Parameter names are those of the
-published SiT state dicts. Those were trained with time running the other way: wrap such a network in `ReversedTime`.
+published SiT state dicts. Those were trained with time running the other way: `SiTConfig.reversed_time` says so.
 """
 
 import math
@@ -33,6 +33,7 @@ class SiTConfig:
     num_classes: int  # without the dropped label ∅; 0: unconditional, and there is no table of labels
     mlp_ratio: int = 4  # width of the MLP's hidden layer / D
     learn_sigma: bool = False  # published networks carry C unused output channels
+    reversed_time: bool = False  # whether the weights are of the published convention: t = 1 is data, v = x - ε
 
     def __post_init__(self) -> None:
         sizes = (self.channels, *self.image_sides, self.patch, self.width, self.depth, self.heads, self.mlp_ratio)
@@ -276,6 +277,8 @@ class SiT(nn.Module):
 
         A network without classes does not look at y.
         """
+        if self.config.reversed_time:
+            t = 1 - t  # (B,)
         h = self.x_embedder(x) + self.pos_embed  # (B, T, D)
         c = self.t_embedder(t)  # (B, D)
         if self.y_embedder is not None:
@@ -283,7 +286,8 @@ class SiT(nn.Module):
         for block in self.blocks:
             h = block(h, c)  # (B, T, D)
         v = self.unpatchify(self.final_layer(h, c))  # (B, C or 2C, H, W)
-        return v[:, : self.config.channels]  # (B, C, H, W)
+        v = v[:, : self.config.channels]  # (B, C, H, W)
+        return -v if self.config.reversed_time else v
 
 
 def forward_flops(config: SiTConfig) -> int:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nfm.models.fields import Guided, ReversedTime
+from nfm.models.fields import Guided
 from nfm.models.labels import NULL_LABEL
 from nfm.models.sit import SiT, SiTConfig, forward_flops, parse_size, training_flops
 
@@ -61,8 +62,11 @@ def test_guidance_is_linear_between_the_two_fields(published: SiT) -> None:
 
 
 def test_reversed_time(published: SiT) -> None:
+    """With `reversed_time`, the published weights are a field of this project: t = 0 is data, and v = ε - x."""
+    network = SiT(replace(CONFIG, reversed_time=True))
+    network.load_state_dict(published.state_dict())
     x, t, y = reference("x"), reference("t"), labels("y")
-    torch.testing.assert_close(ReversedTime(published)(x, 1 - t, y), -reference("v"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(network(x, 1 - t, y), -reference("v"), atol=1e-5, rtol=0)
 
 
 def test_a_fresh_network_predicts_zero() -> None:
