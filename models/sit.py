@@ -6,6 +6,7 @@ published SiT state dicts. Those were trained with time running the other way: `
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,10 +144,14 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(self.FEATURES, width), nn.SiLU(), nn.Linear(width, width))
 
+    @classmethod
+    def frequencies(cls, device: torch.device | None = None) -> Tensor:
+        """ω of the waves, (128,), from 1 down to almost 1/10,000."""
+        half = cls.FEATURES // 2
+        return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=device) / half)
+
     def forward(self, t: Tensor) -> Tensor:
-        half = self.FEATURES // 2
-        omega = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # (128,)
-        angles = t.float()[:, None] * omega  # (B, 128)
+        angles = t.float()[:, None] * self.frequencies(t.device)  # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, 256)
         result: Tensor = self.mlp(waves)  # (B, D)
         return result
@@ -309,3 +314,18 @@ def training_flops(config: SiTConfig) -> int:
     """Floating point operations of one training step per image: the forward pass, and a backward pass that costs twice
     as much (one product for the gradient of the input and one for that of the weight of each layer)."""
     return 3 * forward_flops(config)
+
+
+def reverse_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the SiT whose time runs the other way, v'(x, t) = -v(x, 1 - t), from that of v.
+
+    cos((1 - t)·ω) and sin((1 - t)·ω) are linear in cos(t·ω) and sin(t·ω), so the first layer of the time embedding can
+    take the other time, and the last layer of the network the sign. Exact up to rounding.
+    """
+    name = "t_embedder.mlp.0.weight"  # (D, 256): the columns of 128 cosines, then those of 128 sines
+    of_cosines, of_sines = state[name].double().chunk(2, dim=1)  # (D, 128) each
+    omega = TimeEmbedding.frequencies().double()  # (128,)
+    cosines = of_cosines * omega.cos() + of_sines * omega.sin()  # (D, 128)
+    sines = of_cosines * omega.sin() - of_sines * omega.cos()  # (D, 128)
+    last_layer = {key: -tensor for key, tensor in state.items() if key.startswith("final_layer.linear.")}
+    return dict(state) | last_layer | {name: torch.cat([cosines, sines], dim=1).to(state[name].dtype)}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nfm import __version__
+from nfm.pipeline.checkpoint_cli import export_command, import_command
 from nfm.pipeline.errors import ConfigError, InterruptedRunError, continues_when_repeated
 from nfm.pipeline.output import echo, guard_output
 from nfm.pipeline.presets import preset_names
@@ -382,6 +383,8 @@ def demo(config: Config, data: Path | None, out: str, skip_bad_images: bool) -> 
 
 
 nfm.add_command(store)
+nfm.add_command(import_command)
+nfm.add_command(export_command)
 
 
 def main() -> None:

@@ -76,10 +76,12 @@ def _summarize(metrics: dict[str, Any], report_url: str) -> list[str]:
     for name in student_names(metrics):
         student = metrics["students"][name]
         cells = [f"{student[sampler]['fd']:.3f}  {student[sampler]['curvature']:.4f}" for sampler in samplers]
-        lines.append(f"{name:16}{student['loss']:8.4f}" + "".join(f"{cell:>18}" for cell in cells))
+        loss = "" if student["loss"] is None else f"{student['loss']:.4f}"
+        lines.append(f"{name:16}{loss:>8}" + "".join(f"{cell:>18}" for cell in cells))
     lines += [
-        f"teacher: FD {teacher['fd']:.3f}, {teacher['bpd']:.3f} bits/dim, "
-        f"round trip {teacher['roundtrip_max_abs']:.1e}",
+        f"teacher: FD {teacher['fd']:.3f}, "
+        + ("" if teacher["bpd"] is None else f"{teacher['bpd']:.3f} bits/dim, ")
+        + f"round trip {teacher['roundtrip_max_abs']:.1e}",
         f"FD: over {distances['features']}, "
         f"of {distances['samples']} samples to {distances['reference']} training images{views}",
         f"noise floor: FD {floor['fd']:.3f} of {floor['samples']} held-out images "

@@ -62,6 +62,8 @@ def compare_students(metrics: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     nfm, fm = students["nfm"], students["independent"]
     rows = [{"name": "training loss", "nfm": nfm["loss"], "fm": fm["loss"]}]
+    if None in (nfm["loss"], fm["loss"]):  # of an imported network
+        rows = []
     samplers = sampler_names(metrics)
     for key, title in (("curvature", "curvature κ"), ("fd", distance_name(metrics))):
         rows += [{"name": f"{title}, {name}", "nfm": nfm[name][key], "fm": fm[name][key]} for name in samplers]

@@ -80,11 +80,14 @@ def plot_loss(axes: Axes, metrics: dict[str, Any]) -> None:
     """Training loss of each student against images."""
     for name in student_names(metrics):
         curve = metrics["curves"][name]
+        if not curve["images"]:  # of an imported network
+            continue
         axes.plot(
             curve["images"], curve["loss"], color=student_colors(metrics)[name], label=NAMES.get(name, name), lw=1.2
         )
     axes.set(yscale="log", xlabel="training images", ylabel="flow-matching loss per dimension")
-    axes.legend(frameon=False)
+    if axes.get_lines():
+        axes.legend(frameon=False)
 
 
 def plot_distance(axes: Axes, metrics: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from nfm.models.sit import SiT, SiTConfig
 from nfm.models.tarflow import TarFlow, TarFlowConfig
 from nfm.stages.errors import StageError
 from nfm.stages.memory import check_memory
-from nfm.stages.safetensors_header import Header, no_checkpoint_error, parse_object, read_header
+from nfm.stages.safetensors_header import Header, NoCheckpointError, parse_object, read_header
 from nfm.storage_specs.format.schema import LatentSpec, PixelSpec, XSpec
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import split_url
@@ -90,7 +90,7 @@ def load(url: str) -> Checkpoint:
     folder of one, if it does not fit into memory, or if a tensor is not of floating-point numbers that are all finite.
     """
     header, document = _read_head(url)
-    return Checkpoint(_read_tensors(url, header), document)
+    return Checkpoint(read_tensors(url, header), document)
 
 
 def load_document(url: str) -> dict[str, Any]:
@@ -114,15 +114,15 @@ def _read_head(url: str) -> tuple[Header, dict[str, Any]]:
         raise
     text = header.metadata.get(DOCUMENT_KEY)
     if not isinstance(text, str):
-        raise no_checkpoint_error(url, "a safetensors file that nfm did not write")
+        raise NoCheckpointError(url, "a safetensors file that nfm did not write")
     document = parse_object(text.encode("utf-8", "surrogatepass"), url)
     if not isinstance(document.get("run"), dict):
-        raise no_checkpoint_error(url, "a document without a run")
+        raise NoCheckpointError(url, "a document without a run")
     return header, document
 
 
-def _read_tensors(url: str, header: Header) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose header was read."""
+def read_tensors(url: str, header: Header) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose header was read, all of them finite. Raises as `load` does."""
     root, name = split_url(url)
     if header.file_bytes > MAX_BYTES:
         raise StageError(f"{url}: got a file of {header.file_bytes} bytes, expected at most {MAX_BYTES}")
@@ -134,14 +134,19 @@ def _read_tensors(url: str, header: Header) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, RuntimeError) as error:
-        raise no_checkpoint_error(url, f"tensors that PyTorch does not take ({error})") from error
-    for tensor_name, tensor in tensors.items():
+        raise NoCheckpointError(url, f"tensors that PyTorch does not take ({error})") from error
+    check_finite(tensors, url)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], url: str) -> None:
+    """Raise StageError naming the first tensor that has NaN or infinite values."""
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise StageError(
-                f"{url}: got tensor {tensor_name!r} with NaN or infinite values, expected finite ones; "
+                f"{url}: got tensor {name!r} with NaN or infinite values, expected finite ones; "
                 "the training that made it has diverged, or the file is damaged"
             )
-    return tensors
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
@@ -225,7 +230,7 @@ def load_network(url: str, name: str | None = None) -> tuple[SiT | TarFlow, dict
     _empty_network(
         document, select_group("model", header.shapes), url, name
     )  # a file of other tensors is refused before its values are read
-    network = build(Checkpoint(_read_tensors(url, header), document), network_name(document, url), url)
+    network = build(Checkpoint(read_tensors(url, header), document), network_name(document, url), url)
     assert isinstance(network, SiT | TarFlow)
     return network, document
 
@@ -285,6 +290,11 @@ def has_dropped_labels(document: dict[str, Any]) -> bool:
     return bool(_run_section(document).get("label_drop", 1) != 0)
 
 
+def is_imported(document: dict[str, Any]) -> bool:
+    """Whether a checkpoint was made from a published file, so that nothing is known of its training."""
+    return "published" in document["run"]
+
+
 def trained_on(document: dict[str, Any]) -> list[str | None]:
     """The ids of the coupling stores that a student was trained on, in the order of its mixture; None where the
     document has none."""
@@ -325,24 +335,28 @@ def read_curves(document: dict[str, Any], url: str) -> Curves:
 
 @dataclass(frozen=True)
 class TeacherTraining:
-    """What the checkpoint of a finished teacher says of its training."""
+    """What the checkpoint of a finished teacher says of its training. One that was imported says neither how many
+    images it saw nor its likelihood."""
 
     config: dict[str, Any]  # the section `teacher` of its run
     eta: float
-    images: int
-    val_nll: float  # per dimension, in nats, of the chosen weights on held-out images
+    images: int | None
+    val_nll: float | None  # per dimension, in nats, of the chosen weights on held-out images
 
 
 def read_teacher_training(document: dict[str, Any], url: str) -> TeacherTraining:
     """Raises StageError if the document of a checkpoint does not say how a teacher was trained."""
     try:
         config, training = dict(document["run"]["teacher"]), document["training"]
-        teacher = TeacherTraining(config, float(config["eta"]), int(training["images"]), float(training["val"]))
-        if not (abs(teacher.val_nll) <= MAX_NLL and 0 <= teacher.eta <= MAX_ETA):
+        images, val = training["images"], training["val"]
+        if not is_imported(document):
+            images, val = int(images), float(val)
+        teacher = TeacherTraining(config, float(config["eta"]), images, val)
+        if not (abs(val or 0) <= MAX_NLL and 0 <= teacher.eta <= MAX_ETA):
             raise ValueError(f"η = {teacher.eta}, val = {teacher.val_nll}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StageError(
             f"{url}: got a teacher that does not say how it was trained ({type(error).__name__}: {error}); "
-            "expected the model.safetensors that train-teacher wrote"
+            "expected the model.safetensors that train-teacher or import wrote"
         ) from error
     return teacher

@@ -21,6 +21,7 @@ from nfm.models.tarflow import TarFlow, bits_per_dim
 from nfm.stages.checkpoint import (
     Curves,
     has_dropped_labels,
+    is_imported,
     load_network,
     read_curves,
     read_teacher_training,
@@ -124,8 +125,9 @@ def evaluate(
     if teacher_sha256 != pairs.spec.nfm.teacher.sha256:
         raise StageError(f"{teacher}: got another teacher than the one that encoded {couplings}; give that one")
     check_network(network, teacher_document, teacher, train)
-    bpd = bits_per_dim(read_teacher_training(teacher_document, teacher).val_nll, levels_of(train.spec.x))
-    curves = {"teacher": read_curves(teacher_document, teacher)}
+    val_nll = read_teacher_training(teacher_document, teacher).val_nll
+    bpd = None if val_nll is None else bits_per_dim(val_nll, levels_of(train.spec.x))
+    curves = {"teacher": find_curves(teacher_document, teacher)}
     loaded: dict[str, SiT] = {}
     with Progress("read the students"):
         for name, url in students.items():
@@ -146,7 +148,8 @@ def evaluate(
             "curves": {name: vars(curve) for name, curve in curves.items()},
         }
         for name, student in loaded.items():
-            measured = {"loss": curves[name].final_loss()} | evaluation.student_metrics(name, student.to(device))
+            loss = curves[name].final_loss() if curves[name].images else None
+            measured = {"loss": loss} | evaluation.student_metrics(name, student.to(device))
             metrics["students"][name] = check_finite(f"student {name}", measured)
     return metrics, evaluation.grids
 
@@ -191,16 +194,22 @@ def check_finite(name: str, measured: Any) -> Any:
     return measured
 
 
+def find_curves(document: dict[str, Any], url: str) -> Curves:
+    """The curves of a model's training; without points if it was imported. Raises StageError if it has none."""
+    return Curves() if is_imported(document) else read_curves(document, url)
+
+
 def load_student(url: str, pairs: Store, guidance: float) -> tuple[SiT, Curves]:
     """A student and the curves of its training.
 
-    Raises StageError unless it was trained on the couplings `pairs`, alone or in a mixture, and can be guided.
+    Raises StageError unless it was trained on the couplings `pairs`, alone or in a mixture, or was imported, and can be
+    guided.
     """
     student, document = load_network(url, "SiT")
     assert isinstance(student, SiT)
     check_network(student, document, url, pairs)
     ids = trained_on(document)
-    if pairs.dataset.id not in ids:
+    if pairs.dataset.id not in ids and not is_imported(document):
         versions = {find_version(pairs.url, content_id) for content_id in ids if content_id is not None}
         older = " or ".join(sorted(versions - {pairs.url})) or "the couplings it was trained on"
         raise StageError(f"{url}: got a student of other couplings than {pairs.version_url}; pass {older}")
@@ -213,7 +222,7 @@ def load_student(url: str, pairs: Store, guidance: float) -> tuple[SiT, Curves]:
             f"{url}: got evaluate.guidance {guidance:g} for a student that never saw a dropped label (label_drop = 0); "
             "expected evaluate.guidance = 1"
         )
-    return student, read_curves(document, url)
+    return student, find_curves(document, url)
 
 
 def save_evaluation(root: Root, metrics: dict[str, Any], grids: dict[str, np.ndarray[Any, Any]]) -> None:

@@ -51,12 +51,12 @@ def read_header(root: Root, name: str) -> Header:
     if file_bytes is None:
         raise StoreError(f"{url} is missing; the URL is wrong, or what writes it has not finished")
     if file_bytes < LENGTH_BYTES:
-        raise no_checkpoint_error(url, f"a file of {file_bytes} bytes")
+        raise NoCheckpointError(url, f"a file of {file_bytes} bytes")
     start = root.read_range(name, 0, LENGTH_BYTES)
     header_bytes = int.from_bytes(start, "little")
     if header_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
         kinds = (kind for beginning, kind in OTHER_KINDS.items() if start.startswith(beginning))
-        raise no_checkpoint_error(url, next(kinds, f"a header of {header_bytes} bytes in a file of {file_bytes}"))
+        raise NoCheckpointError(url, next(kinds, f"a header of {header_bytes} bytes in a file of {file_bytes}"))
     data = root.read_range(name, LENGTH_BYTES, LENGTH_BYTES + header_bytes)
     return _parse_header(data, file_bytes, url)
 
@@ -65,30 +65,30 @@ def _parse_header(data: bytes, file_bytes: int, url: str) -> Header:
     header = parse_object(data, url)
     metadata = header.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict):
-        raise no_checkpoint_error(url, f"{METADATA_KEY} that is no object")
+        raise NoCheckpointError(url, f"{METADATA_KEY} that is no object")
     ranges = [(*_value_range(entry, tensor, url), tensor) for tensor, entry in header.items()]
     end = 0
     for begin, next_begin, tensor in sorted(ranges):
         if begin != end:
-            raise no_checkpoint_error(url, f"tensor {tensor!r} at {begin}, where {end} is next")
+            raise NoCheckpointError(url, f"tensor {tensor!r} at {begin}, where {end} is next")
         end = next_begin
     if LENGTH_BYTES + len(data) + end != file_bytes:
-        raise no_checkpoint_error(url, f"{end} bytes of tensors in a file of {file_bytes}")
+        raise NoCheckpointError(url, f"{end} bytes of tensors in a file of {file_bytes}")
     return Header({tensor: tuple(entry["shape"]) for tensor, entry in header.items()}, metadata, data, file_bytes)
 
 
 def _value_range(entry: Any, tensor: str, url: str) -> tuple[int, int]:
     """Where the values of a tensor begin and end, as its entry in the header says."""
     if not (isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}):
-        raise no_checkpoint_error(url, f"tensor {tensor!r} without dtype, shape and data_offsets alone")
+        raise NoCheckpointError(url, f"tensor {tensor!r} without dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not (isinstance(dtype, str) and dtype in DTYPE_BYTES):
         raise StageError(f"{url}: got tensor {tensor!r} of dtype {dtype}, expected one of {', '.join(DTYPE_BYTES)}")
     if not (_are_sizes(shape) and len(shape) <= MAX_DIMENSIONS and _are_sizes(offsets) and len(offsets) == 2):
-        raise no_checkpoint_error(url, f"tensor {tensor!r} whose shape or data_offsets are no sizes")
+        raise NoCheckpointError(url, f"tensor {tensor!r} whose shape or data_offsets are no sizes")
     begin, end = offsets
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise no_checkpoint_error(url, f"tensor {tensor!r} of shape {shape} in {end - begin} bytes")
+        raise NoCheckpointError(url, f"tensor {tensor!r} of shape {shape} in {end - begin} bytes")
     return begin, end
 
 
@@ -100,13 +100,16 @@ def parse_object(data: bytes, url: str) -> dict[str, Any]:
     """The JSON object in a header or in its metadata. Raises StoreError if it is no JSON, StageError if no object."""
     value = load_json(data, f"{url}, its header")
     if not isinstance(value, dict):
-        raise no_checkpoint_error(url, "a header that is no JSON object")
+        raise NoCheckpointError(url, "a header that is no JSON object")
     return value
 
 
-def no_checkpoint_error(url: str, got: str) -> StageError:
-    """The error for a file that is no checkpoint, which says what was got instead."""
-    return StageError(
-        f"{url}: got no checkpoint of nfm ({got}); "
-        "expected a safetensors file that train-teacher or train-student wrote"
-    )
+class NoCheckpointError(StageError):
+    """A file is no checkpoint of nfm; `got` says what it is instead."""
+
+    def __init__(self, url: str, got: str) -> None:
+        super().__init__(
+            f"{url}: got no checkpoint of nfm ({got}); "
+            "expected a safetensors file that train-teacher or train-student wrote; nfm import reads published ones"
+        )
+        self.got = got
