@@ -86,7 +86,7 @@ def import_published(format_name: FormatName, file: str, out: str, options: Impo
     _check_replaceable(out)
     source = _open(file)
     key, state = _find_state(source.content, file)
-    _check_arguments(source.content, file)
+    says_path = _check_arguments(source.content, file)
     prefix = _common_prefix(state)
     inferred = infer(format_name, Shapes(_without_prefix(state, prefix), file), options)
     values = _without_prefix(source.read(state), prefix)
@@ -105,7 +105,10 @@ def import_published(format_name: FormatName, file: str, out: str, options: Impo
     lines = [f"{out}: {describe(inferred.network)}"]
     if key:
         lines.append(f"weights: {key!r} of the file")
-    return lines + [f"assumed: {assumption}" for assumption in inferred.assumed]
+    assumed = inferred.assumed
+    if format_name == "sit" and not says_path:
+        assumed = [*assumed, "the network predicts the velocity on the linear path, as published"]
+    return lines + [f"assumed: {assumption}" for assumption in assumed]
 
 
 def export_published(format_name: FormatName, model: str, out: str) -> str:
@@ -231,16 +234,20 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _check_arguments(content: Any, url: str) -> None:
-    """Raise StageError if a file holds the arguments of a training of something else than a velocity."""
+def _check_arguments(content: Any, url: str) -> bool:
+    """Whether a file holds the arguments of a SiT training, which say what its network predicts. Raises StageError if
+    that is something else than a velocity on the path of this project."""
     arguments = content.get("args")
     values = vars(arguments) if isinstance(arguments, Namespace) else arguments
-    for name, expected in SIT_ARGUMENTS.items() if isinstance(values, dict) else ():
+    if not isinstance(values, dict):
+        return False
+    for name, expected in SIT_ARGUMENTS.items():
         if values.get(name, expected) != expected:
             raise StageError(
                 f"{url}: got a network trained with {name} = {values[name]!r}, expected {expected!r}: "
                 "another one is no velocity of flow matching"
             )
+    return SIT_ARGUMENTS.keys() <= values.keys()
 
 
 def _common_prefix(names: Collection[str]) -> str:
