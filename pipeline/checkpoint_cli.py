@@ -21,6 +21,7 @@ format_argument = click.argument("format_name", metavar="FORMAT", type=click.Cho
 @click.argument("file")
 @storage_option
 @click.option("--out", help="The model to write. If not given: FILE with the ending .safetensors.")
+@click.option("--samples", help="A store of such images as the network takes, which says the decoder of latents.")
 @click.option("--eta", type=float, help="η, the noise that a teacher was trained with; ml-tarflow needs it.")
 @click.option(
     "--image-size", type=click.IntRange(min=1), help="H = W in pixels, where ml-tarflow's shapes fit several."
@@ -33,6 +34,7 @@ def import_command(
     format_name: FormatName,
     file: str,
     out: str | None,
+    samples: str | None,
     eta: float | None,
     image_size: int | None,
     channels: int | None,
@@ -51,7 +53,7 @@ def import_command(
         if not dot or "/" in ending or ending == "safetensors":
             raise StageError(f"got {file} and no --out; expected --out, where the model is written")
         out = f"{stem}.safetensors"
-    echo(*import_published(format_name, file, out, ImportOptions(eta, image_size, channels, heads)))
+    echo(*import_published(format_name, file, out, ImportOptions(eta, image_size, channels, heads), samples))
 
 
 @click.command("export", short_help="model.safetensors → a file of the published code.")

@@ -333,6 +333,11 @@ def read_curves(document: dict[str, Any], url: str) -> Curves:
     return curves
 
 
+def find_curves(document: dict[str, Any], url: str) -> Curves:
+    """The curves of a model's training; without points if it was imported. Raises StageError if it has none."""
+    return Curves() if is_imported(document) else read_curves(document, url)
+
+
 @dataclass(frozen=True)
 class TeacherTraining:
     """What the checkpoint of a finished teacher says of its training. One that was imported says neither how many

@@ -20,10 +20,10 @@ from nfm.models.solvers import SAMPLER_GRAMMAR, Sampler, parse_sampler
 from nfm.models.tarflow import TarFlow, bits_per_dim
 from nfm.stages.checkpoint import (
     Curves,
+    find_curves,
     has_dropped_labels,
     is_imported,
     load_network,
-    read_curves,
     read_teacher_training,
     trained_on,
     weights_sha256,
@@ -192,11 +192,6 @@ def check_finite(name: str, measured: Any) -> Any:
         elif isinstance(value, float) and not math.isfinite(value):
             raise FloatingPointError(f"{name}: {key} is {value}; nothing was written")
     return measured
-
-
-def find_curves(document: dict[str, Any], url: str) -> Curves:
-    """The curves of a model's training; without points if it was imported. Raises StageError if it has none."""
-    return Curves() if is_imported(document) else read_curves(document, url)
 
 
 def load_student(url: str, pairs: Store, guidance: float) -> tuple[SiT, Curves]:

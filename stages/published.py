@@ -11,7 +11,7 @@ import io
 import json
 from argparse import Namespace
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import safetensors.torch
@@ -40,7 +40,11 @@ from nfm.stages.checkpoint import (
 from nfm.stages.errors import StageError
 from nfm.stages.published_shapes import MASK, TARFLOW_HEAD_DIM, FormatName, ImportOptions, Shapes, describe, infer
 from nfm.stages.safetensors_header import NoCheckpointError, read_header
+from nfm.stages.support import check_network
 from nfm.stages.torch_file import ZIP_MAGIC, TorchFile
+from nfm.storage_specs.format.pixels import PICTURE_CHANNELS
+from nfm.storage_specs.format.schema import DecoderSpec, LatentSpec
+from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import split_url
 from nfm.storage_specs.storage.messages import count, list_fields
@@ -63,6 +67,12 @@ PREFIXES = ("module.", "_orig_mod.")  # of the names of a network inside Distrib
 SIT_ARGUMENTS = {"path_type": "Linear", "prediction": "velocity"}
 
 
+# Latents as the network takes them, where nothing says which decoder makes images of them.
+UNKNOWN_LATENTS = LatentSpec(
+    dtype="float32", scale=1.0, shift=0.0, decoder=DecoderSpec(name="unknown", architecture={}, sha256="0" * 64)
+)
+
+
 @dataclass(frozen=True)
 class PublishedForm:
     """In which form an imported network lay in its file, so that `export_published` writes the same again."""
@@ -74,15 +84,21 @@ class PublishedForm:
     masks: MaskDtype | None  # dtype of the causal masks of a TarFlow; None: without them
 
 
-def import_published(format_name: FormatName, file: str, out: str, options: ImportOptions) -> list[str]:
+def import_published(
+    format_name: FormatName, file: str, out: str, options: ImportOptions, samples: str | None = None
+) -> list[str]:
     """Write the network in a published file as a finished model of this project. Returns lines that say what it is, and
     what was assumed.
 
-    `file` is of torch.save or safetensors, and read without running anything in it. Raises StoreError if there is no
-    such file, StageError if it is of another format, if its tensors are not those of such a network with finite values,
-    or if an option is missing or does not apply.
+    `file` is of torch.save or safetensors, and read without running anything in it. `samples` is a store of such images
+    as the network takes. Raises StoreError if there is no such file or store, StageError if it is of another format, if
+    its tensors are not those of such a network with finite values, or if an option is missing or does not apply.
     """
     _check_options(format_name, options)
+    store = None if samples is None else Store(samples)
+    if store is not None and format_name == "ml-tarflow":
+        channels, height, _ = store.spec.shape
+        options = replace(options, channels=options.channels or channels, image_size=options.image_size or height)
     _check_replaceable(out)
     source = _open(file)
     key, state = _find_state(source.content, file)
@@ -101,6 +117,13 @@ def import_published(format_name: FormatName, file: str, out: str, options: Impo
         "architecture": architecture(inferred.network),
         "training": {"images": None, "val": None},  # which no published file says
     }
+    config = inferred.network.config
+    if store is not None:
+        document["x"] = store.spec.x.model_dump(mode="json")
+        check_network(inferred.network, document, file, store)
+    elif config.channels not in PICTURE_CHANNELS:
+        document["x"] = UNKNOWN_LATENTS.model_dump(mode="json")
+        inferred.assumed.append(f"{config.channels} channels are latents; --samples STORE says of which decoder")
     save(out, Checkpoint(add_prefix("model", values), document))
     lines = [f"{out}: {describe(inferred.network)}"]
     if key:
@@ -127,6 +150,10 @@ def export_published(format_name: FormatName, model: str, out: str) -> str:
         )
     network = build(checkpoint, name, model)
     assert isinstance(network, TarFlow | SiT)
+    height, width = network.config.image_sides
+    if height != width or (isinstance(network, SiT) and not network.config.num_classes):
+        got = f"images of {height}×{width}" if height != width else "no classes"
+        raise StageError(f"{model}: got {got}, which a published {name} does not have; expected squares and classes")
     form = _read_form(checkpoint.document, model)
     state = checkpoint.group("model")
     if isinstance(network, TarFlow):

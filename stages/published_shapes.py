@@ -197,7 +197,7 @@ def describe(network: TarFlow | SiT) -> str:
         heads = config.heads
         sizes = f"SiT-{config.depth}x{config.width}h{heads}/{config.patch}"
         kind = ", with unused outputs for σ" if config.learn_sigma else ""
-    shape = f"{config.channels}×{config.image_size}×{config.image_size}"
+    shape = "×".join(map(str, (config.channels, *config.image_sides)))
     return f"{sizes}, {count(heads, 'head')}, images of {shape}, {config.num_classes or 'no'} classes{kind}"
 
 
