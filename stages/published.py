@@ -155,7 +155,8 @@ def export_published(format_name: FormatName, model: str, out: str) -> str:
         got = f"images of {height}×{width}" if height != width else "no classes"
         raise StageError(f"{model}: got {got}, which a published {name} does not have; expected squares and classes")
     form = _read_form(checkpoint.document, model)
-    state = checkpoint.group("model")
+    weights = checkpoint.group("model")
+    state = {tensor_name: weights[tensor_name] for tensor_name in network.state_dict()}  # in the published order
     if isinstance(network, TarFlow):
         if network.config.head_dim != TARFLOW_HEAD_DIM and form is None:
             raise StageError(
@@ -306,11 +307,17 @@ def _pop_masks(values: dict[str, Tensor], url: str) -> MaskDtype | None:
 
 
 def _add_masks(state: Mapping[str, Tensor], network: TarFlow, dtype: MaskDtype | None) -> dict[str, Tensor]:
-    """The state dict with the causal masks of its blocks; without any if `dtype` is None."""
+    """The state dict with the causal masks of its blocks, in the published order; without any if `dtype` is None."""
     if dtype is None:
         return dict(state)
     mask = torch.ones(network.config.tokens, network.config.tokens, dtype=MASK_DTYPES[dtype]).tril()
-    return dict(state) | {f"blocks.{i}{MASK}": mask.clone() for i in range(len(network.blocks))}
+    with_masks = {}
+    for name, tensor in state.items():
+        block, is_first, _ = name.partition(".proj_in.weight")  # of the modules of a block, behind its own tensors
+        if is_first:
+            with_masks[f"{block}{MASK}"] = mask.clone()
+        with_masks[name] = tensor
+    return with_masks
 
 
 def _read_form(document: dict[str, Any], url: str) -> PublishedForm | None:

@@ -20,6 +20,7 @@ from nfm.stages.errors import StageError
 from nfm.stages.memory import check_memory
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import Root
+from nfm.storage_specs.storage.messages import list_fields
 
 ZIP_MAGIC = b"PK\x03\x04"
 MAX_READ_BYTES = 1 << 24  # at once, of the list of members or of the pickle; those of published files take a few 100 kB
@@ -115,8 +116,8 @@ class TorchFile:
         }
         if unknown := sorted(names - ALLOWED_GLOBALS):
             raise StageError(
-                f"{self.url}: got a pickle that uses {unknown[0]!r}, which could run code; expected tensors in dicts "
-                "alone: save the state dict of the network by itself"
+                f"{self.url}: got a pickle that uses {list_fields(unknown)}, which could run code; expected tensors in "
+                "dicts alone: save the state dict of the network by itself"
             )
         prefix = pickles[0].filename.removesuffix("data.pkl")
         if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":

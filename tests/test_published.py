@@ -1,14 +1,13 @@
 """Networks of the published code of TarFlow and SiT: what is imported computes what theirs does, and comes back as it
-was; files that are no such network are refused in one line."""
+was."""
 
-import argparse
-from collections.abc import Callable
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -16,63 +15,38 @@ from nfm.models.labels import NULL_LABEL
 from nfm.models.sit import SiT, SiTConfig, reverse_time
 from nfm.models.solvers import parse_sampler
 from nfm.models.tarflow import TarFlow
+from nfm.pipeline.checkpoint_cli import export_command, import_command
+from nfm.pipeline.evaluation import evaluate_and_report
 from nfm.stages.checkpoint import load, load_network
-from nfm.stages.evaluate import EvaluateConfig, evaluate
+from nfm.stages.errors import StageError
+from nfm.stages.evaluate import EvaluateConfig
 from nfm.stages.published import export_published, import_published
-from nfm.stages.published_shapes import FormatName, ImportOptions
+from nfm.stages.published_shapes import ImportOptions
 from nfm.stages.sample import SampleRequest, sample
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.files import Root
+from tests.tools.published import (
+    FORMS,
+    OPTIONS,
+    SIT,
+    TARFLOW,
+    TARFLOWS,
+    assert_same_tensors,
+    imported,
+    published,
+    read,
+    write,
+)
 from tests.tools.small_run import Run, encode_in_process
-
-DATA = Path(__file__).parent / "data"
-SIT = dict(np.load(DATA / "sit_reference.npz"))
-TARFLOW = dict(np.load(DATA / "tarflow_reference.npz"))
-TARFLOWS = ("nvp_cond", "nvp_uncond", "vp_cond")
-OPTIONS: dict[FormatName, ImportOptions] = {"ml-tarflow": ImportOptions(eta=0.05), "sit": ImportOptions(heads=3)}
-
-
-def published(name: str) -> tuple[FormatName, dict[str, Tensor]]:
-    """A state dict as the published code saves it: of the SiT, or of one of the TarFlows."""
-    arrays, prefix = (SIT, "state_dict/") if name == "sit" else (TARFLOW, f"{name}/state_dict/")
-    state = {key.removeprefix(prefix): torch.from_numpy(arrays[key]) for key in arrays if key.startswith(prefix)}
-    return ("sit" if name == "sit" else "ml-tarflow"), state
-
-
-def write(path: Path, content: Any) -> str:
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(content, path)
-    else:
-        torch.save(content, path)
-    return str(path)
-
-
-def read(path: str) -> Any:
-    if path.endswith(".safetensors"):
-        return safetensors.torch.load_file(path)
-    return torch.load(path, weights_only=True)
-
-
-def imported(folder: Path, name: str, change: Callable[[dict[str, Tensor]], Any] = dict) -> str:
-    """The model of a reference network; `change` makes the content of the file from its state dict."""
-    format_name, state = published(name)
-    model = f"{folder}/{name}.model.safetensors"
-    import_published(format_name, write(folder / f"{name}.pt", change(state)), model, OPTIONS[format_name])
-    return model
-
-
-def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype, name
-        assert torch.equal(got[name], tensor), name
 
 
 def bits(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: tensor.to(dtype) for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("ending", ["pt", "safetensors"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("ending", "dtype"), [("pt", torch.float32), ("pt", torch.bfloat16), ("safetensors", torch.float16)]
+)
 @pytest.mark.parametrize("name", ["sit", *TARFLOWS])
 def test_a_network_comes_back_tensor_for_tensor(tmp_path: Path, name: str, dtype: torch.dtype, ending: str) -> None:
     format_name, state = published(name)
@@ -83,39 +57,6 @@ def test_a_network_comes_back_tensor_for_tensor(tmp_path: Path, name: str, dtype
     export_published(format_name, model, out)
     assert_same_tensors(read(out), state)
     assert list(read(out)) == list(read(file)), "the order of the names"
-
-
-FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
-    "ema": lambda state: {
-        "model": {name: tensor + 1 for name, tensor in state.items()},
-        "ema": state,
-        "opt": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4}]},
-        "args": argparse.Namespace(path_type="Linear", prediction="velocity", image_size=256),
-    },
-    "model": lambda state: {"model": state, "args": {"path_type": "Linear"}},
-    "module.": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
-    "compiled": lambda state: {"model": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}},
-    "parameters": lambda state: {name: torch.nn.Parameter(tensor) for name, tensor in state.items()},
-    "one storage": lambda state: dict(
-        zip(
-            state,
-            (
-                part.view(tensor.shape)
-                for part, tensor in zip(
-                    torch.cat([tensor.flatten() for tensor in state.values()]).split(
-                        [tensor.numel() for tensor in state.values()]
-                    ),
-                    state.values(),
-                    strict=True,
-                )
-            ),
-            strict=True,
-        )
-    ),
-    "transposed": lambda state: {
-        name: tensor.t().contiguous().t() if tensor.ndim == 2 else tensor for name, tensor in state.items()
-    },
-}
 
 
 @pytest.mark.parametrize("name", ["sit", "nvp_cond"])
@@ -190,7 +131,7 @@ def test_a_constant_velocity_moves_noise_to_data(tmp_path: Path) -> None:
 
     network, _ = load_network(imported(tmp_path, "sit", constant))
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    moved = parse_sampler("heun7")(network, noise, torch.tensor([0, NULL_LABEL])).x  # type: ignore[arg-type]
+    moved = parse_sampler("heun7")(network, noise, torch.tensor([0, NULL_LABEL])).x
     torch.testing.assert_close(moved, noise + 0.5, atol=1e-5, rtol=0)
 
 
@@ -233,10 +174,49 @@ def test_the_next_stages_take_imported_networks(run: Run, student: str, tmp_path
     assert np.array_equal(Store(couplings).column("z", 0, 0), Store(run.couplings["webdataset"]).column("z", 0, 0))
     export_published("sit", student, f"{tmp_path}/student.pt")
     import_published("sit", f"{tmp_path}/student.pt", f"{tmp_path}/student.safetensors", ImportOptions(heads=2))
-    config = EvaluateConfig(
+    settings = EvaluateConfig(
         samples=20, samplers=["euler3"], features="pixels", grid_columns=2, grid_samplers=["euler3"]
     )
-    metrics, _ = evaluate(config, run.samples, couplings, teacher, {"sit": f"{tmp_path}/student.safetensors"})
+    config = run.config.model_copy(update={"evaluate": settings})
+    students = dict.fromkeys(("nfm", "independent"), f"{tmp_path}/student.safetensors")
+    lines = evaluate_and_report(config, run.samples, couplings, teacher, students, f"{tmp_path}/report")
+    assert re.search(r"teacher: FD [\d.]+, round trip", "\n".join(lines))
+    metrics = json.loads((tmp_path / "report/metrics.json").read_text())
     assert metrics["teacher"]["bpd"] is None
-    assert metrics["students"]["sit"]["loss"] is None
-    assert metrics["students"]["sit"]["euler3"]["fd"] > 0
+    assert metrics["students"]["nfm"]["loss"] is None
+    assert metrics["students"]["nfm"]["euler3"]["fd"] > 0
+    assert "The teacher was imported" in (tmp_path / "report/report.html").read_text()
+
+
+def test_the_commands_say_what_was_inferred(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --out, the model lies beside its file."""
+    file = write(tmp_path / "sit.pt", FORMS["ema"](published("sit")[1]))
+    import_command.main(["sit", file, "--heads", "3"], standalone_mode=False)
+    export_command.main(["sit", f"{tmp_path}/sit.safetensors", f"{tmp_path}/out.pt"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    sizes = "SiT-3x48h3/2, 3 heads, images of 4×8×8, 5 classes, with unused outputs for σ"
+    assert lines[0] == f"{tmp_path}/sit.safetensors: {sizes}"
+    assert lines[1] == "weights: 'ema' of the file"
+    assert lines[-1] == f"{tmp_path}/out.pt: 42 tensors of {sizes}"
+    with pytest.raises(StageError, match=r"and no --out; expected --out"):
+        import_command.main(["sit", f"{tmp_path}/sit.safetensors", "--heads", "3"], standalone_mode=False)
+
+
+def test_only_the_tensors_that_are_wanted_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large training state, the pickle and the average alone."""
+    state = published("sit")[1]
+    content = {"model": state, "ema": state, "opt": {"state": {0: torch.zeros(1 << 20)}}}
+    content["model"] = {name: tensor.clone() for name, tensor in state.items()}
+    read_bytes = 0
+    read_range = Root.read_range
+
+    def count_bytes(root: Any, path: str, start: int, end: int) -> bytes:
+        nonlocal read_bytes
+        data = read_range(root, path, start, end)
+        read_bytes += len(data)
+        return data
+
+    monkeypatch.setattr(Root, "read_range", count_bytes)
+    import_published("sit", write(tmp_path / "state.pt", content), f"{tmp_path}/out.safetensors", OPTIONS["sit"])
+    wanted = sum(tensor.nbytes for tensor in state.values())
+    assert wanted < read_bytes < wanted + 200_000
