@@ -57,16 +57,11 @@ MASK_DTYPES: dict[MaskDtype, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-STATE_KEYS: tuple[StateKey, ...] = (
-    "ema",
-    "model",
-    "state_dict",
-)  # where a state dict lies in a larger file; the first that is there is taken
+# Where a state dict lies in a larger file; the first that is there is taken.
+STATE_KEYS: tuple[StateKey, ...] = ("ema", "model", "state_dict")
 PREFIXES = ("module.", "_orig_mod.")  # of the names of a network inside DistributedDataParallel or torch.compile
 # Of the arguments of a SiT training: the only values that make its network a velocity on the path of this project.
 SIT_ARGUMENTS = {"path_type": "Linear", "prediction": "velocity"}
-
-
 # Latents as the network takes them, where nothing says which decoder makes images of them.
 UNKNOWN_LATENTS = LatentSpec(
     dtype="float32", scale=1.0, shift=0.0, decoder=DecoderSpec(name="unknown", architecture={}, sha256="0" * 64)
@@ -95,43 +90,38 @@ def import_published(
     its tensors are not those of such a network with finite values, or if an option is missing or does not apply.
     """
     _check_options(format_name, options)
+    _check_replaceable(out)
     store = None if samples is None else Store(samples)
     if store is not None and format_name == "ml-tarflow":
         channels, height, _ = store.spec.shape
         options = replace(options, channels=options.channels or channels, image_size=options.image_size or height)
-    _check_replaceable(out)
     source = _open(file)
     key, state = _find_state(source.content, file)
-    says_path = _check_arguments(source.content, file)
     prefix = _common_prefix(state)
     inferred = infer(format_name, Shapes(_without_prefix(state, prefix), file), options)
-    values = _without_prefix(source.read(state), prefix)
-    check_finite(values, file)
-    masks = _pop_masks(values, file)
-    form = PublishedForm(format_name, file.rpartition("/")[2], key, prefix, masks)
-    run: dict[str, Any] = {"published": asdict(form)}
-    if format_name == "ml-tarflow":
-        run["teacher"] = {"eta": options.eta}
-    document = {
-        "run": run,
+    if format_name == "sit" and not _says_path(source.content, file):
+        inferred.assumed.append("the network predicts the velocity on the linear path, as published ones do")
+    document: dict[str, Any] = {
+        "run": {"published": {}},
         "architecture": architecture(inferred.network),
         "training": {"images": None, "val": None},  # which no published file says
     }
-    config = inferred.network.config
+    if format_name == "ml-tarflow":
+        document["run"]["teacher"] = {"eta": options.eta}
+    channels = inferred.network.config.channels
     if store is not None:
         document["x"] = store.spec.x.model_dump(mode="json")
         check_network(inferred.network, document, file, store)
-    elif config.channels not in PICTURE_CHANNELS:
+    elif channels not in PICTURE_CHANNELS:
         document["x"] = UNKNOWN_LATENTS.model_dump(mode="json")
-        inferred.assumed.append(f"{config.channels} channels are latents; --samples STORE says of which decoder")
+        inferred.assumed.append(f"{channels} channels are latents; --samples STORE says of which decoder")
+    values = _without_prefix(source.read(state), prefix)
+    check_finite(values, file)
+    masks = _pop_masks(values, file)
+    document["run"]["published"] = asdict(PublishedForm(format_name, split_url(file)[1], key, prefix, masks))
     save(out, Checkpoint(add_prefix("model", values), document))
-    lines = [f"{out}: {describe(inferred.network)}"]
-    if key:
-        lines.append(f"weights: {key!r} of the file")
-    assumed = inferred.assumed
-    if format_name == "sit" and not says_path:
-        assumed = [*assumed, "the network predicts the velocity on the linear path, as published"]
-    return lines + [f"assumed: {assumption}" for assumption in assumed]
+    weights = [f"weights: {key!r} of the file"] if key else []
+    return [f"{out}: {describe(inferred.network)}", *weights, *(f"assumed: {line}" for line in inferred.assumed)]
 
 
 def export_published(format_name: FormatName, model: str, out: str) -> str:
@@ -262,7 +252,7 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _check_arguments(content: Any, url: str) -> bool:
+def _says_path(content: Any, url: str) -> bool:
     """Whether a file holds the arguments of a SiT training, which say what its network predicts. Raises StageError if
     that is something else than a velocity on the path of this project."""
     arguments = content.get("args")
