@@ -139,7 +139,8 @@ class TorchFile:
         needed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if needed_bytes > self.size:
             raise StageError(f"{self.url}: got tensors of {needed_bytes} bytes in a file of {self.size}")
-        check_memory(2 * needed_bytes, self.url, "read it on a larger one")  # the tensors, and copies of them to save
+        # The tensors, copies of them to save, their bytes, and the file of those.
+        check_memory(4 * needed_bytes, self.url, "read it on a larger one")
         return {name: self._read_tensor(name, tensor) for name, tensor in tensors.items()}
 
     def _read_tensor(self, name: str, tensor: Tensor) -> Tensor:
