@@ -38,6 +38,7 @@ from nfm.stages.checkpoint import (
     save,
 )
 from nfm.stages.errors import StageError
+from nfm.stages.progress import Progress
 from nfm.stages.published_shapes import MASK, TARFLOW_HEAD_DIM, FormatName, ImportOptions, Shapes, describe, infer
 from nfm.stages.safetensors_header import NoCheckpointError, read_header
 from nfm.stages.support import check_network
@@ -115,11 +116,13 @@ def import_published(
     elif channels not in PICTURE_CHANNELS:
         document["x"] = UNKNOWN_LATENTS.model_dump(mode="json")
         inferred.assumed.append(f"{channels} channels are latents; --samples STORE says of which decoder")
-    values = _without_prefix(source.read(state), prefix)
-    check_finite(values, file)
+    with Progress(f"read {file}"):
+        values = _without_prefix(source.read(state), prefix)
+        check_finite(values, file)
     masks = _pop_masks(values, file)
     document["run"]["published"] = asdict(PublishedForm(format_name, split_url(file)[1], key, prefix, masks))
-    save(out, Checkpoint(add_prefix("model", values), document))
+    with Progress(f"write {out}"):
+        save(out, Checkpoint(add_prefix("model", values), document))
     weights = [f"weights: {key!r} of the file"] if key else []
     return [f"{out}: {describe(inferred.network)}", *weights, *(f"assumed: {line}" for line in inferred.assumed)]
 
@@ -132,7 +135,8 @@ def export_published(format_name: FormatName, model: str, out: str) -> str:
     was trained here predicts the same velocities as a SiT of the published code. Raises StageError for a model that the
     format cannot hold.
     """
-    checkpoint = load(model)
+    with Progress(f"read {model}"):
+        checkpoint = load(model)
     name = network_name(checkpoint.document, model)
     if name != NETWORK_OF[format_name]:
         raise StageError(
@@ -158,13 +162,14 @@ def export_published(format_name: FormatName, model: str, out: str) -> str:
         state = reverse_time(state)
     key, prefix = (form.key, form.prefix) if form is not None else ("", "")
     state = {f"{prefix}{tensor_name}": tensor for tensor_name, tensor in state.items()}
-    buffer = io.BytesIO()
-    if out.endswith(".safetensors"):
-        buffer.write(safetensors.torch.save(state))
-    else:
-        torch.save({key: state} if key else state, buffer)
     root, file = split_url(out)
-    root.write(file, buffer.getvalue())
+    with Progress(f"write {out}"):
+        buffer = io.BytesIO()
+        if out.endswith(".safetensors"):
+            buffer.write(safetensors.torch.save(state))
+        else:
+            torch.save({key: state} if key else state, buffer)
+        root.write(file, buffer.getvalue())
     return f"{out}: {count(len(state), 'tensor')} of {describe(network)}"
 
 
