@@ -135,6 +135,8 @@ def export_published(format_name: FormatName, model: str, out: str) -> str:
     was trained here predicts the same velocities as a SiT of the published code. Raises StageError for a model that the
     format cannot hold.
     """
+    if out == model:
+        raise StageError(f"got {model} as model and output; give another output")
     with Progress(f"read {model}"):
         checkpoint = load(model)
     name = network_name(checkpoint.document, model)

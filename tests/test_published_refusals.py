@@ -282,6 +282,14 @@ def test_a_model_that_lies_about_its_file_is_not_exported(tmp_path: Path, publis
         export_published("sit", f"{tmp_path}/lies.safetensors", f"{tmp_path}/out.pt")
 
 
+def test_a_model_is_not_replaced_by_its_export(tmp_path: Path) -> None:
+    model = imported(tmp_path, "sit")
+    before = Path(model).read_bytes()
+    with pytest.raises(StageError, match="as model and output; give another output"):
+        export_published("sit", model, model)
+    assert Path(model).read_bytes() == before
+
+
 def test_models_that_a_format_cannot_hold_are_not_exported(run: Run, tmp_path: Path) -> None:
     out = f"{tmp_path}/out.pt"
     with pytest.raises(StageError, match="got a checkpoint of TarFlow for sit, expected one of SiT"):
