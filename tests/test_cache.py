@@ -8,6 +8,7 @@ import pytest
 
 from nfm.pipeline.config import load_storage
 from nfm.pipeline.errors import ConfigError
+from nfm.storage_specs.storage import cache as cache_module
 from nfm.storage_specs.storage import cache_files
 from nfm.storage_specs.storage.cache import Cache, cache_directory
 from nfm.storage_specs.storage.cache_files import MARKER_FILE
@@ -237,6 +238,39 @@ def test_a_manifest_that_lies_about_a_size_harms_no_cached_file(folder: Path, se
     for digest in ("../../key", DIGEST + "\n", DIGEST.upper(), ""):
         with pytest.raises(StoreError, match="expected 64 hexadecimal digits"):
             Cache(folder).fetch(server, "file", len(DATA), digest)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (
+            10**9 + 1,
+            r"memory://.*/other: got a file of 1000000001 bytes for a cache of 1000000000; raise storage\.cache_gb",
+        ),
+        (10**9 - 1, "got 102400 bytes for a range of"),
+    ],
+)
+def test_a_manifest_that_lies_about_a_size_evicts_no_other_file(
+    folder: Path, server: Server, size: int, message: str
+) -> None:
+    """Room is made for bytes that arrive, and never for a file that is larger than the whole cache."""
+    cache = Cache(folder, max_bytes=10**9)
+    path = cache.fetch(server, "file", len(DATA), DIGEST)
+    server.files["other"] = DATA
+    with pytest.raises(StoreError, match=message):
+        cache.fetch(server, "other", size, "0" * 64)
+    assert path.exists() and cache._used_bytes < 2 * len(DATA)
+
+
+def test_room_is_made_while_ranges_arrive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large file that is what the manifest says takes the place of those used longest ago."""
+    monkeypatch.setattr(cache_module, "RANGE_BYTES", 10_000)
+    server = Server(other=DATA[::-1])
+    limit = len(DATA) + 20_000
+    cache = Cache(folder, limit)
+    cache.fetch(server, "file", len(DATA), DIGEST)
+    assert cache.fetch(server, "other", len(DATA), sha256(DATA[::-1])).read_bytes() == DATA[::-1]
+    assert not (folder / DIGEST).exists() and cache._used_bytes <= limit
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-1", "0", "1e300", "many", "1,5"])

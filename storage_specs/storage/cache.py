@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import cached_property, partial
 from pathlib import Path
 
-from nfm.storage_specs.storage.cache_files import Entry, Part, claim_folder, list_entries
+from nfm.storage_specs.storage.cache_files import ENTRY_BYTES, Entry, Part, claim_folder, list_entries
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, expand_home, sha256
 
@@ -76,28 +76,35 @@ class Cache:
     def fetch(self, root: Root, path: str, size: int, digest: str) -> Path:
         """The local path of a cached copy of the file `path` below `root`, downloaded if it is not cached yet.
 
-        Raises StoreError if the downloaded file has another size or sha256, and StorageError if the folder or its disk
-        cannot be used, or if another process keeps the file locked (see `Entry.lock`).
+        Raises StoreError if the file is to be larger than the whole cache, or if what is downloaded has another size or
+        sha256, and StorageError if the folder or its disk cannot be used, or if another process keeps the file locked
+        (see `Entry.lock`).
         """
         if not _DIGEST.fullmatch(digest):
             raise StoreError(f"{root.url}/{path}: got sha256 {digest!r}, expected 64 hexadecimal digits")
         entry = Entry(self.directory, digest)
         if entry.note_use(size):
             return entry.content
+        if size > self.max_bytes:
+            raise StoreError(
+                f"{root.url}/{path}: got a file of {size} bytes for a cache of {self.max_bytes}; "
+                "raise storage.cache_gb or NFM_CACHE_GB"
+            )
         claim_folder(self.directory)  # again, as it may have been deleted
         with entry.lock(root.stop_retrying) as record:
             # Another process may have brought the file while it had the lock.
             if not entry.note_use(size) and not entry.check_content(size, record):
-                part = self._reserve(entry, size)
+                part = Part(entry.part, size)
                 try:
+                    self._reserve(part, ENTRY_BYTES)
                     self._download(root, path, size, digest, part)
                     entry.write_record(record, part.publish(entry.content))
                 except BaseException:
                     with self._lock:
+                        part.close()  # first, so that no thread reserves anything for it any longer
                         self._used_bytes -= part.disk_bytes
                     raise
-                finally:
-                    part.close()
+                part.close()
         return entry.content
 
     def _download(self, root: Root, path: str, size: int, digest: str, part: Part) -> None:
@@ -106,9 +113,10 @@ class Cache:
             data = root.read_range(path, 0, size + 1)  # one byte more than expected, to notice a longer file
             received_bytes, received_digest = len(data), sha256(data)
             if (received_bytes, received_digest) == (size, digest):
+                self._reserve(part, size)
                 part.write(data, 0)
         else:
-            download_range = partial(_download_range, root, path, size, part)
+            download_range = partial(self._download_range, root, path, size, part)
             downloads = [self._range_pool.submit(download_range, start) for start in range(0, size, RANGE_BYTES)]
             try:
                 wait(downloads, return_when=FIRST_EXCEPTION)
@@ -123,24 +131,33 @@ class Cache:
                 f"expected {size} bytes with {digest[:12]}…; the file is damaged, repair or copy the store"
             )
 
-    def _reserve(self, entry: Entry, size: int) -> Part:
-        """A new part, which counts with its whole size at once, for this process and for others. Files used longest ago
-        are deleted if there are more than `max_bytes` then."""
+    def _download_range(self, root: Root, path: str, size: int, part: Part, start: int) -> int:
+        """Copy the RANGE_BYTES from `start` of a remote file to the same place of `part`. Returns the number of bytes.
+        Raises StoreError if the server sends another number of bytes than was asked for."""
+        end = min(start + RANGE_BYTES, size)
+        data = root.read_range(path, start, end)
+        if len(data) != end - start:
+            raise StoreError(
+                f"{root.url}/{path}: got {len(data)} bytes for a range of {end - start}; "
+                "the file is not the one of the manifest, or its server does not support range requests"
+            )
+        self._reserve(part, len(data))
+        part.write(data, start)
+        return len(data)
+
+    def _reserve(self, part: Part, num_bytes: int) -> None:
+        """Count bytes of a part, which have arrived, for this process and for others. Files used longest ago are
+        deleted if there are more than `max_bytes` then: never on the word of a manifest about bytes to come."""
         with self._lock:
-            part = Part(entry.part, size)
-            try:
-                self._used_bytes += part.disk_bytes
-                self._bytes_until_scan -= part.disk_bytes
-                if self._bytes_until_scan <= 0:
-                    self._scan()
+            part.grow(num_bytes)
+            self._used_bytes += num_bytes
+            self._bytes_until_scan -= num_bytes
+            if self._bytes_until_scan <= 0:
+                self._scan()
+            self._evict()
+            if self._used_bytes > self.max_bytes:  # the listed files are gone, or were used since
+                self._scan()
                 self._evict()
-                if self._used_bytes > self.max_bytes:  # the listed files are gone, or were used since
-                    self._scan()
-                    self._evict()
-            except BaseException:
-                part.close()
-                raise
-        return part
 
     def _scan(self) -> None:
         """List the folder, and delete what killed processes left."""
@@ -161,17 +178,3 @@ class Cache:
             entry = self._oldest.pop()
             if entry.delete():
                 self._used_bytes -= entry.bytes
-
-
-def _download_range(root: Root, path: str, size: int, part: Part, start: int) -> int:
-    """Copy the RANGE_BYTES from `start` of a remote file to the same place of `part`. Returns the number of bytes.
-    Raises StoreError if the server sends another number of bytes than was asked for."""
-    end = min(start + RANGE_BYTES, size)
-    data = root.read_range(path, start, end)
-    if len(data) != end - start:
-        raise StoreError(
-            f"{root.url}/{path}: got {len(data)} bytes for a range of {end - start}; "
-            "the file is not the one of the manifest, or its server does not support range requests"
-        )
-    part.write(data, start)
-    return len(data)

@@ -32,6 +32,7 @@ LOCK_SECONDS = RETRY_SECONDS + 60.0
 _LONGEST_LOCK_PAUSE = 0.05  # seconds between two attempts to lock a file
 _MAX_RECORD_BYTES = 128
 _BLOCK_BYTES = 4096  # that a file takes at least, on most file systems
+ENTRY_BYTES = 2 * _BLOCK_BYTES  # at most, on disk: what the record takes, and the rest of the last block of a content
 _NAME = re.compile(r"([0-9a-f]{64})(\.part|\.record)?")
 _OTHER_FOLDER = "set NFM_CACHE or storage.cache to another folder"
 
@@ -93,19 +94,24 @@ class Part:
     """The content of a file while it is downloaded. Several threads may write it; after `close` none can."""
 
     def __init__(self, path: Path, size: int) -> None:
-        """Make a file of `size` bytes, in place of one that a killed process left. Raises StorageError."""
+        """Make an empty file that is to have `size` bytes, in place of one that a killed process left. Raises
+        StorageError."""
         self.path = path
-        self.disk_bytes = size + 2 * _BLOCK_BYTES  # at most, with its last block and its record
+        self.size = size
+        self.disk_bytes = 0  # at most; see `grow`
         self._lock = threading.Lock()
         with explain_disk_errors(path):
             _unlink(path)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with explain_disk_errors(path):
-                os.ftruncate(self._descriptor, size)
-        except StorageError:
-            self.close()
-            raise
+
+    def grow(self, num_bytes: int) -> None:
+        """Say that the file takes so many bytes more: other processes see it by its length. Raises StorageError, also
+        if the part is closed."""
+        with explain_disk_errors(self.path), self._lock:
+            length = min(self.disk_bytes + num_bytes, self.size)
+            if os.fstat(self._descriptor).st_size < length:
+                os.ftruncate(self._descriptor, length)
+            self.disk_bytes += num_bytes
 
     def write(self, data: bytes, offset: int) -> None:
         """Write all of `data`: a nearly full disk takes less than it was given, without an error. Raises
@@ -251,7 +257,7 @@ def list_entries(folder: Path) -> list[Entry]:
             if not stat.S_ISREG(status.st_mode):
                 continue
             digest, suffix = name.groups()
-            # A part has its final size from the beginning, and takes less on disk until it is filled.
+            # A part has the length of what has arrived, and takes less on disk until that is written.
             bytes_of[digest] = bytes_of.get(digest, 0) + max(status.st_size, status.st_blocks * 512)
             if suffix == ".record":
                 last_uses[digest] = status.st_mtime_ns
