@@ -114,3 +114,16 @@ def test_units_in_flight_outlive_a_driver_that_was_interrupted(tmp_path: Path) -
     with Lease(str(tmp_path), LEASE_FILE) as second:  # without a wait: the first has released it
         assert second.previous_in_flight == ["a", "b"]
     assert os.listdir(tmp_path / "commits") == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux tells when a process started")
+def test_a_process_may_have_any_name(tmp_path: Path) -> None:
+    """The holder's number may meanwhile be that of another program."""
+    program = tmp_path / os.fsdecode(b"\xff) (\n")
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "100"]) as process:
+        try:
+            wait_for(lambda: b"\xff" in Path(f"/proc/{process.pid}/stat").read_bytes(), "the start of the program")
+            assert lease._process_start_time(process.pid).isdigit()
+        finally:
+            process.kill()

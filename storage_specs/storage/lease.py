@@ -214,8 +214,8 @@ def _machine_id() -> str:
 def _process_start_time(pid: int) -> str:
     """When a process started, in clock ticks since boot; empty if there is no such process."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it ended between opening and reading
         return ""
-    after_name = stat.rpartition(")")[2].split()  # a process name may contain spaces and brackets
-    return after_name[19]  # field 22 of proc(5), `starttime`
+    after_name = stat.rpartition(b")")[2].split()  # a process name holds any bytes, also spaces and brackets
+    return after_name[19].decode()  # field 22 of proc(5), `starttime`
