@@ -270,6 +270,9 @@ def test_pairs_that_are_encoded_again_are_counted(call: Nfm, run: Run) -> None:
     assert "encode again: 0/5 pair, starting" in err
     assert "encode again: 5/5 pair, done in" in err
     assert "z of 5 pairs encoded again" in out
+    _, out, _ = call(*("1000000000000" if argument == "5" else argument for argument in arguments))
+    spec = Store(run.couplings["webdataset"]).spec
+    assert f"z of {spec.rows * spec.num_draws} pairs encoded again" in out, "all that there are"
 
 
 def test_messages_count_and_list_numbers() -> None:
@@ -331,6 +334,33 @@ def write_two_checkpoints(trainer, progress):
 Trainer._checkpoint = write_two_checkpoints
 main()
 """
+
+
+SECOND_INTERRUPT = """
+import atexit, os, signal, sys, threading
+from nfm.__main__ import main
+from nfm.pipeline import cli
+def interrupt(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait(10)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.nfm.main = interrupt
+if sys.argv[1] == "answered":
+    cli.print_line = interrupt
+else:
+    atexit.register(interrupt)
+main()
+"""
+
+
+@pytest.mark.parametrize("moment", ["answered", "ending"])
+def test_a_second_ctrl_c_ends_without_a_traceback(moment: str) -> None:
+    """While the first one is answered, and while Python waits for its threads."""
+    ended = subprocess.run(
+        [sys.executable, "-c", SECOND_INTERRUPT, moment], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stderr in ("", "interrupted\n")
 
 
 def test_ctrl_c_ends_cleanly_and_the_same_command_continues(call: Nfm, run: Run, tmp_path: Path) -> None:
