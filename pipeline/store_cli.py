@@ -141,9 +141,10 @@ def verify(store: Store, num_pairs: int, teacher: str | None, seed: int | None) 
     if teacher is not None and num_pairs:
         from nfm.stages.reencode import verify_by_reencoding
 
-        largest_difference = verify_by_reencoding(store, teacher, num_pairs, seed or 0)
+        reencoding = verify_by_reencoding(store, teacher, num_pairs, seed or 0)
         echo(
-            f"{store.url}: z of {num_pairs} pairs encoded again differs by at most {largest_difference:.1e} "
+            f"{store.url}: z of {count(reencoding.num_pairs, 'pair')} encoded again differs by at most "
+            f"{reencoding.largest_difference:.1e} "
             "of the root mean square of z"
         )
     for promise in describe_weak_promises(store):

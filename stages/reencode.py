@@ -1,5 +1,7 @@
 """Whether the z of a coupling store are those of its teacher: some pairs are encoded again."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,11 +29,19 @@ MAX_CLIPPED = 1e-3  # share of the values of int8 z that may be the largest one,
 BATCH = 16  # pairs that pass through the teacher at once
 
 
+class Reencoding(NamedTuple):
+    """How many pairs were encoded again, and by how much they differ (see `verify_by_reencoding`)."""
+
+    num_pairs: int
+    largest_difference: float
+
+
 @torch.no_grad()
-def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> float:
-    """Run the teacher again on `count` random pairs of an image and a draw. Returns the largest difference between
-    their stored z and their new z, in units of the root mean square of the new z (of all, or of the dimension if that
-    is larger): nothing that the store says about itself enters the measure. Writes nothing.
+def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> Reencoding:
+    """Run the teacher again on `count` random pairs of an image and a draw, or on all if the store has fewer. Returns
+    their number and the largest difference between their stored z and their new z, in units of the root mean square of
+    the new z (of all, or of the dimension if that is larger): nothing that the store says about itself enters the
+    measure. Writes nothing.
 
     Raises StageError for another teacher than the store's, StoreError if η is not the teacher's, if noise is not that
     of the law, or if a difference is too large.
@@ -82,7 +92,7 @@ def verify_by_reencoding(store: Store, teacher: str, count: int, seed: int) -> f
             f"{store.url}: z of {len(pairs)} pairs are {rms:.2e} of the root mean square of z away from what {teacher} "
             f"gives, in the root mean square, expected at most {rms_tolerance}; the store is not what its spec says"
         )
-    return float(by_pair[worst])
+    return Reencoding(len(pairs), float(by_pair[worst]))
 
 
 def _locate(spec: Spec, image: int) -> tuple[int, int]:

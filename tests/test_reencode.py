@@ -83,7 +83,7 @@ def test_no_scale_of_int8_makes_other_z_sound(run: Run, tmp_path: Path, factor: 
     config = run.config.model_copy(update={"encode": run.config.encode.model_copy(update={"z_dtype": "int8"})})
     encode_in_process(config, f"{run.samples}/train", run.teacher, f"{tmp_path}/sound", "webdataset")
     sound = Store(f"{tmp_path}/sound")
-    assert verify_by_reencoding(sound, run.teacher, 40, seed=0) < 0.04
+    assert verify_by_reencoding(sound, run.teacher, 40, seed=0).largest_difference < 0.04
     assert sound.z_scale is not None
     scale = sound.z_scale * np.float32(factor)
     coupling = sound.spec.nfm.model_copy(update={"z_scale_sha256": sha256(npy_bytes(scale))})

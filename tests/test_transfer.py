@@ -295,7 +295,7 @@ def test_repair_without_a_sound_scale_says_what_to_do(tmp_path: Path) -> None:
 
 def test_encoding_again_finds_z_that_is_not_the_teachers(run: Run, tmp_path: Path) -> None:
     store = Store(run.couplings["zarr"])
-    assert verify_by_reencoding(store, run.teacher, 40, seed=0) < 5e-3
+    assert verify_by_reencoding(store, run.teacher, 40, seed=0).largest_difference < 5e-3
     writer = StoreWriter(str(tmp_path), store.spec)
     writer.initialize()
     for block in range(store.spec.num_blocks):
