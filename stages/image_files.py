@@ -7,9 +7,11 @@ says of its size is bounded before memory is taken for it.
 import hashlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from threading import Lock, RLock
 from typing import NamedTuple
@@ -25,6 +27,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 MAX_FILE_BYTES = 1 << 28
 MAX_PIXELS = 178_956_970  # of one image; Pillow's own limit. Decoding one takes up to 2 GB
+MAX_SCANS = 64  # of a JPEG, each of which passes over all pixels; encoders write at most some 20
 LARGE = 1 << 24  # pixels or bytes from which on images are decoded one at a time, so that their memory does not add up
 # What the pixels of a file become, as stores record it.
 DECODING = {
@@ -44,6 +47,9 @@ _ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }  # EXIF's numbers, as in PIL.ImageOps.exif_transpose
 _MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"}  # of Pillow, that files of FORMATS can have
+# The start of a scan of 1 to 4 components, as decoders demand it. It cannot stand inside the coded pixels.
+_JPEG_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+_BMP_RLE = (1, 2)  # compressions that Pillow decodes in Python, byte by byte
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks that pixels do not need, and that decompress to any length
 
@@ -120,10 +126,13 @@ def _decode(path: Path, data: bytes, mode: str, stack: ExitStack) -> Image.Image
     """The first image in the bytes of a file, upright, in Pillow's mode "L" or "RGB". While `stack` is open, no other
     image is decoded if this one is large."""
     try:
+        _check_scans(data)
         image = Image.open(io.BytesIO(_without_png_text(data)), formats=FORMATS)
         num_pixels = image.width * image.height
         if num_pixels > MAX_PIXELS:
             raise ValueError(f"got {num_pixels} pixels, expected at most {MAX_PIXELS}")
+        if num_pixels > LARGE and image.format == "BMP" and image.info.get("compression") in _BMP_RLE:
+            raise ValueError(f"got {num_pixels} pixels of an RLE-compressed BMP, expected at most {LARGE}; save as PNG")
         if num_pixels > LARGE:
             stack.enter_context(_large_image)
         image.load()
@@ -137,6 +146,12 @@ def _decode(path: Path, data: bytes, mode: str, stack: ExitStack) -> Image.Image
         raise BadImageError(path, f"no readable {expected}" if data else "an empty file") from error
     except Exception as error:  # decoders raise many kinds for damaged bytes, and have nothing but these bytes
         raise BadImageError(path, f"{error or type(error).__name__}") from error
+
+
+def _check_scans(data: bytes) -> None:
+    """Raise ValueError for a JPEG of more scans than MAX_SCANS, with those of pictures inside or behind it."""
+    if data.startswith(b"\xff\xd8") and any(islice(_JPEG_SCAN.finditer(data), MAX_SCANS, None)):
+        raise ValueError(f"got a JPEG of more than {MAX_SCANS} scans; save it again")
 
 
 def _without_png_text(data: bytes) -> bytes:

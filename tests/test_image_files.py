@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from nfm.stages.image_files import (
     MAX_FILE_BYTES,
+    MAX_SCANS,
     BadImageError,
     SourceImage,
     SquareNotice,
@@ -160,12 +161,41 @@ def test_long_texts_of_a_png_are_not_read(tmp_path: Path, name: bytes) -> None:
     assert np.array_equal(read(path).pixels, expected_pixels(RGB))
 
 
+def progressive(num_scans: int) -> bytes:
+    """A JPEG whose last scan is there so often that it has this many."""
+    data = encoded(RGB, "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + scan * (num_scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_a_jpeg_may_have_64_scans(tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    path.write_bytes(progressive(MAX_SCANS))
+    assert read(path).pixels.shape == (3, SIZE, SIZE)
+
+
+def rle_bmp(side: int) -> bytes:
+    """A square BMP of 4 bytes a row: one pixel of colour 9, and the end of the row."""
+    rows = b"\x01\x09\x00\x00" * side + b"\x00\x01"
+    size = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(rows), 0, 0, 256, 0)
+    palette = b"".join(bytes([i, i, i, 0]) for i in range(256))
+    return b"BM" + struct.pack("<IHHI", 1078 + len(rows), 0, 0, 1078) + size + palette + rows
+
+
+def test_a_small_rle_bmp_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "image.bmp"
+    path.write_bytes(rle_bmp(SIZE))
+    assert (read(path).pixels[:, :, 0] == 9).all()
+
+
 WHOLE = encoded(RGB, "JPEG")
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "an empty file"),
     "text": (b"no image", "no readable JPEG, PNG, WEBP, GIF or BMP image"),
     "TIFF": (encoded(RGB, "TIFF"), "no readable JPEG"),
     "cut JPEG": (WHOLE[: len(WHOLE) // 2], "."),
+    "too many scans": (progressive(MAX_SCANS + 1), "got a JPEG of more than 64 scans"),
+    "large RLE": (rle_bmp(5000), "got 25000000 pixels of an RLE-compressed BMP, expected at most 16777216"),
     "cut PNG": (encoded(RGB, "PNG")[:-60], "."),
     "cut chunk": (encoded(RGB, "PNG")[:50], "."),
     "damaged PNG": (encoded(RGB, "PNG").replace(b"IDAT", b"IDAX"), "."),
