@@ -90,7 +90,7 @@ def encode_couplings(
         if writer.is_complete():
             progress.warn(f"{out} is complete already; its files are not read again: nfm store verify does that")
             update_attribution(out, attribution or AttributionConfig())
-            return Summary(Store(out).dataset, units_before=len(list_committed_units(writer.root)))
+            return Summary(Store(out).dataset, units_before=len(list_committed_units(writer.root, writer.spec)))
         with ray_session(progress.set_status, config.insecure_cluster):  # first: until it is there, the output is free
             progress.set_status(f"waiting for the lease of {out}, which another driver may hold", announce=False)
             with Lease(shared_url(out), LEASE_FILE) as lease:
@@ -211,7 +211,7 @@ class EncodeJob:
         self.progress = progress
         self.started_at = time.monotonic()
         self.nonfinite_pairs: list[tuple[int, int]] = []  # (image, draw)
-        committed_units = list_committed_units(writer.root)
+        committed_units = list_committed_units(writer.root, writer.spec)
         self.pending_units = list_missing_units(writer.spec, committed_units)
         self.summary = Summary(units_before=len(committed_units))
         pending_names = {unit.name for unit in self.pending_units}

@@ -28,6 +28,7 @@ from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.random_couplings import random_coupling_spec, write_random_couplings
 from tests.tools.stores import (
     LAYOUT_NAMES,
+    block_of,
     change_document,
     damage,
     edit,
@@ -257,9 +258,8 @@ def add_draws(url: str) -> None:
     writer.finalize()
 
 
-@pytest.mark.parametrize("what", ["sums", "file"])
-def test_commit_records_that_a_version_was_not_made_of_are_refused(store: Path, what: str) -> None:
-    """Somebody changed them, hashes and all, before draws were added."""
+def forge_records(store: Path, what: str) -> None:
+    """Change the commit record of block 1, hashes and all, and for "sums" what it names."""
     record = store / "commits/000001.k000-002.json"
     document = json.loads(record.read_bytes())
     del document["sha256"]
@@ -270,10 +270,50 @@ def test_commit_records_that_a_version_was_not_made_of_are_refused(store: Path, 
             file["sha256"] = sha256((store / file["path"]).read_bytes())
         if what == "file" and file["column"] == "z":
             file["sha256"] = "0" * 64
+    if what == "counts":
+        document["label_counts"] = {"0": document["rows"]}
     record.write_bytes(sealed_json(document))
-    with pytest.raises(StoreError, match="of its commit records are not those|is not that of version 1"):
+
+
+@pytest.mark.parametrize("what", ["sums", "counts", "file"])
+def test_commit_records_that_a_version_was_not_made_of_are_refused(store: Path, what: str) -> None:
+    """Somebody changed them before draws were added."""
+    forge_records(store, what)
+    with pytest.raises(StoreError, match="its commit records are not those that version 1 was made of"):
         add_draws(str(store))
     assert Store(str(store)).dataset.version == 1
+
+
+@pytest.mark.parametrize("what", ["sums", "counts"])
+def test_repair_of_a_card_publishes_nothing_that_forged_records_say(store: Path, what: str) -> None:
+    before = tree(str(store))
+    forge_records(store, what)
+    damage(store, "README.md", lambda data: b"")
+    with pytest.raises(StoreError, match="its commit records are not those that version 1 was made of"):
+        repair_store(str(store), ignore_progress)
+    assert {path: data for path, data in tree(str(store)).items() if not path.startswith(("commits/", "sums/"))} == {
+        path: data for path, data in before.items() if not path.startswith(("commits/", "sums/"))
+    }, "the card is whole again"
+
+
+def test_forged_sums_are_not_published_after_a_repair(store: Path) -> None:
+    """The block that is written again has other bytes, as another machine writes them, so the version is a new one."""
+    forge_records(store, "sums")
+    damage(store, "z/k000/000000.tar", flip(700))
+    assert repair_store(str(store), ignore_progress).damaged_blocks == [0]
+    writer = StoreWriter(str(store), random_coupling_spec("webdataset", SHAPE, 70, 2))
+    (unit,) = writer.list_missing_units()
+    columns = block_of(writer.spec, unit.block)
+    unit_writer = writer.unit_writer(unit, columns["label"])
+    unit_writer.write_base({"x": columns["x"]})
+    for draw in unit.draws:
+        unit_writer.write_draw(draw, np.ones((writer.spec.rows_of(unit.block), *SHAPE), np.float32), None)
+    unit_writer.commit()
+    for _ in range(2):
+        with pytest.raises(StoreError, match="not the root mean square of z.*write the store again to another URL"):
+            writer.finalize()
+        with pytest.raises(StoreError, match="no dataset.json"):
+            Store(str(store))
 
 
 def test_repair_looks_into_files_whose_commit_record_agrees_with_them(store: Path) -> None:

@@ -15,6 +15,7 @@ from nfm.storage_specs.storage.errors import OutageError, StoreError
 from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.writing.units import Unit, find_faults, list_committed_units, list_missing_units, read_commit
 from nfm.storage_specs.writing.writer import StoreWriter
+from tests.tools.random_couplings import random_coupling_spec
 from tests.tools.small_run import Run
 from tests.tools.stores import flip, sample_spec, tree
 
@@ -44,12 +45,16 @@ def test_a_sample_store_has_one_unit_a_block() -> None:
 
 
 def test_names_survive_the_listing(tmp_path: Path) -> None:
-    units = {Unit(0, 0, 8), Unit(1234567, 8, 4096), Unit(3, 0, 0)}
+    spec = random_coupling_spec("webdataset", (1, 1, 1), rows=1000, draws=64, block_rows=1)
+    units = [Unit(0, 0, 8), Unit(7, 0, 64), Unit(999, 8, 64)]
     for unit in units:
         Root(str(tmp_path)).write(unit.commit_file, b"")
     for name in ("spec.json", "driver.json", "000001.json", "x.k000-001.json"):
         Root(str(tmp_path)).write(f"commits/{name}", b"")
-    assert list_committed_units(Root(str(tmp_path))) == units
+    for unit in (Unit(1000, 0, 1), Unit(3, 0, 65), Unit(2, 0, 0)):  # of other stores
+        Root(str(tmp_path)).write(unit.commit_file, b"")
+    assert list_committed_units(Root(str(tmp_path)), spec) == units
+    assert list_committed_units(Root(str(tmp_path)), sample_spec(rows=70)) == [Unit(2, 0, 0)]
 
 
 NO_UNITS = ["000000.k000-99999.json", "0000000.k000-001.json", "000000.k0000-0001.json", "000000.k002-001.json"]
@@ -60,7 +65,7 @@ NO_UNITS += ["000000.k001-001.json", "٠٠٠٠٠٠.k000-001.json", "000000.k000-
 def test_a_name_that_no_unit_has_is_none(tmp_path: Path, name: str) -> None:
     (tmp_path / "commits").mkdir()
     (tmp_path / "commits" / name).touch()
-    assert list_committed_units(Root(str(tmp_path))) == set()
+    assert list_committed_units(Root(str(tmp_path)), random_coupling_spec("zarr", (1, 1, 1), 9, 9)) == []
 
 
 def test_overlapping_units_leave_the_gaps_between_them(run: Run) -> None:

@@ -89,8 +89,28 @@ def test_a_damaged_tag_or_card_takes_nothing_away(tmp_path: Path) -> None:
     tag_version(Store(url), "paper")
     damage(tmp_path / "store", "tags/paper.json", lambda data: data[:10])
     damage(tmp_path / "store", "README.md", lambda data: b"")
-    assert len(repair_store(url, ignore_progress).faults) == 2
+    assert len(repair_store(url, ignore_progress).faults) == 3, "the tag, that it is removed, the card"
     assert tree(url) == before, "the tag is deleted, the card written again"
+
+
+def test_a_tag_of_a_lost_version_stays(tmp_path: Path) -> None:
+    url = grown(tmp_path)
+    tag_version(Store(f"{url}@v1"), "first")
+    document = tmp_path / "store/versions/0001.json"
+    lost = document.read_bytes()
+    document.write_bytes(lost[:100])
+    with pytest.raises(StoreError, match="can only come from a copy"):
+        repair_store(url, ignore_progress)
+    document.write_bytes(lost)
+    assert Store(f"{url}@first").dataset.version == 1 and list(find_faults(Store(url))) == []
+
+
+def test_repair_names_the_tags_that_it_removes(tmp_path: Path) -> None:
+    url = grown(tmp_path)
+    tag_version(Store(url), "paper")
+    damage(tmp_path / "store", "tags/paper.json", edit(id="0" * 64))
+    faults, _, is_complete = repair_store(url, ignore_progress)
+    assert is_complete and any("tags/paper.json: the tag named no version and is removed" in fault for fault in faults)
 
 
 def test_a_store_that_is_being_written_is_not_repaired(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Publishing versions of a store. A version never changes once its document, `versions/000N.json`, is written; what
 stands in the folder of the store itself are copies of the newest one's documents."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -146,6 +146,22 @@ def publish(
     return _publish_documents(root, _write_version(root, dataset))
 
 
+def restore_cards(store: Store) -> None:
+    """Write the damaged cards of the newest version again, and their copies in the folder of the store, if they are
+    what this nfm writes."""
+    cards = _cards(store.dataset)
+    files = {"readme": store.dataset.documents.readme, "croissant": store.dataset.documents.croissant}
+    if all(sha256(cards[name]) == file.sha256 for name, file in files.items()):
+        for name, file in files.items():
+            if not _has_sha256(store.root, file):
+                store.root.write(file.path, cards[name])
+        _publish_documents(store.root, store.dataset)
+
+
+def _cards(dataset: Dataset) -> dict[str, bytes]:
+    return {"readme": readme(dataset).encode(), "croissant": canonical_json(croissant(dataset))}
+
+
 def restore_newest_version(store: Store) -> None:
     """Write the document of the newest version, as which `store` was opened, from dataset.json if it cannot be read
     itself. Nothing else holds its attribution."""
@@ -159,16 +175,25 @@ def restore_newest_version(store: Store) -> None:
 
 
 def read_newest_version(root: Root) -> Dataset | None:
-    """The newest version whose document can be read, whether dataset.json is a copy of it yet or not."""
-    for version in reversed(list_versions(root)):
+    """The newest version whose document can be read, whether dataset.json is a copy of it yet or not. The number of a
+    damaged one is used again."""
+    return next(_readable_versions(root, reversed(list_versions(root))), None)
+
+
+def list_readable_versions(root: Root) -> list[Dataset]:
+    """The versions whose documents can be read, in order."""
+    return list(_readable_versions(root, list_versions(root)))
+
+
+def _readable_versions(root: Root, versions: Iterable[int]) -> Iterator[Dataset]:
+    for version in versions:
         path = version_file(version)
         try:
-            return parse_dataset(root.read(path, MAX_METADATA_BYTES), f"{root.url}/{path}")
+            yield parse_dataset(root.read(path, MAX_METADATA_BYTES), f"{root.url}/{path}")
         except (StorageError, UnsupportedError):
             raise
         except StoreError:
-            continue  # damaged: its number is used again
-    return None
+            continue
 
 
 def _restore_earlier_versions(root: Root, newest: int, content_of: Callable[[Spec], Content], lineage: str) -> None:
@@ -241,8 +266,7 @@ def _restore_documents(root: Root, dataset: Dataset, content: Content) -> None:
         "sigma_f": content.sigma_f,
         "z_sums": content.z_sums,
         "z_class_sums": content.z_class_sums,
-        "readme": readme(dataset).encode(),
-        "croissant": canonical_json(croissant(dataset)),
+        **_cards(dataset),
     }
     for name, file in dataset.documents.by_name().items():
         data = computed[name]

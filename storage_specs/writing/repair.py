@@ -13,16 +13,22 @@ from nfm.storage_specs.format.names import (
     TAGS_FOLDER,
     Z_SCALE_FILE,
 )
-from nfm.storage_specs.format.schema import Spec
+from nfm.storage_specs.format.schema import Spec, Tag
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import Fault, find_document_faults, find_faults, find_stray_files
-from nfm.storage_specs.reading.versions import split_version
+from nfm.storage_specs.reading.versions import MAX_TAG_BYTES, list_tags, split_version
+from nfm.storage_specs.storage.documents import parse_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError, UnsupportedError
 from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.storage.messages import count
 from nfm.storage_specs.writing import units
-from nfm.storage_specs.writing.publish import read_newest_version, restore_newest_version
+from nfm.storage_specs.writing.publish import (
+    list_readable_versions,
+    read_newest_version,
+    restore_cards,
+    restore_newest_version,
+)
 from nfm.storage_specs.writing.units import list_committed_units
 from nfm.storage_specs.writing.writer import StoreWriter, read_started_spec
 
@@ -107,9 +113,7 @@ def _repair(
     # What only commit records name, or name with another sha256 than the manifest, was not compared yet; if the
     # documents are damaged, no file was.
     checked = {key: record.sha256 for key, record in store.files.items()} if store is not None else {}
-    for unit in sorted(list_committed_units(root)):
-        if unit.block >= spec.num_blocks or unit.stop > spec.num_draws:
-            continue  # not of this store
+    for unit in list_committed_units(root, spec):
         other_faults = units.find_faults(root, spec, unit, checked)
         messages += other_faults
         if other_faults or any(unit.contains(key) for key in damaged_files):
@@ -118,9 +122,7 @@ def _repair(
                 root.delete(unit.commit_file)
     if store is not None:
         restore_newest_version(store)
-    for fault in faults:
-        if isinstance(fault.file, str) and fault.file.startswith(f"{TAGS_FOLDER}/"):
-            root.delete(fault.file)
+    messages += _delete_damaged_tags(root)
     newest = read_newest_version(root)
     spec = store.spec if store is not None else spec
     writer = StoreWriter(root.url, spec, options)
@@ -129,6 +131,9 @@ def _repair(
         # and finalize the damaged store.
         root.delete(DATASET_FILE)
         return RepairedStore(messages, sorted(damaged_blocks), is_complete=False)
+    if store is not None and not contradictions:
+        restore_cards(store)
+        writer.check_commits(store)
     writer.finalize(is_repair=True)
     repaired = Store(root.url, options=options)
     if store is None and (faults_of_files := list(find_faults(repaired))):  # their records agree with wrong files
@@ -146,6 +151,25 @@ def _repair(
     if stray:
         raise StoreError(f"{_summary(stray)}. Nothing else is wrong any more")
     return RepairedStore(messages, [], is_complete=True)
+
+
+def _delete_damaged_tags(root: Root) -> list[str]:
+    """Delete the tags that name no version any more: those that cannot be read, or whose version has another id. One
+    whose version is lost stays. Returns a sentence on each."""
+    ids = {dataset.version: dataset.id for dataset in list_readable_versions(root)}
+    sentences = []
+    for name in list_tags(root):
+        path = f"{TAGS_FOLDER}/{name}.json"
+        try:
+            tag = parse_json(Tag, root.read(path, MAX_TAG_BYTES), f"{root.url}/{path}")
+        except StorageError:
+            raise
+        except StoreError:
+            tag = None
+        if tag is None or ids.get(tag.version, tag.id) != tag.id:
+            root.delete(path)
+            sentences.append(f"{root.url}/{path}: the tag named no version and is removed; nfm store tag sets it again")
+    return sentences
 
 
 def _list_contradictions(store: Store, faults: list[Fault]) -> list[Fault]:

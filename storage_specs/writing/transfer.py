@@ -25,7 +25,7 @@ from nfm.storage_specs.format.names import (
 from nfm.storage_specs.format.schema import Dataset, LayoutName
 from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.reading.verify import find_document_faults
-from nfm.storage_specs.reading.versions import MAX_TAG_BYTES, check_no_version, list_tags, open_document
+from nfm.storage_specs.reading.versions import MAX_TAG_BYTES, Tags, check_no_version, list_tags
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
@@ -206,9 +206,10 @@ def _read_documents(store: Store) -> Iterator[tuple[str, bytes]]:
                 root_path = README_FILE if name == "readme" else CROISSANT_FILE
                 yield root_path, store.read_document(file.path, file.sha256, max_bytes[name])
         yield path, data
+    version_of = Tags(store.root, {store.dataset.version: store.dataset.id}).version_of
     for tag in list_tags(store.root):
         path = f"{TAGS_FOLDER}/{tag}.json"
-        if open_document(f"{store.url}@{tag}", store.options).dataset.version <= store.dataset.version:
+        if version_of(tag) <= store.dataset.version:
             yield path, store.root.read(path, MAX_TAG_BYTES)
 
 
@@ -221,9 +222,7 @@ def _read_commits(store: Store) -> Iterator[tuple[str, bytes]]:
     assert started is not None
     started = started.model_copy(update={"spec": store.spec})  # a driver may be adding draws
     yield SPEC_FILE, canonical_json(started.model_dump(mode="json"))
-    for unit in sorted(list_committed_units(store.root)):
-        if unit.block >= store.spec.num_blocks or unit.stop > store.spec.num_draws:
-            continue  # of draws that are being added
+    for unit in list_committed_units(store.root, store.spec):
         commit = units.read_commit(store.root, store.spec, unit)
         for record in commit.files:
             copied = store.files.get(FileKey(record.column, record.block, record.draw))

@@ -85,11 +85,19 @@ class Unit:
         return key.draw in self.draws
 
 
-def list_committed_units(root: Root) -> set[Unit]:
-    """The units that have a commit record. It takes one listing of a folder, however many there are."""
+def list_committed_units(root: Root, spec: Spec) -> list[Unit]:
+    """The units of a store with `spec` that have a commit record, in the order of blocks and draws. Others may be of a
+    driver that adds more draws. It takes one listing of a folder, however many there are."""
     matches = (_COMMIT_NAME.fullmatch(name) for name in root.list_names(COMMITS_FOLDER))
     units = (_parse_commit_name(match) for match in matches if match)
-    return {unit for unit in units if unit is not None}
+    return sorted(
+        unit
+        for unit in units
+        if unit is not None
+        and unit.block < spec.num_blocks
+        and unit.stop <= spec.num_draws
+        and bool(unit.draws) == bool(spec.num_draws)
+    )
 
 
 def _parse_commit_name(match: re.Match[str]) -> Unit | None:

@@ -19,7 +19,7 @@ from nfm.storage_specs.format import codecs
 from nfm.storage_specs.format.attribution import UNKNOWN, Attribution
 from nfm.storage_specs.format.commits import Commit, Cost, StartedStore
 from nfm.storage_specs.format.dataset import check_kind_is_supported
-from nfm.storage_specs.format.image_names import ImageName
+from nfm.storage_specs.format.image_names import ImageName, hash_rows
 from nfm.storage_specs.format.layouts import LAYOUTS, Columns
 from nfm.storage_specs.format.manifest import FileKey, encode_manifest, expected_keys
 from nfm.storage_specs.format.names import (
@@ -32,10 +32,12 @@ from nfm.storage_specs.format.names import (
     Z_CLASS_SUMS_NAME,
     Z_SCALE_FILE,
     Z_SUMS_NAME,
+    version_file,
 )
 from nfm.storage_specs.format.schema import SCHEMA_VERSION, Dataset, Spec, read_schema_version
 from nfm.storage_specs.format.sums import ZSums, sigma_f
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.reading.versions import check_no_version
 from nfm.storage_specs.storage.documents import canonical_json, list_differences, load_json, make_document, parse_json
 from nfm.storage_specs.storage.errors import StoreError
@@ -44,7 +46,7 @@ from nfm.storage_specs.storage.messages import list_fields
 from nfm.storage_specs.storage.npy import npy_bytes
 from nfm.storage_specs.writing import units
 from nfm.storage_specs.writing.claims import check_unclaimed
-from nfm.storage_specs.writing.publish import Content, publish, restore_newest_version
+from nfm.storage_specs.writing.publish import Content, publish, read_newest_version, restore_newest_version
 from nfm.storage_specs.writing.units import Unit, UnitWriter
 
 
@@ -159,29 +161,23 @@ class StoreWriter:
 
     def list_missing_units(self) -> list[Unit]:
         """The units that still have to be written. Takes one listing of the commit records."""
-        return units.list_missing_units(self.spec, self._list_own_committed_units())
+        return units.list_missing_units(self.spec, units.list_committed_units(self.root, self.spec))
 
     def read_back(self, progress: Callable[[int], None] = lambda _rows: None) -> list[Unit]:
         """Read all committed units, and delete the commit records of the damaged ones. Returns the units that still
         have to be written. `progress` gets the rows of each unit that was read."""
         with ThreadPoolExecutor(IO_THREADS, "nfm-check") as pool:
-            written = self._list_own_committed_units()
+            written = units.list_committed_units(self.root, self.spec)
             for unit, faults in zip(written, pool.map(self.find_faults, written), strict=True):
                 progress(self.spec.rows_of(unit.block))
                 if faults:
                     self.delete_commit(unit)
         return self.list_missing_units()
 
-    def _list_own_committed_units(self) -> list[Unit]:
-        """The committed units with draws of this spec, in order; others may be of a driver that adds more draws."""
-        committed = sorted(units.list_committed_units(self.root))
-        has_draws = self.spec.num_draws > 0
-        return [unit for unit in committed if unit.stop <= self.spec.num_draws and bool(unit.draws) == has_draws]
-
     def list_unpublished_units(self) -> list[Unit]:
         """The committed units whose draws the newest version, if there is one, does not have yet."""
         newest = self.read_newest()
-        committed = self._list_own_committed_units()
+        committed = units.list_committed_units(self.root, self.spec)
         if newest is None:
             return committed
         return [unit for unit in committed if unit.stop > newest.spec.num_draws]
@@ -236,19 +232,24 @@ class StoreWriter:
         `attribution` gives. Unless it `is_repair`, the commit records must be those of which the newest version was
         made. Raises StoreError if they are not or if one is damaged, FloatingPointError if σ_f is out of range.
         """
-        committed = self._list_own_committed_units()
-        assert not units.list_missing_units(self.spec, committed), "finalize before every unit was committed"
         with ThreadPoolExecutor(IO_THREADS, "nfm-finalize") as pool:
-            commits = list(pool.map(lambda unit: units.read_commit(self.root, self.spec, unit), committed))
-            if not is_repair:
-                self._compare_with_published(commits, pool)
+            commits = self._read_commits(pool)
+            must_verify = not is_repair and self._compare_with_published(commits, pool)
             self.root.delete_temporary_files(keep=LEASE_FILE)
             if self.spec.coupling:
                 cost = cost or _sum_cost(commits)
                 self.root.write(COST_FILE, canonical_json(cost.model_dump(mode="json")))
-            return publish(
+            dataset = publish(
                 self.root, self.spec, lambda spec: self._content(spec, commits, pool), attribution, inherited
             )
+        if must_verify and (faults := list(find_faults(Store(self.root.url, options=self.options)))):
+            self.root.delete(DATASET_FILE)
+            self.root.delete(version_file(dataset.version))
+            raise StoreError(
+                f"{faults[0].message}. Its commit records say the same, so nothing tells which block is wrong: "
+                "write the store again to another URL"
+            )
+        return dataset
 
     def _content(self, spec: Spec, commits: list[Commit], pool: ThreadPoolExecutor) -> Content:
         """The content of a version with `spec`, which has the draws of this writer or fewer. `commits` are in the order
@@ -256,7 +257,7 @@ class StoreWriter:
         derived = self._derived_files(spec, commits, pool) if spec.coupling else {}
         records = {FileKey(file.column, file.block, file.draw): file for commit in commits for file in commit.files}
         files = [records[key] for key in expected_keys(spec, self.layout)]
-        counts_of_block = {commit.block: commit.label_counts for commit in commits}
+        counts_of_block = {commit.block: commit.label_counts for commit in reversed(commits)}  # of its first draws
         label_counts = [
             {int(label): count for label, count in counts_of_block[block].items()} for block in range(spec.num_blocks)
         ]
@@ -271,28 +272,47 @@ class StoreWriter:
             z_class_sums=derived.get(Z_CLASS_SUMS_NAME),
         )
 
-    def _compare_with_published(self, commits: list[Commit], pool: ThreadPoolExecutor) -> None:
-        """Raise StoreError if commit records of draws that the newest version has are not those that it was made of.
-        Its document is written again from dataset.json if it is damaged."""
-        if not self.root.exists(DATASET_FILE):
-            return  # nothing is published, or a repair took it back
-        published = Store(self.root.url, options=self.options)
-        for commit in commits:
-            for file in commit.files:
-                record = published.files.get(FileKey(file.column, file.block, file.draw))
-                if record is not None and record.sha256 != file.sha256:
-                    raise StoreError(
-                        f"{self.root.url}: the commit record of {file.path} is not that of version "
-                        f"{published.dataset.version}; nfm store repair says what is damaged"
-                    )
-        if published.z_sums is not None:
-            sums = self._add_sums(commits, pool, published.spec.num_draws)
-            if not all(np.array_equal(old, new) for old, new in zip(published.z_sums, sums, strict=True)):
-                raise StoreError(
-                    f"{self.root.url}: the sums over z of its commit records are not those of version "
-                    f"{published.dataset.version}; nfm store repair says what is damaged"
-                )
-        restore_newest_version(published)
+    def _compare_with_published(self, commits: list[Commit], pool: ThreadPoolExecutor) -> bool:
+        """Raise StoreError if the commit records are not those that the newest version was made of, as far as it has
+        draws: they are outside the id, and what follows from them would be published. The document of the newest
+        version is written again from dataset.json if it is damaged.
+
+        Returns whether all files must be read once more: after a repair, records may differ because files do.
+        """
+        if self.root.exists(DATASET_FILE):
+            self._compare_with(Store(self.root.url, options=self.options), commits, pool)
+            restore_newest_version(Store(self.root.url, options=self.options))
+            return False
+        newest = read_newest_version(self.root)
+        if newest is None or newest.spec.lineage != self.spec.lineage or newest.spec.num_draws > self.spec.num_draws:
+            return False
+        content = self._content(newest.spec, commits, pool)
+        names = newest.documents.names
+        if names is not None and content.names is not None and hash_rows(content.names) != names.rows_sha256:
+            raise self._foreign_records_error(newest)
+        return content.id() != newest.id
+
+    def _compare_with(self, published: Store, commits: list[Commit], pool: ThreadPoolExecutor) -> None:
+        """Raise StoreError unless a version is what follows from the commit records."""
+        if self._content(published.spec, commits, pool).id() != published.dataset.id:
+            raise self._foreign_records_error(published.dataset)
+
+    def _foreign_records_error(self, published: Dataset) -> StoreError:
+        return StoreError(
+            f"{self.root.url}: its commit records are not those that version {published.version} was made of: somebody "
+            "changed them, or the documents. Copy the store from its source, or write it again to another URL"
+        )
+
+    def check_commits(self, published: Store) -> None:
+        """Raise StoreError unless a version is what follows from the commit records."""
+        with ThreadPoolExecutor(IO_THREADS, "nfm-check") as pool:
+            self._compare_with(published, self._read_commits(pool), pool)
+
+    def _read_commits(self, pool: ThreadPoolExecutor) -> list[Commit]:
+        """The commit records, in the order of blocks and draws. Raises StoreError if one is damaged."""
+        committed = units.list_committed_units(self.root, self.spec)
+        assert not units.list_missing_units(self.spec, committed), "finalize before every unit was committed"
+        return list(pool.map(lambda unit: units.read_commit(self.root, self.spec, unit), committed))
 
     def _derived_files(self, spec: Spec, commits: list[Commit], pool: ThreadPoolExecutor) -> dict[str, bytes]:
         """The files that are computed from z of the draws of `spec`, by name."""
