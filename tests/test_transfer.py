@@ -137,6 +137,14 @@ def test_nothing_is_written_into_a_folder_of_other_things(run: Run, tmp_path: Pa
         with pytest.raises(StoreError, match=message):
             write()
     assert tree(str(tmp_path)) == before
+    if name == "photo.jpg":
+        assert {path.name for path in out.iterdir()} == {"photo.jpg", ".hidden"}
+
+
+def test_a_store_is_not_converted_onto_itself(run: Run) -> None:
+    store = Store(run.couplings["webdataset"])
+    with pytest.raises(StoreError, match="got the store itself as output"):
+        convert_store(store, f"{store.url}/", "zarr", ignore_progress, None)
 
 
 def test_the_progress_of_a_copy_counts_files_that_exist(run: Run, tmp_path: Path) -> None:

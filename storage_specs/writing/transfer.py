@@ -32,7 +32,7 @@ from nfm.storage_specs.storage.files import IO_THREADS, Root, sha256
 from nfm.storage_specs.storage.lease import Lease
 from nfm.storage_specs.storage.messages import list_numbers
 from nfm.storage_specs.writing import units
-from nfm.storage_specs.writing.claims import claim
+from nfm.storage_specs.writing.claims import check_unclaimed, claim
 from nfm.storage_specs.writing.units import Unit, list_committed_units
 from nfm.storage_specs.writing.writer import StoreWriter, read_started
 
@@ -55,6 +55,10 @@ def convert_store(
         raise StoreError(f"{store.url}: the store already has layout {layout}; to duplicate it, use `nfm store copy`")
     spec = store.spec.model_copy(update={"layout": layout})
     writer = StoreWriter(out, spec, options)
+    if writer.root.path == store.root.path:
+        raise StoreError(f"{out}: got the store itself as output; expected another URL")
+    if read_started(writer.root) is None:
+        check_unclaimed(writer.root)  # before the lease, which makes a folder
     with Lease(out, LEASE_FILE, options):
         writer.initialize(store.z_scale if spec.coupling else None, converted_from=store.dataset.id)
         missing_units = writer.list_missing_units()
@@ -82,7 +86,8 @@ def _convert_units(store: Store, writer: StoreWriter, missing_units: list[Unit],
     if damaged:
         raise StoreError(
             f"{next(iter(damaged.values()))} (damaged blocks: {list_numbers(damaged)}; all others are written. "
-            f"To complete the store, run the command that wrote the source with --out {writer.root.url})"
+            f"To complete the store, run the command that wrote the source with --layout {spec.layout} --out "
+            f"{writer.root.url})"
         )
 
 
