@@ -9,6 +9,7 @@ from PIL import Image
 from nfm.pipeline.store_plot import COLUMNS, ROWS, plot_store
 from nfm.storage_specs.reading.store import Store
 from tests.tools.kinds import BOTH, Kind
+from tests.tools.memory import run_watched
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,15 @@ def test_every_kind_of_x_is_drawn(tmp_path: Path, kind: Kind) -> None:
     assert picture.shape[1] > picture.shape[0] > 100
     distinct = len(np.unique(picture.reshape(-1, 3), axis=0))
     assert distinct > min(kind.rows, ROWS * COLUMNS), "more than axes and text"
+
+
+def plot(url: str, out: str) -> None:
+    plot_store(Store(url), out)
+
+
+@pytest.mark.parametrize("kind", [Kind(shape=(3, 1200, 900), rows=2), Kind(z="int8", shape=(1, 900, 900), rows=2)])
+def test_large_images_take_little_memory(tmp_path: Path, kind: Kind) -> None:
+    kind.write(f"{tmp_path}/store", "zarr")
+    outcome = run_watched(plot, f"{tmp_path}/store", f"{tmp_path}/plot.png", max_bytes=200 << 20, timeout=60)
+    assert outcome.error == "", outcome
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "plot.png").convert("RGB")).reshape(-1, 3), axis=0)) > 200
