@@ -239,6 +239,8 @@ def prepare(
         raise StageError("got --skip-bad-images for the digits, which are all good; it needs an image folder (--data)")
     for split in SPLITS:
         check_output(Root(f"{out}/{split}"))
+        if data is not None:
+            check_outside(out, data / split)
     with without_pillow_warnings():
         if config.source == "digits":
             images_of_split = hold_out(config, digits(config))
@@ -261,6 +263,13 @@ def check_output(root: Root) -> None:
     nothing."""
     if not (root.exists(DATASET_FILE) or root.exists(SPEC_FILE)):
         check_unclaimed(root)
+
+
+def check_outside(out: str, images: Path) -> None:
+    """Raise StageError if stores would be written into a folder of images: later they would be taken for a class."""
+    root = Root(out)
+    if root.local and Path(root.path).resolve().is_relative_to(images.expanduser().resolve()):
+        raise StageError(f"{out}: lies inside {images}, whose folders are classes; write to another folder")
 
 
 def write_store(config: DataConfig, url: str, split: str, images: Images, attribution: AttributionConfig) -> None:
