@@ -95,14 +95,15 @@ def info(store: Store, plot: str | None) -> None:
 def describe_versions(store: Store) -> list[str]:
     """A line for each version of a store, with its tags; none for a store of schema 1.0. Raises StoreError if a
     document is damaged."""
-    from nfm.storage_specs.reading.versions import list_documents, list_tags, open_document
+    from nfm.storage_specs.reading.versions import Tags, list_documents, list_tags
 
+    documents = list_documents(store.root, store.opened)
     tags: dict[int, list[str]] = {}
+    version_of = Tags(store.root, {dataset.version: dataset.id for dataset in documents}).version_of
     for tag in list_tags(store.root):
-        version = open_document(f"{store.url}@{tag}", store.options).dataset.version
-        tags.setdefault(version, []).append(tag)
+        tags.setdefault(version_of(tag), []).append(tag)
     lines = []
-    for dataset in list_documents(store.root):
+    for dataset in documents:
         names = "".join(f" @{tag}" for tag in tags.get(dataset.version, []))
         draws = f", {count(dataset.spec.num_draws, 'draw')}" if dataset.spec.num_draws else ""
         licence = f", licence {dataset.attribution.licence}" if dataset.attribution.licence else ""

@@ -22,6 +22,7 @@ LEASE_FILE = f"{COMMITS_FOLDER}/driver.json"  # of the driver that writes the st
 COPY_FILE = "copy.json"  # in an unfinished copy: which store it is of
 EXPORT_FILE = "export.json"  # in a folder of tuples: which store they are from
 
+MAX_VERSION = 1_000_000
 MAX_METADATA_BYTES = 1 << 26  # of a JSON document
 MAX_DOCUMENT_BYTES = 1 << 30  # of any file beside those of columns; a larger one is damaged or hostile
 

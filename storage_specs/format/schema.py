@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.format.codecs import STORED_DTYPES, FloatDtype, ZDtype
+from nfm.storage_specs.format.names import MAX_VERSION
 from nfm.storage_specs.storage.documents import StrictModel, canonical_json, load_json
 from nfm.storage_specs.storage.errors import StoreError, UnsupportedError
 
@@ -23,6 +24,7 @@ SCHEMA_VERSION = f"{SCHEMA_MAJOR}.{SCHEMA_MINOR}"
 MAX_ROW_BYTES = 1 << 28  # of one float32 image; a spec with more is damaged or hostile
 MAX_DRAWS = 1 << 16
 MAX_FILES = 1 << 20  # of columns; a larger store needs larger blocks
+MAX_FREE_FORM_BYTES = 1 << 20  # of JSON; what nfm writes takes a few KB
 MAX_SQUARED_ERROR = 1e100  # of a file; that of float32 values is below it, and no sum over files overflows
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -32,6 +34,7 @@ NoiseDtype = Literal["float32", "float16"]
 NoiseLaw = Literal["philox-as241-v1"]
 Precision = Literal["fp32", "tf32", "bf16"]
 ImageView = Literal["plain", "mirrored"]
+VersionNumber = Annotated[int, Field(ge=1, le=MAX_VERSION)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Draws = Annotated[int, Field(ge=1, le=MAX_DRAWS)]
 Rows = Annotated[int, Field(ge=1, le=10**12)]  # a key in a WebDataset file has twelve digits
@@ -39,6 +42,16 @@ Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 FiniteNonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FinitePositive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _check_size(value: dict[str, Any]) -> dict[str, Any]:
+    if (num_bytes := len(json.dumps(value, default=str))) > MAX_FREE_FORM_BYTES:
+        raise ValueError(f"got {num_bytes} bytes of JSON, expected at most {MAX_FREE_FORM_BYTES}")
+    return value
+
+
+# A part of a document whose fields the schema does not know.
+FreeForm = Annotated[dict[str, Any], AfterValidator(_check_size)]
 
 
 class PixelSpec(StrictModel):
@@ -51,7 +64,7 @@ class DecoderSpec(StrictModel):
     """The network that turns latents into images: its name, its architecture, and the sha256 of its weights."""
 
     name: str
-    architecture: dict[str, Any]
+    architecture: FreeForm
     sha256: Sha256
 
 
@@ -81,9 +94,9 @@ class NetworkSpec(StrictModel):
     """A network that values of a store were made with: its architecture, the sha256 of its weights, and, as
     information, how it was trained."""
 
-    architecture: dict[str, Any]
+    architecture: FreeForm
     sha256: Sha256
-    training: dict[str, Any]
+    training: FreeForm
 
 
 class NfmCoupling(StrictModel):
@@ -168,7 +181,7 @@ class Spec(StrictModel):
     num_classes: Annotated[int, Field(ge=0, le=1_000_000)]  # 0: the images have no labels
     class_names: list[str]
     names: bool  # whether names.parquet says where each image comes from
-    preprocessing: dict[str, Any]
+    preprocessing: FreeForm
     coupling: Coupling | None = None
 
     @model_validator(mode="before")
@@ -360,11 +373,11 @@ class Dataset(StrictModel):
 
     schema_version: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")]
     id: Sha256  # of the content (see `content_id`); versions that differ in their attribution alone share it
-    version: Annotated[int, Field(ge=1, le=1_000_000)]
+    version: VersionNumber
     parent: Sha256 | None  # id of the version before this one
     spec: Spec
     totals: Totals
-    records: dict[str, dict[str, Any]]  # where the values are inside each file, for readers without our code
+    records: dict[str, FreeForm]  # where the values are inside each file, for readers without our code
     documents: Documents
     attribution: Attribution
 
@@ -379,7 +392,7 @@ class Dataset(StrictModel):
 class Tag(StrictModel):
     """`tags/<name>.json`: a name for a version."""
 
-    version: Annotated[int, Field(ge=1, le=1_000_000)]
+    version: VersionNumber
     id: Sha256
 
 

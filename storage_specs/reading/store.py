@@ -38,7 +38,7 @@ from nfm.storage_specs.format.schema import (
     Totals,
 )
 from nfm.storage_specs.format.sums import NUM_POWERS, ZSums
-from nfm.storage_specs.reading.versions import open_document
+from nfm.storage_specs.reading.versions import OpenedDocument, open_document
 from nfm.storage_specs.storage.cache import Cache
 from nfm.storage_specs.storage.documents import parse_json
 from nfm.storage_specs.storage.errors import StoreError
@@ -68,6 +68,7 @@ class Store:
         self, url: str, kind: Kind | None = None, options: dict[str, Any] | None = None, cache: Cache | None = None
     ) -> None:
         opened = open_document(url, options)
+        self.opened: OpenedDocument = opened
         self.root: Root = opened.root
         self.options = options
         self.document: bytes = opened.data  # dataset.json, or the document of an older version, as it was read

@@ -26,10 +26,10 @@ from nfm.storage_specs.format.names import (
     version_file,
 )
 from nfm.storage_specs.format.noise import standard_normal
-from nfm.storage_specs.format.schema import DocumentFile
+from nfm.storage_specs.format.schema import Dataset, DocumentFile
 from nfm.storage_specs.format.sums import NUM_POWERS, ZSums, sigma_f, sum_z
 from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.reading.versions import list_tags, open_document
+from nfm.storage_specs.reading.versions import Tags, list_tags
 from nfm.storage_specs.storage.documents import load_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import IO_THREADS, sha256
@@ -202,10 +202,13 @@ def _list_document_checks(store: Store) -> Iterator[tuple[str, Callable[[], obje
             yield path, partial(_check_card, store, card, path if is_newest else None)
         if is_newest:
             yield version, partial(_compare, store, version, store.document, f"{DATASET_FILE} of the same version")
-        for earlier in range(1, store.dataset.version):
-            yield version_file(earlier), partial(_check_earlier_version, store, earlier)
+        history = _History(store)
+        for earlier in reversed(range(1, store.dataset.version)):
+            yield version_file(earlier), partial(history.check, earlier)
+            if not store.root.exists(version_file(earlier)):
+                break  # a version that exists has all before it: those before a gap would be as many as a number says
         for tag in list_tags(store.root):
-            yield f"{TAGS_FOLDER}/{tag}.json", partial(open_document, f"{store.url}@{tag}", store.options)
+            yield f"{TAGS_FOLDER}/{tag}.json", partial(history.tags.version_of, tag)
     else:  # 1.0 has no hashes of its cards: whether they can be read, as copies need them
         for path in (README_FILE, CROISSANT_FILE):
             yield path, partial(store.root.read, path, MAX_METADATA_BYTES)
@@ -266,21 +269,30 @@ def _check_card(store: Store, card: DocumentFile, copied_to: str | None) -> None
         _compare(store, copied_to, data, f"{card.path}, the card of the newest version")
 
 
-def _check_earlier_version(store: Store, version: int) -> None:
-    """Raise StoreError unless a version before this one is the parent of the next, and its documents have their
-    sha256."""
-    name = f"{store.url}/{version_file(version)}"
-    earlier = parse_dataset(store.root.read(version_file(version), MAX_METADATA_BYTES), name)
-    child = store.dataset
-    if version + 1 < store.dataset.version:
-        path = version_file(version + 1)
-        child = parse_dataset(store.root.read(path, MAX_METADATA_BYTES), f"{store.url}/{path}")
-    if (earlier.version, earlier.id) != (version, child.parent):
-        raise StoreError(f"{name}: it is not the parent that version {version + 1} names; the file is damaged")
-    max_bytes = max_document_bytes(earlier)
-    for kind, file in earlier.documents.by_name().items():
-        if sha256(store.root.view(file.path, max_bytes[kind])) != file.sha256:
-            raise StoreError(f"{store.url}/{file.path}: its sha256 is not the one in {name}; the file is damaged")
+class _History:
+    """The versions before the one that was opened, of which each document is read once, the newest first."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._child: Dataset | None = store.dataset  # the version after the one to check; None if it is damaged
+        self._ids = {store.dataset.version: store.dataset.id}
+        self.tags = Tags(store.root, self._ids)
+
+    def check(self, version: int) -> None:
+        """Raise StoreError unless a version is the parent of the next, and its documents have their sha256."""
+        root, child = self._store.root, self._child
+        self._child = None
+        path = version_file(version)
+        name = f"{root.url}/{path}"
+        earlier = parse_dataset(root.read(path, MAX_METADATA_BYTES), name)
+        self._child = earlier
+        if earlier.version != version or (child is not None and earlier.id != child.parent):
+            raise StoreError(f"{name}: it is not the parent that version {version + 1} names; the file is damaged")
+        self._ids[version] = earlier.id
+        max_bytes = max_document_bytes(earlier)
+        for kind, file in earlier.documents.by_name().items():
+            if sha256(root.view(file.path, max_bytes[kind])) != file.sha256:
+                raise StoreError(f"{root.url}/{file.path}: its sha256 is not the one in {name}; the file is damaged")
 
 
 def describe_weak_promises(store: Store) -> Iterable[str]:

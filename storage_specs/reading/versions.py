@@ -18,7 +18,7 @@ from nfm.storage_specs.storage.documents import parse_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import Root
 
-_VERSION = re.compile(r"v([1-9][0-9]{0,5})")
+_VERSION = re.compile(r"v([1-9][0-9]{0,6})")
 TAG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_TAG_BYTES = 4096
 
@@ -69,8 +69,11 @@ def open_document(url: str, options: dict[str, Any] | None) -> OpenedDocument:
     return _read_document(root, DATASET_FILE)
 
 
-def _read_document(root: Root, path: str) -> OpenedDocument:
+def _read_document(root: Root, path: str, read: OpenedDocument | None = None) -> OpenedDocument:
+    """Read a document; it is parsed unless it is the one that was `read` before."""
     data = root.read(path, MAX_METADATA_BYTES)
+    if read is not None and read.data == data:
+        return OpenedDocument(root, path, data, read.dataset)
     return OpenedDocument(root, path, data, parse_dataset(data, f"{root.url}/{path}"))
 
 
@@ -79,21 +82,54 @@ def _open_reference(root: Root, reference: str) -> OpenedDocument:
     match = _VERSION.fullmatch(reference)
     if match:
         return _open_version(root, int(match[1]))
-    path = f"{TAGS_FOLDER}/{reference}.json"
-    if not root.exists(path):
+    if not root.exists(_tag_file(reference)):
         tags = list_tags(root)
         existing = f"it has {', '.join(tags)}" if tags else "it has no tags"
         raise StoreError(f"{root.url}@{reference}: got a tag that the store does not have; {existing}")
-    tag = parse_json(Tag, root.read(path, MAX_TAG_BYTES), f"{root.url}/{path}")
-    if not root.exists(version_file(tag.version)):
-        raise StoreError(f"{root.url}/{path}: got version {tag.version}, which is missing; the file is damaged")
+    tag = _read_tag(root, reference)
     opened = _open_version(root, tag.version)
-    if opened.dataset.id != tag.id:
-        raise StoreError(f"{root.url}/{path}: its id is not that of version {tag.version}; the file is damaged")
+    _check_tag(root, reference, tag, opened.dataset.id)
     return opened
 
 
-def _open_version(root: Root, version: int) -> OpenedDocument:
+def _tag_file(name: str) -> str:
+    return f"{TAGS_FOLDER}/{name}.json"
+
+
+def _read_tag(root: Root, name: str) -> Tag:
+    path = _tag_file(name)
+    tag = parse_json(Tag, root.read(path, MAX_TAG_BYTES), f"{root.url}/{path}")
+    if not root.exists(version_file(tag.version)):
+        raise StoreError(f"{root.url}/{path}: got version {tag.version}, which is missing; the file is damaged")
+    return tag
+
+
+def _check_tag(root: Root, name: str, tag: Tag, version_id: str) -> None:
+    """Raise StoreError unless the version of a tag has its id."""
+    if version_id != tag.id:
+        path = _tag_file(name)
+        raise StoreError(f"{root.url}/{path}: its id is not that of version {tag.version}; the file is damaged")
+
+
+class Tags:
+    """Which versions the tags of a store name. A version whose id is in `ids`, by number, is not read; those that are
+    read are added, so that one with many tags is read once."""
+
+    def __init__(self, root: Root, ids: dict[int, str]) -> None:
+        self._root = root
+        self._ids = ids
+
+    def version_of(self, name: str) -> int:
+        """The number of the version with a tag. Raises StoreError if the tag or the document of the version is
+        damaged."""
+        tag = _read_tag(self._root, name)
+        if tag.version not in self._ids:
+            self._ids[tag.version] = _open_version(self._root, tag.version).dataset.id
+        _check_tag(self._root, name, tag, self._ids[tag.version])
+        return tag.version
+
+
+def _open_version(root: Root, version: int, read: OpenedDocument | None = None) -> OpenedDocument:
     path = version_file(version)
     if not root.exists(path):
         versions = list_versions(root)
@@ -101,7 +137,7 @@ def _open_version(root: Root, version: int) -> OpenedDocument:
             raise StoreError(f"{root.url}@v{version}: a store of schema 1.0 has no versions; give {root.url}")
         existing = f"versions 1 to {versions[-1]}" if len(versions) > 1 else "version 1" if versions else "none"
         raise StoreError(f"{root.url}@v{version}: got a version that the store does not have; it has {existing}")
-    opened = _read_document(root, path)
+    opened = _read_document(root, path, read)
     if opened.dataset.version != version:
         raise StoreError(f"{root.url}/{path}: got version {opened.dataset.version}; the file is damaged")
     return opened
@@ -131,14 +167,14 @@ def list_versions(root: Root) -> list[int]:
     return sorted(numbers - {0})
 
 
-def list_documents(root: Root) -> list[Dataset]:
+def list_documents(root: Root, read: OpenedDocument | None = None) -> list[Dataset]:
     """The documents of all versions of a store up to the newest, in order. Raises StoreError if one is damaged. A later
-    one, whose publication was interrupted, is no version yet."""
+    one, whose publication was interrupted, is no version yet. One that was `read` before is not parsed again."""
     versions = list_versions(root)
     if root.exists(DATASET_FILE):
-        newest = _read_document(root, DATASET_FILE).dataset.version
-        versions = [version for version in versions if version <= newest]
-    return [_open_version(root, version).dataset for version in versions]
+        read = _read_document(root, DATASET_FILE, read)
+        versions = [version for version in versions if version <= read.dataset.version]
+    return [_open_version(root, version, read).dataset for version in versions]
 
 
 def list_tags(root: Root) -> list[str]:

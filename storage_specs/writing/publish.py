@@ -26,6 +26,7 @@ from nfm.storage_specs.format.names import (
     MANIFEST_NAME,
     MAX_DOCUMENT_BYTES,
     MAX_METADATA_BYTES,
+    MAX_VERSION,
     NAMES_NAME,
     README_FILE,
     SIGMA_F_NAME,
@@ -100,7 +101,7 @@ def publish(
         _restore_documents(root, previous, content)
         if _is_intact(root, previous) and _holds(root, previous, content):
             return _publish_documents(root, previous)
-    number = previous.version + 1 if previous else 1
+    number = _next_number(root, previous) if previous else 1
     for unreadable in list_versions(root):
         if unreadable > number:
             root.delete(version_file(unreadable))
@@ -162,6 +163,16 @@ def _cards(dataset: Dataset) -> dict[str, bytes]:
     return {"readme": readme(dataset).encode(), "croissant": canonical_json(croissant(dataset))}
 
 
+def _next_number(root: Root, newest: Dataset) -> int:
+    """The number of the version after the newest. Raises StoreError if there is none."""
+    if newest.version == MAX_VERSION:
+        raise StoreError(
+            f"{root.url}: got version {newest.version}, the last that a store can have; "
+            "nfm store convert writes it to another URL, as version 1"
+        )
+    return newest.version + 1
+
+
 def restore_newest_version(store: Store) -> None:
     """Write the document of the newest version, as which `store` was opened, from dataset.json if it cannot be read
     itself. Nothing else holds its attribution."""
@@ -198,7 +209,9 @@ def _readable_versions(root: Root, versions: Iterable[int]) -> Iterator[Dataset]
 
 def _restore_earlier_versions(root: Root, newest: int, content_of: Callable[[Spec], Content], lineage: str) -> None:
     """Write the damaged or missing documents of the versions before the newest again, as far as that is possible."""
-    for version in range(1, newest):
+    for version in list_versions(root):
+        if version >= newest:
+            break
         path = version_file(version)
         try:
             dataset = parse_dataset(root.read(path, MAX_METADATA_BYTES), f"{root.url}/{path}")
@@ -341,7 +354,8 @@ def annotate_store(store: Store, attribution: Attribution, removed: Iterable[str
         updated = newest.attribution.without(removed).updated(attribution)
         if updated == newest.attribution:
             return _publish_documents(store.root, newest)
-        version = newest.model_copy(update={"attribution": updated, "version": newest.version + 1, "parent": newest.id})
+        number = _next_number(store.root, newest)
+        version = newest.model_copy(update={"attribution": updated, "version": number, "parent": newest.id})
         return _publish_documents(store.root, _write_version(store.root, version))
 
 
