@@ -146,7 +146,10 @@ def _repair(
         )
     lost = find_document_faults(repaired)
     if lost:
-        raise StoreError(f"{_summary(lost)}. All else is repaired; what is lost can only come from a copy of the store")
+        raise StoreError(
+            f"{_summary(lost)}. All else is repaired. Nothing else says what this was: "
+            "put the file there from a copy of the store, by hand"
+        )
     stray = list(find_stray_files(repaired))
     if stray:
         raise StoreError(f"{_summary(stray)}. Nothing else is wrong any more")
