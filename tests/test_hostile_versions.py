@@ -10,15 +10,21 @@ from typing import Any
 
 import pytest
 
+from nfm.pipeline.store_cli import describe_versions
 from nfm.storage_specs.format.attribution import Attribution
+from nfm.storage_specs.format.dataset import parse_dataset
+from nfm.storage_specs.format.names import MAX_VERSION, version_file
+from nfm.storage_specs.format.schema import Dataset
+from nfm.storage_specs.reading import verify, versions
 from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.reading.verify import find_faults
-from nfm.storage_specs.reading.versions import list_documents
+from nfm.storage_specs.reading.verify import find_document_faults, find_faults
+from nfm.storage_specs.reading.versions import list_documents, list_versions
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import sha256
-from nfm.storage_specs.writing.publish import annotate_store
+from nfm.storage_specs.writing.publish import annotate_store, tag_version
 from nfm.storage_specs.writing.repair import repair_store
+from nfm.storage_specs.writing.transfer import copy_store
 from nfm.storage_specs.writing.writer import read_started_spec
 from tests.tools.fuzz_files import change_files, read_files
 from tests.tools.fuzz_seals import seal
@@ -178,3 +184,55 @@ def test_a_cost_that_cannot_be_read_is_a_fault_and_repaired(tmp_path: Path) -> N
     assert [fault.file for fault in find_faults(Store(store.url))] == ["cost.json"]
     assert repair_store(store.url, ignore_progress).is_complete
     assert (tmp_path / "cost.json").read_bytes() == cost and list(find_faults(Store(store.url))) == []
+
+
+def test_a_number_of_versions_is_no_work(tmp_path: Path) -> None:
+    """A small store that calls itself the last of a million versions."""
+    root, copied = tmp_path / "store", f"{tmp_path}/copy"
+    KIND.write(str(root), "webdataset")
+    damage(root, "dataset.json", edit(version=MAX_VERSION, parent=Store(str(root)).dataset.id))
+    (root / "versions/0001.json").unlink()
+    shutil.copy(root / "dataset.json", root / version_file(MAX_VERSION))
+    store = Store(f"{root}@v{MAX_VERSION}")
+    assert [fault.file for fault in find_faults(store)] == [version_file(MAX_VERSION - 1)]
+    with pytest.raises(StoreError, match=rf"{MAX_VERSION - 1}\.json.*nothing was copied"):
+        copy_store(store, copied, ignore_progress, None)
+    with pytest.raises(StoreError, match="^.*/store: got version 1000000, the last that a store can have; [^\n]*$"):
+        annotate_store(Store(str(root)), Attribution(notes="x"))
+    assert list_versions(store.root) == [MAX_VERSION]
+    with pytest.raises(StoreError, match=rf"{MAX_VERSION - 1}\.json is missing"):
+        repair_store(str(root), ignore_progress)
+
+
+def test_tags_make_no_version_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    KIND.write(str(tmp_path), "webdataset")
+    for notes in ("second", "third"):
+        annotate_store(Store(str(tmp_path)), Attribution(notes=notes))
+    for number in range(30):
+        tag_version(Store(f"{tmp_path}@v{number % 3 + 1}"), f"tag-{number}")
+    parsed: list[str] = []
+
+    def parse(data: bytes, name: str) -> Dataset:
+        parsed.append(name.rpartition("/")[2])
+        return parse_dataset(data, name)
+
+    for module in (versions, verify):
+        monkeypatch.setattr(module, "parse_dataset", parse)
+    store = Store(str(tmp_path))
+    assert len(describe_versions(store)) == 3 and parsed == ["dataset.json", "0001.json", "0002.json"]
+    parsed.clear()
+    assert find_document_faults(store) == [] and parsed == ["0002.json", "0001.json"]
+
+
+@pytest.mark.parametrize("part", ["preprocessing", "coupling.teacher.architecture", "coupling.teacher.training"])
+def test_parts_without_a_schema_have_a_size(tmp_path: Path, part: str) -> None:
+    PAIRS.write(str(tmp_path), "webdataset")
+    document = json.loads((tmp_path / "dataset.json").read_bytes())
+    *sections, field = part.split(".")
+    section = document["spec"]
+    for name in sections:
+        section = section[name]
+    section[field] = {"note": ["x"] * 300_000}
+    (tmp_path / "dataset.json").write_bytes(canonical_json(document))
+    with pytest.raises(StoreError, match=rf"spec\..*{field}.*got 1500010 bytes of JSON, expected at most 1048576"):
+        Store(str(tmp_path))
