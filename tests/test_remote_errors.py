@@ -2,6 +2,7 @@
 the URL."""
 
 import re
+import socket
 import threading
 import time
 from collections import deque
@@ -14,11 +15,12 @@ from typing import Any
 
 import fsspec
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.memory import MemoryFileSystem
 
 from nfm.pipeline.cli import main
 from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.storage import files
+from nfm.storage_specs.storage import files, remote
 from nfm.storage_specs.storage.errors import OutageError, StorageError, StoreError
 from nfm.storage_specs.storage.files import Root
 from nfm.storage_specs.storage.lease import Lease
@@ -146,6 +148,50 @@ def test_a_server_that_is_away_is_no_missing_file(
         REQUESTS[request_name](Root(url))
     said = capsys.readouterr().err
     assert re.fullmatch(rf"{url}.*Cannot connect.*; trying again for up to .* s\n", said), "once, in one line"
+
+
+@pytest.mark.parametrize("scheme", ["https", "s3"])
+def test_a_port_without_tls_ends_at_once(server: Server, scheme: str) -> None:
+    endpoint = f"https://127.0.0.1:{server.port}"
+    options = {"key": "a", "secret": "b", "endpoint_url": endpoint} if scheme == "s3" else {}
+    url = "s3://bucket/store" if scheme == "s3" else f"{endpoint}/store"
+    started_at = time.monotonic()
+    with pytest.raises(StorageError, match=f"{url}.*; check the URL") as raised:
+        Root(url, options).exists("dataset.json")
+    assert time.monotonic() - started_at < AT_ONCE
+    assert not isinstance(raised.value, OutageError)
+
+
+def _no_answer(code: int) -> OSError:
+    """What aiohttp raises where the name of a host was not resolved."""
+    from aiohttp import ClientConnectorDNSError
+    from aiohttp.client_reqrep import ConnectionKey
+
+    key = ConnectionKey("nosuch", 443, True, True, None, None, None)
+    reason = socket.gaierror(code, "no answer")
+    error = ClientConnectorDNSError(key, reason)
+    error.__cause__ = reason
+    return error
+
+
+def test_a_host_that_does_not_exist_is_no_outage() -> None:
+    assert not remote.is_passing(_no_answer(socket.EAI_NONAME))
+    assert remote.is_passing(_no_answer(socket.EAI_AGAIN))
+    inside = EndpointConnectionError(endpoint_url="https://nosuch", error=_no_answer(socket.EAI_NONAME))
+    assert not remote.is_passing(inside)
+    missing = FileNotFoundError("https://nosuch/a")
+    missing.__cause__ = _no_answer(socket.EAI_NONAME)
+    assert not remote.is_missing(missing) and not remote.is_passing(missing)
+
+
+def test_the_file_stands_before_the_query_of_its_url(server: Server) -> None:
+    """A signature belongs to the URL, and is hidden."""
+    server.status = 403
+    with pytest.raises(StorageError, match=rf"^{server.url}/dataset\.json\?X-Amz-Signature=\*\*\*: HTTP 403"):
+        Root(f"{server.url}?X-Amz-Signature=0123456789").size("dataset.json")
+    server.status = 404
+    with pytest.raises(StoreError, match=rf"^{server.url}/dataset\.json\?X-Amz-Signature=\*\*\* is missing"):
+        Root(f"{server.url}?X-Amz-Signature=0123456789").read("dataset.json", 10)
 
 
 def test_what_is_repeated_is_said_once(

@@ -74,7 +74,7 @@ class Root:
 
     def full_path(self, path: str) -> str:
         """The path in the file system of a file below this folder. Raises StoreError for a path that leaves it."""
-        return posixpath.join(self.path, check_relative_path(path))
+        return _join(self.path, check_relative_path(path))
 
     def local_file(self, path: str) -> LocalFile:
         """A file of this folder, which is a local one, for the functions of local.py. Raises StoreError for a path that
@@ -121,7 +121,7 @@ class Root:
 
     def _name(self, path: str) -> str:
         """The URL of a file, for messages."""
-        return f"{self.url}/{path}" if path else self.url
+        return _join(self.url, path) if path else self.url
 
     @contextmanager
     def _local_errors(self, path: str) -> Iterator[None]:
@@ -186,7 +186,7 @@ class Root:
         except FileNotFoundError:
             return None
         if size is None:
-            raise StoreError(f"{self.url}/{path}: the server reports no file size")
+            raise StoreError(f"{self._name(path)}: the server reports no file size")
         return int(size)
 
     def view(self, path: str, max_bytes: int) -> NDArray[np.uint8]:
@@ -224,12 +224,12 @@ class Root:
             raise self._missing_error(path) from error
 
     def _missing_error(self, path: str) -> StoreError:
-        return StoreError(f"{self.url}/{path} is missing; the URL is wrong, or what writes it has not finished")
+        return StoreError(f"{self._name(path)} is missing; the URL is wrong, or what writes it has not finished")
 
     def _check_size(self, path: str, size: int, max_bytes: int) -> None:
         if size > max_bytes:
             raise StoreError(
-                f"{self.url}/{path}: got {size} bytes, expected at most {max_bytes}; "
+                f"{self._name(path)}: got {size} bytes, expected at most {max_bytes}; "
                 "the file is larger than any such file that nfm writes"
             )
 
@@ -245,7 +245,7 @@ class Root:
             raise self._missing_error(path) from error
         if len(data) > end - start:
             raise StoreError(
-                f"{self.url}/{path}: got {len(data)} bytes for a range of {end - start}; the storage does not support "
+                f"{self._name(path)}: got {len(data)} bytes for a range of {end - start}; the storage does not support "
                 "ranges"
             )
         return bytes(data)
@@ -286,6 +286,15 @@ class Root:
             local.delete_file(self.local_file(path))
             return
         self._retry(path, lambda: self.fs.rm_file(self.full_path(path)))
+
+
+def _join(url: str, path: str) -> str:
+    """The path or URL of a file in a folder. The query of a web URL, such as a signature, stays at the end."""
+    query = ""
+    if url.startswith(("http://", "https://")):
+        url, mark, query = url.partition("?")
+        query = mark + query
+    return posixpath.join(url, path) + query
 
 
 def _own_options(url: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Errors of remote file systems: whether a file is missing, whether another attempt may succeed, and how they read."""
 
 import errno
+import socket
 import ssl
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,16 @@ _PASSING_ERRNOS = {
     *(None, errno.EIO, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ETIMEDOUT, errno.EPIPE, errno.ESTALE),
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOBUFS),
     *(errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, getattr(errno, "EREMOTEIO", errno.EIO)),
+}
+_NO_HOST = {getattr(socket, name, socket.EAI_NONAME) for name in ("EAI_NONAME", "EAI_NODATA")}
+_NO_COMMON_TLS = {  # reasons that OpenSSL gives where a port speaks no TLS, or none that we speak
+    *("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"),
+    *(
+        "UNSUPPORTED_PROTOCOL",
+        "TLSV1_ALERT_PROTOCOL_VERSION",
+        "SSLV3_ALERT_HANDSHAKE_FAILURE",
+        "NO_PROTOCOLS_AVAILABLE",
+    ),
 }
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 # Errors of the libraries under fsspec, as (module, class). They are looked up in `sys.modules`: a library that was not
@@ -62,7 +73,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         if cause is None:
             return
         yield cause
-        cause = cause.__cause__
+        inner = getattr(cause, "kwargs", {}).get("error")  # where botocore keeps it
+        cause = inner if isinstance(inner, BaseException) else cause.__cause__
 
 
 def find_http_status(error: BaseException) -> tuple[int | None, str]:
@@ -100,16 +112,26 @@ def is_passing(error: BaseException) -> bool:
     if status is not None and status >= 400:
         return code in _PASSING_CODES or status in _PASSING_STATUS or (status >= 500 and status not in _FINAL_STATUS)
     causes = list(_causes(error))
-    if any(isinstance(cause, ssl.SSLCertVerificationError) or _is_among(cause, _FINAL_CLASSES) for cause in causes):
+    if any(_stays(cause) for cause in causes):
         return False
     if any(_has_passing_class(cause) for cause in causes):
         return True
     return isinstance(error, OSError) and not isinstance(error, _FINAL_ERRORS) and error.errno in _PASSING_ERRNOS
 
 
+def _stays(error: BaseException) -> bool:
+    """Whether the reason for which a server was not reached is none that passes: it speaks no TLS, or not the one that
+    we do, its certificate does not hold, or there is no host of that name."""
+    if isinstance(error, socket.gaierror):
+        return error.errno in _NO_HOST  # EAI_AGAIN passes
+    if isinstance(error, ssl.SSLCertVerificationError) or _is_among(error, _FINAL_CLASSES):
+        return True
+    return isinstance(error, ssl.SSLError) and getattr(error, "reason", None) in _NO_COMMON_TLS
+
+
 def is_about_credentials(error: BaseException) -> bool:
     """Whether an error says that credentials or a profile are missing or wrong."""
-    return _is_among(error, _CREDENTIAL_CLASSES)
+    return _is_among(error, _CREDENTIAL_CLASSES) and not any(_stays(cause) for cause in _causes(error))
 
 
 def describe(error: BaseException) -> str:

@@ -16,7 +16,10 @@ MIN_SECRET = 6  # characters; a shorter value would be found in words that have 
 
 # Names that secrets have in queries and options: X-Amz-Signature, sig, account_key, Authorization, …
 _HIDDEN_NAME = "sig|token|secret|pass|pwd|cred|auth|key|cookie|policy|jwt|session|connection_string|header|code"
-_QUERY_VALUE = re.compile(rf"([?&;#][\w.%~-]{{0,64}}(?:{_HIDDEN_NAME})[\w.%~-]{{0,64}}=)[^\s&#'\"<>]+", re.IGNORECASE)
+# A value ends before the colon of a message, as in "https://host/a?sig=***: HTTP 403".
+_QUERY_VALUE = re.compile(
+    rf"([?&;#][\w.%~-]{{0,64}}(?:{_HIDDEN_NAME})[\w.%~-]{{0,64}}=)[^\s&#'\"<>]+?(?=:?(?:[\s&#'\"<>]|$))", re.IGNORECASE
+)
 _WEB_SCHEME = re.compile(r"\b(?:https?|ftps?)$", re.IGNORECASE)  # where a user without a password may be a token
 _OPTION_VALUE = re.compile(r"(storage\.options\.(?:[^\s=.]+\.)*([^\s=.]+)=)(\S+)")
 # Options of file systems whose values are no secrets. Texts of any other option are taken for one.
