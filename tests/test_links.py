@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from nfm.storage_specs.reading.stream import CouplingStream
 from nfm.storage_specs.reading.verify import find_faults
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import Root, split_url
+from nfm.storage_specs.storage.local import MAX_DEPTH, open_folder
 from nfm.storage_specs.writing.transfer import copy_store
 from nfm.storage_specs.writing.writer import StoreWriter
 from tests.tools.small_run import Run
@@ -182,3 +185,22 @@ def test_what_is_no_file_is_refused_at_once(store: Path, make: Callable[[Path], 
     make(store / "dataset.json")
     with pytest.raises(StoreError, match="dataset.json"):
         Store(str(store))
+
+
+def test_a_folder_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    """It takes no recursion, and no descriptor of each level."""
+    url = tmp_path / "store"
+    Root(str(url)).write("/".join("d" * MAX_DEPTH) + "/file", b"data")
+    assert list(Root(str(url)).list_file_sizes().values()) == [4]
+    with open_folder(str(url)) as top:
+        descriptor = os.dup(top)
+    for _ in range(1500):  # its path is longer than a system call takes
+        with suppress(FileExistsError):
+            os.mkdir("d", dir_fd=descriptor)
+        child = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = child
+    os.close(descriptor)
+    with pytest.raises(StoreError, match=f"nested more than {MAX_DEPTH} deep .*, which no store has; move them away"):
+        Root(str(url)).list_file_sizes()
+    subprocess.run(["rm", "-r", url], check=True)  # pytest would do it by recursion

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from nfm.storage_specs.storage.errors import StoreError
 
+MAX_DEPTH = 16  # of folders below one another; a store has at most half of it
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 _SEARCH = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # enough to open what is in a folder
 _LIST = os.O_DIRECTORY | os.O_RDONLY
@@ -161,15 +162,25 @@ def list_folder(folder: str, path: str) -> list[str]:
 
 
 def list_files(folder: str) -> Iterator[tuple[str, int]]:
-    """Path and size in bytes of every regular file below `folder`, without what links lead to; none if there is no such
-    folder."""
-    with suppress(FileNotFoundError), open_folder(folder, flags=_LIST) as top:
-        for path, _, names, descriptor in os.fwalk(".", dir_fd=top, follow_symlinks=False):
-            for name in names:
+    """Path and size in bytes of every regular file below `folder`, without what links lead to, and without what is in
+    folders that may not be read; none if there is no such folder. Raises StoreError at one that is nested more than
+    MAX_DEPTH deep."""
+    remaining = [""]
+    while remaining:
+        path = remaining.pop()
+        if path.count("/") >= MAX_DEPTH:
+            raise StoreError(
+                f"{folder}: got folders that are nested more than {MAX_DEPTH} deep ({path[:40]}…), which no store has; "
+                "move them away"
+            )
+        refusal = (FileNotFoundError, PermissionError) if path else (FileNotFoundError,)
+        with suppress(*refusal), open_folder(folder, path, _LIST) as descriptor, os.scandir(descriptor) as entries:
+            for entry in entries:
                 with suppress(FileNotFoundError):  # deleted since it was listed
-                    status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-                    if stat.S_ISREG(status.st_mode):
-                        yield posixpath.join(path, name).removeprefix("./"), status.st_size
+                    if entry.is_file(follow_symlinks=False):
+                        yield posixpath.join(path, entry.name), entry.stat(follow_symlinks=False).st_size
+                    elif entry.is_dir(follow_symlinks=False):
+                        remaining.append(posixpath.join(path, entry.name))
 
 
 def write_file(file: LocalFile, data: bytes) -> None:
