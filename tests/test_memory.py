@@ -184,7 +184,7 @@ HOSTILE = [
     Hostile("equal rows", changed(lambda: equal_rows(60_000)), verify, "row 0 has rows"),
     Hostile("a long name", long_name, parse_many_names, "got a text of 1000000 bytes|got a dictionary"),
     Hostile("sparse weights", checkpoints.sparse_weights, load_any_network, 'Unexpected key.* "more"'),
-    Hostile("a sparse network", checkpoints.sparse_network, load_any_network, "got a file of 210062202850 bytes"),
+    Hostile("a sparse network", checkpoints.sparse_network, load_any_network, "got a file of 2100622\\d{5} bytes"),
     Hostile("a sparse state", checkpoints.sparse_state, load, "got a file of 200000000156 bytes, expected at most"),
     Hostile("a long header", checkpoints.long_header, load, "a header of 60000000 bytes"),
     Hostile("a nested header", checkpoints.nested_header, load, "got more than 3000000 values"),

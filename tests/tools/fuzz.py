@@ -32,6 +32,7 @@ def run_cases(seeds: range, seconds: float) -> None:
     from tests.tools.fuzz_cases import make_case
     from tests.tools.fuzz_subjects import Subjects
     from tests.tools.fuzz_trial import run_trial
+    from tests.tools.memory import forget_peak, peak_bytes
 
     torch.set_num_threads(1)
     for name in ("fsync", "fdatasync"):  # which take most of the time
@@ -46,26 +47,16 @@ def run_cases(seeds: range, seconds: float) -> None:
         for seed in seeds:
             faulthandler.dump_traceback_later(seconds, exit=True)
             print(json.dumps({"seed": seed}), file=results, flush=True)
-            before, start = _forget_peak(), time.monotonic()
+            before, start = forget_peak(), time.monotonic()
             case = make_case(seed, subjects)
             finding = run_trial(case, Path(folder, f"{seed}"))
-            grown = _peak_mib() - before
+            grown = (peak_bytes() - before) >> 20
             if not finding and grown > GROWTH_MIB:
                 finding = f"the process grew by {grown} MiB"
             faulthandler.cancel_dump_traceback_later()
             line = {"seed": seed, "name": case.name, "sealed": case.sealed, "changes": case.changes}
             line |= {"finding": finding, "seconds": round(time.monotonic() - start, 3)}
             print(json.dumps(line), file=results, flush=True)
-
-
-def _peak_mib() -> int:
-    """What this process had in memory at most since it was asked to forget."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
-
-
-def _forget_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak_mib()
 
 
 def fuzz(seeds: range, seconds: float = SECONDS) -> list[dict[str, Any]]:

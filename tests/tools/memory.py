@@ -1,7 +1,7 @@
 """Running a function in a process of its own whose memory may grow by no more than a given number of bytes.
 
-What counts is anonymous memory (RssAnon), so mapped files do not. The process is killed when it takes more. Processes
-are forked from one that has imported this project, has no threads and has done nothing else.
+What counts is the peak that Linux itself records (VmHWM), so none is missed. The process is killed when it takes more.
+Processes are forked from one that has imported this project, has no threads and has done nothing else.
 """
 
 import multiprocessing
@@ -28,7 +28,7 @@ _PRELOADED = [
 class Outcome:
     """How a function ended."""
 
-    error: str  # name of the exception's class, such as "StoreError"; "" if it returned, "killed" if it was
+    error: str  # name of the exception's class, such as "StoreError"; "" if it returned, "killed" if it took too much
     is_value_error: bool  # whether the exception is of the family of errors that a user sees as one line
     message: str
     seconds: float
@@ -46,17 +46,19 @@ def run_watched(function: Callable[..., object], *arguments: Any, max_bytes: int
     try:
         assert receiver.poll(60), "the process did not start"
         initial_bytes = receiver.recv()
-        start, peak_bytes = time.monotonic(), initial_bytes
+        start = time.monotonic()
         while not receiver.poll(WATCH_SECONDS):
-            peak_bytes = max(peak_bytes, _anonymous_bytes(process.pid))
+            grown_bytes = peak_bytes(process.pid) - initial_bytes
             seconds = time.monotonic() - start
-            if peak_bytes - initial_bytes > max_bytes or seconds > timeout:
+            if grown_bytes > max_bytes or seconds > timeout:
                 process.kill()
                 process.join()
-                return Outcome("killed", False, "", seconds, peak_bytes - initial_bytes)
-        error, is_value_error, message, peak_in_process = receiver.recv()
-        peak_bytes = max(peak_bytes, peak_in_process)
-        return Outcome(error, is_value_error, message, time.monotonic() - start, peak_bytes - initial_bytes)
+                return Outcome("killed", False, "", seconds, grown_bytes)
+        error, is_value_error, message, final_peak_bytes = receiver.recv()
+        seconds, grown_bytes = time.monotonic() - start, final_peak_bytes - initial_bytes
+        if grown_bytes > max_bytes:  # it ended before anybody looked
+            return Outcome("killed", False, "", seconds, grown_bytes)
+        return Outcome(error, is_value_error, message, seconds, grown_bytes)
     finally:
         process.join(10)
         receiver.close()
@@ -64,21 +66,27 @@ def run_watched(function: Callable[..., object], *arguments: Any, max_bytes: int
 
 def _call(sender: Connection, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """In the process: call the function and send how it ended."""
-    sender.send(_anonymous_bytes())
+    sender.send(forget_peak())
     error: BaseException | None = None
     try:
         function(*arguments)
     except BaseException as raised:
         error = raised
     name, message = (type(error).__name__, str(error)) if error else ("", "")
-    sender.send((name, isinstance(error, ValueError), message, _anonymous_bytes()))
+    sender.send((name, isinstance(error, ValueError), message, peak_bytes()))
 
 
-def _anonymous_bytes(pid: int | None = None) -> int:
-    """The resident memory of a process that no file backs; 0 if the process is gone."""
+def peak_bytes(pid: int | None = None) -> int:
+    """What a process had in memory at most since it was started, or since `forget_peak`; 0 if the process is gone."""
     try:
         status = Path(f"/proc/{pid or 'self'}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return 0
     lines = dict(line.split(":", 1) for line in status.splitlines())
-    return int(lines["RssAnon"].split()[0]) * 1024 if "RssAnon" in lines else 0
+    return int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else 0
+
+
+def forget_peak() -> int:
+    """Make what this process has in memory now its peak, and return it in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
