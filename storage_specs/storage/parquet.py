@@ -1,6 +1,7 @@
 """Parquet files in memory, of which nothing is believed: neither how large their values are, nor how many they have."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from nfm.storage_specs.storage.errors import StoreError
 
 MAX_FOOTER_BYTES = 1 << 20
 MAX_DICTIONARY_BYTES = 1 << 22  # of a column in a group of rows; pyarrow begins to write values plainly after 1 MiB
+MAX_PAGES = 100_000  # of all columns; pyarrow ends a page after 20,000 rows or 1 MiB, and no sooner
+_MAX_FIELDS = 100  # in the header of a page
 _MAX_LIST = 10_000  # items of a list in the footer; each takes some 500 bytes before it is read
 _ENCODINGS = (0, 2, 3, 8)  # PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY: what pyarrow writes by default
 _DICTIONARY_PAGE = 2
@@ -77,22 +80,23 @@ def _check_footer(data: memoryview, name: str) -> None:
 
 
 def _check_pages(data: memoryview, metadata: pq.FileMetaData, limits: Limits, name: str) -> None:
-    """Raise StoreError unless the pages of all columns are within the file and within `limits`, by their own headers:
-    those say how much a reader allocates."""
-    num_bytes = 0
+    """Raise StoreError unless the pages of all columns are within the file, apart from each other, and within `limits`,
+    by their own headers: those say how much a reader allocates."""
+    num_bytes = num_pages = 0
+    chunks = sorted(_iterate_chunks(metadata))
+    if chunks and not 0 < chunks[0][0] <= max(stop for _, stop in chunks) <= len(data):
+        raise StoreError(f"{name}: a column lies outside the file")
+    if any(stop > next_start for (_, stop), (next_start, _) in pairwise(chunks)):
+        raise StoreError(f"{name}: got columns that share bytes of the file; the file is not one that nfm wrote")
     for group_number in range(metadata.num_row_groups):
         group = metadata.row_group(group_number)
         for column_number in range(group.num_columns):
             column = group.column(column_number)
-            starts = [column.data_page_offset]
-            if column.has_dictionary_page and column.dictionary_page_offset:
-                starts.append(column.dictionary_page_offset)
-            start = min(starts)
-            stop = start + column.total_compressed_size
-            if not 0 < start <= stop <= len(data):
-                raise StoreError(f"{name}: column {column.path_in_schema} lies outside the file")
             num_values = 0
-            for page in _iterate_pages(data, start, stop):
+            for page in _iterate_pages(data, *_extent(column)):
+                num_pages += 1
+                if num_pages > MAX_PAGES:
+                    raise StoreError(f"{name}: got more than {MAX_PAGES} pages; the file is not one that nfm wrote")
                 if page.is_dictionary and column.physical_type == "BYTE_ARRAY":
                     _check_dictionary(data, page, column.compression, limits.text_bytes, name)
                 if page.encoding not in _ENCODINGS:
@@ -102,6 +106,24 @@ def _check_pages(data: memoryview, metadata: pq.FileMetaData, limits: Limits, na
                 # A value takes at least two bytes in memory, as bits of its level or index alone do in the file.
                 if num_bytes > limits.value_bytes or 2 * num_values > limits.value_bytes:
                     raise StoreError(f"{name}: got more than {limits.value_bytes} bytes of values")
+
+
+def _iterate_chunks(metadata: pq.FileMetaData) -> Iterator[tuple[int, int]]:
+    """Start and end in the file of each column in each group of rows."""
+    for group_number in range(metadata.num_row_groups):
+        group = metadata.row_group(group_number)
+        for column_number in range(group.num_columns):
+            yield _extent(group.column(column_number))
+
+
+def _extent(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    """Start and end in the file of a column in a group of rows. Raises IndexError if it ends before it starts."""
+    start = column.data_page_offset
+    if column.has_dictionary_page and column.dictionary_page_offset:
+        start = min(start, column.dictionary_page_offset)
+    if column.total_compressed_size < 0:
+        raise IndexError(f"got {column.total_compressed_size} bytes of column {column.path_in_schema}")
+    return start, start + column.total_compressed_size
 
 
 def _check_dictionary(data: memoryview, page: "_Page", compression: str, max_bytes: int, name: str) -> None:
@@ -164,6 +186,7 @@ class _CompactReader:
 
     def __init__(self, data: memoryview, position: int) -> None:
         self.data, self.position = data, position
+        self.num_fields = 0
 
     def read_struct(self, depth: int = 0) -> dict[int, Any]:
         """The fields by their numbers: integers, and structs as dicts; others are left out."""
@@ -173,6 +196,9 @@ class _CompactReader:
         number = 0
         while (head := self._byte()) != 0:
             step, kind = head >> 4, head & 15
+            self.num_fields += 1
+            if self.num_fields > _MAX_FIELDS:
+                raise IndexError(f"got more than {_MAX_FIELDS} fields in the header of a page")
             number = number + step if step else self._integer()
             if kind in (_I16, _I32, _I64):
                 fields[number] = self._integer()
