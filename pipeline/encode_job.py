@@ -29,6 +29,7 @@ from nfm.storage_specs.reading.store import Store
 from nfm.storage_specs.storage.errors import StoreError
 from nfm.storage_specs.storage.files import absolute_url
 from nfm.storage_specs.storage.lease import Lease
+from nfm.storage_specs.writing.claims import check_output
 from nfm.storage_specs.writing.units import Unit, list_committed_units, list_missing_units
 from nfm.storage_specs.writing.writer import StoreWriter
 
@@ -91,15 +92,19 @@ def encode_couplings(
             progress.warn(f"{out} is complete already; its files are not read again: nfm store verify does that")
             update_attribution(out, attribution or AttributionConfig())
             return Summary(Store(out).dataset, units_before=len(list_committed_units(writer.root, writer.spec)))
+        check_output(writer.root)
         with ray_session(progress.set_status, config.insecure_cluster):  # first: until it is there, the output is free
             progress.set_status(f"waiting for the lease of {out}, which another driver may hold", announce=False)
-            with Lease(shared_url(out), LEASE_FILE) as lease:
+            with (
+                Lease(shared_url(out), LEASE_FILE) as lease,
+                worker_pool(config, samples, teacher, out, spec, storage) as pool,
+            ):
+                pool.check_room()  # before the output is of this spec: a job that cannot run leaves it free
                 writer.initialize(z_scale)
-                with worker_pool(config, samples, teacher, out, spec, storage) as pool:
-                    show_waiting(pool, progress)
-                    job = EncodeJob(config, writer, lease, pool, notice, progress)
-                    inherited = Store(samples, kind="samples").dataset.attribution
-                    return job.run((attribution or AttributionConfig()).to_attribution(), inherited)
+                show_waiting(pool, progress)
+                job = EncodeJob(config, writer, lease, pool, notice, progress)
+                inherited = Store(samples, kind="samples").dataset.attribution
+                return job.run((attribution or AttributionConfig()).to_attribution(), inherited)
 
 
 def read_output_spec(

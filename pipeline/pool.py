@@ -159,6 +159,11 @@ class Pool:
                     actor.ready = True
                     self._failed_starts = 0
 
+    def check_room(self) -> None:
+        """Raise StageError if no node can ever hold an actor, as `run` does. Starts none."""
+        if self._check_cluster():
+            self._find_capacity()
+
     def _submit(self, method: str, pending: deque[Any]) -> None:
         """Hand out pending tasks: one to each ready actor, then a second one to each.
 

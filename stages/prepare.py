@@ -29,13 +29,12 @@ from nfm.stages.progress import Progress, print_line
 from nfm.stages.section import Section
 from nfm.stages.splits import SPLITS
 from nfm.storage_specs.format.image_names import ImageName
-from nfm.storage_specs.format.names import DATASET_FILE, SPEC_FILE
 from nfm.storage_specs.format.schema import ImageView, LayoutName, PixelSpec, Sha256, Spec
 from nfm.storage_specs.reading.order import permutation
 from nfm.storage_specs.storage.documents import StrictModel, canonical_json, make_document, parse_json
 from nfm.storage_specs.storage.errors import StorageError, StoreError
 from nfm.storage_specs.storage.files import Root, expand_home, sha256
-from nfm.storage_specs.writing.claims import check_unclaimed
+from nfm.storage_specs.writing.claims import check_output
 from nfm.storage_specs.writing.writer import StoreWriter
 
 QUARANTINE_FILE = "quarantine.json"
@@ -237,7 +236,7 @@ def prepare(
     config = config.with_folder(data)
     if skip_bad_images and config.source == "digits":
         raise StageError("got --skip-bad-images for the digits, which are all good; it needs an image folder (--data)")
-    for split in SPLITS:
+    for split in SPLITS:  # before images are decoded for nothing
         check_output(Root(f"{out}/{split}"))
         if data is not None:
             check_outside(out, data / split)
@@ -256,13 +255,6 @@ def prepare(
                 raise StageError(f"got {len(images.names)} images for {split}; expected at least {MIN_ROWS}")
         for split, images in images_of_split.items():
             write_store(config, f"{out}/{split}", split, images, attribution or AttributionConfig())
-
-
-def check_output(root: Root) -> None:
-    """Raise StoreError if a folder holds something else than a store, complete or not, before images are decoded for
-    nothing."""
-    if not (root.exists(DATASET_FILE) or root.exists(SPEC_FILE)):
-        check_unclaimed(root)
 
 
 def check_outside(out: str, images: Path) -> None:

@@ -242,6 +242,23 @@ def test_a_teacher_of_other_images_is_refused(run: Run, tmp_path: Path, images: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_job_without_room_for_a_worker_leaves_the_output_free(run: Run, tmp_path: Path) -> None:
+    config = run.config.encode.model_copy(update={"cpus_per_worker": 64, "z_dtype": "float16"})
+    with pytest.raises(StageError, match="one worker needs 64 CPUs, but this machine has 2 CPUs"):
+        job.encode_couplings(config, f"{run.samples}/train", run.teacher, f"{tmp_path}/out")
+    StoreWriter(f"{tmp_path}/out", Store(run.couplings["webdataset"]).spec).initialize()  # of another spec
+
+
+def test_a_folder_of_other_things_is_refused_before_ray_starts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(job, "ray_session")
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(StoreError, match="holds thesis.tex; expected an empty folder"):
+        encode(run, str(tmp_path))
+    assert tree(str(tmp_path)).keys() == {"thesis.tex"}
+
+
 def test_paths_mean_the_same_to_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.chdir(tmp_path)

@@ -44,6 +44,12 @@ def check_unclaimed(root: Root) -> None:
                 raise StoreError(f"{root.url}: lies inside {folder}, which holds a store; write to another URL")
 
 
+def check_output(root: Root) -> None:
+    """Raise StoreError if a folder holds something else than a store, complete or not."""
+    if not (root.exists(DATASET_FILE) or root.exists(SPEC_FILE)):
+        check_unclaimed(root)
+
+
 def claim(root: Root, path: str, store_id: str) -> None:
     """Note in the file `path` that a folder will hold a copy or an export of a store, if an earlier call did not: then
     what else the folder holds came with that. Raises StoreError if it holds anything else, or that of another store."""
