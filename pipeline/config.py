@@ -5,7 +5,7 @@ import os
 import re
 import reprlib
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from nfm.stages.train_teacher import TeacherConfig
 from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.storage.files import absolute_url, expand_home, set_file_system_options
 from nfm.storage_specs.storage.text import HIDDEN, shown_options
+
+MAX_TOML_BYTES = 1 << 16  # of a preset; those that nfm ships have a twentieth
+MAX_DEPTH = 16  # of tables and arrays inside each other, and of the parts of a key
 
 
 class StorageConfig(Section):
@@ -130,7 +133,7 @@ def parse_attribution(values: dict[str, Any]) -> Attribution:
 def _leaves(value: Any) -> Iterator[Any]:
     """The values inside tables and arrays."""
     if isinstance(value, dict | list):
-        for element in value.values() if isinstance(value, dict) else value:
+        for element in _elements(value):
             yield from _leaves(element)
     else:
         yield value
@@ -142,17 +145,48 @@ def _read_preset(preset: str) -> dict[str, Any]:
         if preset in preset_names():
             text = preset_text(preset)
         elif preset.endswith(".toml") and Path(preset).is_file():
-            text = Path(preset).read_text(encoding="utf-8")
+            with open(preset, "rb") as file:
+                data = file.read(MAX_TOML_BYTES + 1)
+            if len(data) > MAX_TOML_BYTES:
+                raise ConfigError(f"preset {preset}: got more than {MAX_TOML_BYTES} bytes; expected a preset of nfm")
+            text = data.decode()
         else:
             kind = ", which is a folder" if Path(preset).is_dir() else ""
             raise ConfigError(
                 f"got preset {preset!r}{kind}; expected one of {', '.join(preset_names())}, or the path of a .toml file"
             )
-        return tomllib.loads(text)
+        return _parse_toml(text, f"preset {preset}")
     except UnicodeDecodeError as error:
         raise ConfigError(f"preset {preset}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"preset {preset}: not TOML: {error}") from error
+
+
+def _parse_toml(text: str, source: str) -> dict[str, Any]:
+    """The tables of a TOML text of MAX_DEPTH. Raises ConfigError naming the `source` for a deeper one or for an integer
+    that Python does not read, TOMLDecodeError for another text."""
+    too_deep = f"{source}: got more than {MAX_DEPTH} tables or arrays inside each other; expected keys of nfm"
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise ConfigError(f"{source}: got a number of too many digits; expected one of at most 19") from error
+    except RecursionError as error:
+        raise ConfigError(too_deep) from error
+    layer: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        layer = [element for container in layer for element in _elements(container)]
+    if any(isinstance(element, dict | list) for element in layer):
+        raise ConfigError(too_deep)
+    return values
+
+
+def _elements(value: Any) -> Iterable[Any]:
+    """What is directly in a table or an array; nothing of another value."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -163,6 +197,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(
             f"got {_describe_override(override)}; expected section.key=value, as in student.train.lr=0.001"
         )
+    if len(parts) > MAX_DEPTH:
+        raise ConfigError(f"got --set with a key of {len(parts)} parts; expected at most {MAX_DEPTH}")
     section, depth = _innermost_section(parts)
     if depth == len(parts):
         example = next(iter(section.model_fields))
@@ -170,7 +206,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             f"got {_describe_override(override)}, but {path} is a section; set its keys, as in {path}.{example}=…"
         )
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = _parse_toml(f"value = {text}", _describe_override(override))["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
     table = values

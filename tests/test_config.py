@@ -14,7 +14,7 @@ from nfm.models.sit import SIZE_GRAMMAR, SIZES, parse_size
 from nfm.models.solvers import SAMPLER_GRAMMAR, SOLVERS, ScheduleName, parse_sampler
 from nfm.models.tarflow import NOTATION_GRAMMAR, parse_notation
 from nfm.pipeline.cli import Shortcut, nfm
-from nfm.pipeline.config import Config, load_config, load_storage
+from nfm.pipeline.config import MAX_TOML_BYTES, Config, load_config, load_storage
 from nfm.pipeline.config_docs import config_page, config_toml
 from nfm.pipeline.config_keys import Key, list_keys, walk_subsections
 from nfm.pipeline.errors import ConfigError
@@ -356,3 +356,34 @@ def test_storage_alone() -> None:
         load_storage(["storage.cache_gb=-1"])
     with pytest.raises(ConfigError, match="unknown key storage.cach; the nearest known key is storage.cache;"):
         load_storage(["storage.cach=a"])
+
+
+HOSTILE = {
+    "arrays": "[data]\nholdout = " + "[" * 20_000 + "]" * 20_000,
+    "few arrays": "[data]\nholdout = " + "[" * 17 + "]" * 17,
+    "tables": "[data]\nholdout = " + "{a=" * 5_000 + "1" + "}" * 5_000,
+    "a long key": f"[storage.options.{'.'.join('a' * 3_000)}]\nb = 1",
+    "digits": "[data]\nimage_size = " + "9" * 5_000,
+    "bytes": "#" * (MAX_TOML_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_preset_of_a_stranger_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "preset.toml").write_text(text)
+    [line] = mistakes(tmp_path / "preset.toml")
+    assert re.fullmatch(r"preset \S+: got (more than|a number of too many digits)[^;]{0,60}; expected .{0,30}", line)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "storage.cache_gb=" + "[" * 5_000,
+        "storage.cache_gb=" + "[" * 17 + "]" * 17,
+        "storage.cache_gb=" + "9" * 5_000,
+        f"storage.options.{'.'.join('a' * 3_000)}=1",
+    ],
+)
+def test_an_override_of_a_stranger_is_refused_in_one_line(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"^got [^\n]{,100}$|^--set storage.cache_gb=…: got [^\n]{,100}$"):
+        load_storage([override])
