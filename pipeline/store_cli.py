@@ -211,10 +211,13 @@ def copy(store: Store, out: str) -> None:
 
     A copy of URL@v1 has version 1 as its newest.
     """
+    from nfm.storage_specs.reading.verify import describe_weak_promises
     from nfm.storage_specs.writing.transfer import copy_store
 
     with Progress("copy and check", 2 * store.dataset.totals.bytes, "B") as progress:
         num_written = copy_store(store, out, progress.advance, options=None)
+    for promise in describe_weak_promises(store):
+        echo(f"note: {promise}")
     echo(f"{out}: {num_written} of {len(store.files)} files written, all {len(store.files)} checked")
 
 

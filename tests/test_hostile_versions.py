@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from nfm.pipeline.store_cli import describe_versions
+from nfm.pipeline.store_cli import store as store_commands
 from nfm.storage_specs.format.attribution import Attribution
+from nfm.storage_specs.format.card import list_code
 from nfm.storage_specs.format.dataset import parse_dataset
 from nfm.storage_specs.format.names import MAX_VERSION, version_file
 from nfm.storage_specs.format.schema import Dataset
 from nfm.storage_specs.reading import verify, versions
 from nfm.storage_specs.reading.store import Store
-from nfm.storage_specs.reading.verify import find_document_faults, find_faults
+from nfm.storage_specs.reading.verify import describe_weak_promises, find_document_faults, find_faults
 from nfm.storage_specs.reading.versions import list_documents, list_versions
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StoreError
@@ -236,3 +239,35 @@ def test_parts_without_a_schema_have_a_size(tmp_path: Path, part: str) -> None:
     (tmp_path / "dataset.json").write_bytes(canonical_json(document))
     with pytest.raises(StoreError, match=rf"spec\..*{field}.*got 1500010 bytes of JSON, expected at most 1048576"):
         Store(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "claimed"),
+    [
+        ("README.md", b'"x/*.tar"', b'"/etc/hostname"'),
+        ("README.md", b"import webdataset", b"import os; import webdataset"),
+        ("README.md", b"# ", b"~~~python\nimport os\n~~~\n# "),
+        ("croissant.json", b'"x/', b'"https://elsewhere.example/x/'),
+    ],
+)
+def test_cards_that_are_not_those_of_this_nfm_are_named(tmp_path: Path, name: str, said: bytes, claimed: bytes) -> None:
+    """Other programs read the files that a card names; no id covers them."""
+    root = tmp_path / "store"
+    PAIRS.write(str(root), "webdataset")
+    assert list(describe_weak_promises(Store(str(root)))) == []
+    assert len(list_code((root / "README.md").read_bytes())) == 3, "front matter, and code for two libraries"
+    data = (root / name).read_bytes().replace(said, claimed)
+    document = json.loads((root / "dataset.json").read_bytes())
+    assert sha256(data) != document["documents"][name.partition(".")[0].lower()]["sha256"]
+    document["documents"][name.partition(".")[0].lower()]["sha256"] = sha256(data)
+    for path in (name, f"versions/0001/{name}"):
+        (root / path).write_bytes(data)
+    for path in ("dataset.json", "versions/0001.json"):
+        (root / path).write_bytes(canonical_json(document))
+    assert list(find_faults(Store(str(root)))) == []
+    for command in (["verify", str(root)], ["copy", str(root), f"{tmp_path}/copy"]):
+        result = CliRunner().invoke(store_commands, command)
+        assert result.exit_code == 0, result.output
+        assert (
+            f"note: {root}/versions/0001/{name}: what programs go by in it is not what this nfm writes" in result.output
+        )

@@ -1,5 +1,6 @@
 """README.md, which lies in a store for a team that has none of our code, and the summary of a store for a terminal."""
 
+import re
 from typing import NamedTuple
 
 from nfm.storage_specs.format.card_text import (
@@ -17,11 +18,13 @@ from nfm.storage_specs.format.card_text import (
     teacher_name,
     title,
 )
+from nfm.storage_specs.format.croissant import croissant
 from nfm.storage_specs.format.dataset import is_1_0
 from nfm.storage_specs.format.layouts import LAYOUTS
 from nfm.storage_specs.format.names import SIGMA_F_NAME
 from nfm.storage_specs.format.schema import Dataset, LatentSpec, Spec
 from nfm.storage_specs.format.zarr_layout import GROUP_FOLDER
+from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.text import printable
 
 # The identifiers of Hugging Face (huggingface.co/docs/hub/repositories-licenses) that are those of SPDX in lower case.
@@ -34,6 +37,8 @@ mpl-2.0 ms-pl ncsa ofl-1.1 osl-3.0 postgresql unlicense wtfpl zlib
 """
 HUGGING_FACE_LICENCES = frozenset(_LICENCES.split())
 _SIZE_STEPS = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]  # 10³, 10⁴, … samples
+
+_CODE = re.compile(rb"\A---$.*?^---$|^[ >]*(?:```|~~~).*?(?:```|~~~)", re.MULTILINE | re.DOTALL)
 
 _ZARR_AND_DATASETS = """\
 `datasets` of Hugging Face does not read Zarr. The card offers it no data files, so that `load_dataset` of this folder
@@ -199,6 +204,16 @@ def readme(dataset: Dataset) -> str:
         *_attribution_section(dataset),
     ]
     return "\n".join(lines) + "\n"
+
+
+def make_cards(dataset: Dataset) -> dict[str, bytes]:
+    """README.md and croissant.json of a store, by their names in `Documents`."""
+    return {"readme": readme(dataset).encode(), "croissant": canonical_json(croissant(dataset))}
+
+
+def list_code(card: bytes) -> list[bytes]:
+    """What programs go by in a README.md, without its prose: its front matter, and each block of code."""
+    return _CODE.findall(card)
 
 
 def tuples_readme(dataset: Dataset) -> str:

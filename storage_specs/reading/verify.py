@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nfm.storage_specs.format import codecs
+from nfm.storage_specs.format.card import list_code, make_cards
 from nfm.storage_specs.format.dataset import is_1_0, max_document_bytes, parse_dataset
 from nfm.storage_specs.format.layouts import Columns
 from nfm.storage_specs.format.manifest import FileKey
@@ -89,7 +90,7 @@ def find_faults(store: Store, progress: Callable[[int], None] = lambda _bytes: N
                     is_sound = False
                     yield Fault(key, fault)
     if is_sound and sums is not None:
-        yield from _compare_sums(store, sums)
+        yield from compare_sums(store, sums)
 
 
 def _examine_file(store: Store, key: FileKey, labels: dict[int, NDArray[np.int64]]) -> ExaminedFile:
@@ -145,8 +146,8 @@ def _compare_labels(
     return ""
 
 
-def _compare_sums(store: Store, sums: ZSums) -> Iterator[Fault]:
-    """Faults of σ_f and of the sums over z, against those of the files."""
+def compare_sums(store: Store, sums: ZSums) -> Iterator[Fault]:
+    """Faults of σ_f and of the sums over z of a coupling store, against `sums` over z in its files."""
     spec, documents = store.spec, store.dataset.documents
     assert documents.sigma_f is not None
     if not np.allclose(store.sigma_f, sigma_f(spec, sums), rtol=SIGMA_F_TOLERANCE, atol=0):
@@ -296,10 +297,23 @@ class _History:
 
 
 def describe_weak_promises(store: Store) -> Iterable[str]:
-    """What the schema of a store leaves unproved, one sentence each; nothing for the newest schema."""
+    """What a store says and nothing proves, one sentence each: in schema 1.0 what has no hash, and in any schema cards
+    by which programs read something else than by those of this nfm. Raises StoreError if a card cannot be read."""
     if is_1_0(store.dataset):
         yield (
             f"{store.url}: schema 1.0: its id does not cover σ_f, label counts and rounding errors, so whoever changed "
-            "them could keep the id. They were compared with the files as far as they follow from them. "
-            "nfm store convert writes the store as schema 1.1"
+            f"them could keep the id. They were compared with the files as far as they follow from them. {README_FILE} "
+            f"and {CROISSANT_FILE} have no hash, and were not compared with anything. "
+            "nfm store convert writes the store as schema 1.1, with cards of its own"
         )
+        return
+    documents, expected = store.dataset.documents, make_cards(store.dataset)
+    for name, card in (("readme", documents.readme), ("croissant", documents.croissant)):
+        data = store.read_document(card.path, card.sha256, MAX_METADATA_BYTES)
+        # The prose of README.md differs between versions of nfm.
+        is_same = data == expected[name] or (name == "readme" and list_code(data) == list_code(expected[name]))
+        if not is_same:
+            yield (
+                f"{store.url}/{card.path}: what programs go by in it is not what this nfm writes of this store: "
+                "another nfm wrote it, or somebody changed it. Look at its files, addresses and code before use"
+            )

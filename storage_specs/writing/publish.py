@@ -8,8 +8,7 @@ import pyarrow as pa
 
 from nfm.storage_specs.format import schema
 from nfm.storage_specs.format.attribution import Attribution
-from nfm.storage_specs.format.card import readme
-from nfm.storage_specs.format.croissant import croissant
+from nfm.storage_specs.format.card import make_cards
 from nfm.storage_specs.format.dataset import is_1_0, layout_of, parse_dataset
 from nfm.storage_specs.format.image_names import encode_names, hash_rows, max_names_bytes, parse_names
 from nfm.storage_specs.format.manifest import (
@@ -150,17 +149,13 @@ def publish(
 def restore_cards(store: Store) -> None:
     """Write the damaged cards of the newest version again, and their copies in the folder of the store, if they are
     what this nfm writes."""
-    cards = _cards(store.dataset)
+    cards = make_cards(store.dataset)
     files = {"readme": store.dataset.documents.readme, "croissant": store.dataset.documents.croissant}
     if all(sha256(cards[name]) == file.sha256 for name, file in files.items()):
         for name, file in files.items():
             if not _has_sha256(store.root, file):
                 store.root.write(file.path, cards[name])
         _publish_documents(store.root, store.dataset)
-
-
-def _cards(dataset: Dataset) -> dict[str, bytes]:
-    return {"readme": readme(dataset).encode(), "croissant": canonical_json(croissant(dataset))}
 
 
 def _next_number(root: Root, newest: Dataset) -> int:
@@ -279,7 +274,7 @@ def _restore_documents(root: Root, dataset: Dataset, content: Content) -> None:
         "sigma_f": content.sigma_f,
         "z_sums": content.z_sums,
         "z_class_sums": content.z_class_sums,
-        **_cards(dataset),
+        **make_cards(dataset),
     }
     for name, file in dataset.documents.by_name().items():
         data = computed[name]
@@ -307,10 +302,9 @@ def _write_version(root: Root, dataset: Dataset) -> Dataset:
     the cards."""
     folder = version_folder(dataset.version)
     cards: dict[str, DocumentFile] = {}
-    for name, path, data in (
-        ("readme", f"{folder}/{README_FILE}", readme(dataset).encode()),
-        ("croissant", f"{folder}/{CROISSANT_FILE}", canonical_json(croissant(dataset))),
-    ):
+    file_names = {"readme": README_FILE, "croissant": CROISSANT_FILE}
+    for name, data in make_cards(dataset).items():
+        path = f"{folder}/{file_names[name]}"
         root.write(path, data)
         cards[name] = DocumentFile(path=path, sha256=sha256(data))
     documents = dataset.documents.model_copy(update=cards)

@@ -9,7 +9,9 @@ import numpy as np
 from nfm.storage_specs.format.card import tuples_readme
 from nfm.storage_specs.format.croissant import tuples_croissant
 from nfm.storage_specs.format.names import CROISSANT_FILE, EXPORT_FILE, README_FILE, SIGMA_F_NAME
+from nfm.storage_specs.format.sums import ZSums, sum_z
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.reading.verify import compare_sums
 from nfm.storage_specs.reading.versions import check_no_version
 from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.errors import StoreError
@@ -26,8 +28,8 @@ def export_tuples(store: Store, out: str, progress: Callable[[int], None], optio
 
     x is of the view of its draw. z that is stored as bfloat16 or int8 is written as the float32 it stands for. Every
     file is read back, also one that an earlier call wrote; if that was interrupted, the same call continues. `progress`
-    gets rows. Raises StoreError for a store of samples, if `out` holds anything else, or if the storage returns other
-    bytes than were written.
+    gets rows. Raises StoreError for a store of samples, if its σ_f or sums are not those of its z, if `out` holds
+    anything else, or if the storage returns other bytes than were written.
     """
     spec = store.spec
     if spec.coupling is None:
@@ -37,11 +39,15 @@ def export_tuples(store: Store, out: str, progress: Callable[[int], None], optio
     claim(root, EXPORT_FILE, store.dataset.id)
     existing_sizes = root.list_file_sizes()
     tars: dict[str, str] = {}  # sha256 by path
+    sums = ZSums.zero(spec)
     for block in range(spec.num_blocks):
         for draw in range(spec.num_draws):
             path = f"k{draw:03d}/{block:06d}.tar"
             tars[path] = _write_checked(root, path, b"".join(_tuples_tar(store, block, draw)), existing_sizes)
+            sums.add(sum_z(spec, store.z(block, draw), store.column("label", block)))
         progress(spec.rows_of(block))
+    for fault in compare_sums(store, sums):
+        raise StoreError(f"{fault.message}; the export was not completed")
     documents = {
         SIGMA_F_NAME: npy_bytes(store.sigma_f),
         CROISSANT_FILE: canonical_json(tuples_croissant(store.dataset, tars)),
