@@ -15,7 +15,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.memory import MemoryFileSystem
 
 from nfm.pipeline.cli import main
@@ -177,7 +176,8 @@ def _no_answer(code: int) -> OSError:
 def test_a_host_that_does_not_exist_is_no_outage() -> None:
     assert not remote.is_passing(_no_answer(socket.EAI_NONAME))
     assert remote.is_passing(_no_answer(socket.EAI_AGAIN))
-    inside = EndpointConnectionError(endpoint_url="https://nosuch", error=_no_answer(socket.EAI_NONAME))
+    botocore = pytest.importorskip("botocore.exceptions")
+    inside = botocore.EndpointConnectionError(endpoint_url="https://nosuch", error=_no_answer(socket.EAI_NONAME))
     assert not remote.is_passing(inside)
     missing = FileNotFoundError("https://nosuch/a")
     missing.__cause__ = _no_answer(socket.EAI_NONAME)

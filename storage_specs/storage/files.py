@@ -18,7 +18,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from nfm.storage_specs.storage import bounded_http, local, remote
+from nfm.storage_specs.storage import bounded_http, bounded_s3, local, remote
 from nfm.storage_specs.storage.errors import OutageError, StorageError, StoreError
 from nfm.storage_specs.storage.local import LocalFile, is_temporary_file
 from nfm.storage_specs.storage.text import hide_options, hide_url, shown
@@ -240,7 +240,7 @@ class Root:
             if self.local:
                 with self._local_errors(path):
                     return local.read_range(self.local_file(path), start, end)
-            data = self._retry(path, lambda: self.fs.cat_file(self.full_path(path), start=start, end=end))
+            data = self._retry(path, lambda: self._request_range(self.full_path(path), start, end))
         except FileNotFoundError as error:
             raise self._missing_error(path) from error
         if len(data) > end - start:
@@ -248,7 +248,12 @@ class Root:
                 f"{self._name(path)}: got {len(data)} bytes for a range of {end - start}; the storage does not support "
                 "ranges"
             )
-        return bytes(data)
+        return data
+
+    def _request_range(self, full_path: str, start: int, end: int) -> bytes:
+        if bounded_s3.is_s3(self.fs):
+            return bounded_s3.read_range(self.fs, full_path, start, end)
+        return bytes(self.fs.cat_file(full_path, start=start, end=end))
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file so that it is durable when this returns, and that a reader sees the old file or the new one at
