@@ -9,10 +9,13 @@ import pytest
 import yaml
 
 from nfm.storage_specs.format.attribution import Attribution
-from nfm.storage_specs.format.card import readme, summarize
+from nfm.storage_specs.format.card import make_cards, readme, summarize
 from nfm.storage_specs.format.card_text import escape_markdown, quote_yaml
+from nfm.storage_specs.format.dataset import max_document_bytes
+from nfm.storage_specs.format.names import MAX_METADATA_BYTES
 from nfm.storage_specs.format.schema import Dataset
 from nfm.storage_specs.reading.store import Store
+from nfm.storage_specs.storage.documents import canonical_json
 from nfm.storage_specs.storage.text import printable
 from nfm.storage_specs.writing.tuples import export_tuples
 from tests.tools.store_cases import KNOWN, Case, write_case
@@ -79,6 +82,18 @@ def test_front_matter_has_the_size(dataset: Dataset, rows: int, expected: str) -
     spec = dataset.spec.model_copy(update={"rows": rows})
     metadata, _ = front_matter(readme(dataset.model_copy(update={"spec": spec})))
     assert metadata["size_categories"] == [expected]
+
+
+@pytest.mark.long
+def test_the_largest_cards_can_be_read(dataset: Dataset) -> None:
+    """Of a million classes, whose names take nearly all of a document."""
+    document_bytes = MAX_METADATA_BYTES - (1 << 20)
+    names = [f"{number:06d}".ljust(document_bytes // 1_000_000 - len('   "",\n'), "x") for number in range(1_000_000)]
+    spec = dataset.spec.model_copy(update={"num_classes": len(names), "class_names": names})
+    large = dataset.model_copy(update={"spec": spec})
+    assert document_bytes * 0.9 < len(canonical_json(large.model_dump(mode="json"))) < MAX_METADATA_BYTES
+    for name, card in make_cards(large).items():
+        assert len(card) < max_document_bytes(large)[name]
 
 
 def test_yaml_strings_are_read_as_they_were() -> None:

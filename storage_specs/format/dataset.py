@@ -10,8 +10,8 @@ from nfm.storage_specs.format.manifest import max_manifest_bytes
 from nfm.storage_specs.format.names import (
     CROISSANT_FILE,
     MANIFEST_NAME,
+    MAX_CARD_BYTES,
     MAX_DOCUMENT_BYTES,
-    MAX_METADATA_BYTES,
     NAMES_NAME,
     README_FILE,
     SIGMA_F_NAME,
@@ -75,8 +75,8 @@ def max_document_bytes(dataset: Dataset) -> dict[str, int]:
     return {
         "manifest": max_manifest_bytes(spec, layout_of(dataset)),
         "names": min(max_names_bytes(spec.rows), MAX_DOCUMENT_BYTES),
-        "readme": MAX_METADATA_BYTES,
-        "croissant": MAX_METADATA_BYTES,
+        "readme": MAX_CARD_BYTES,
+        "croissant": MAX_CARD_BYTES,
         "sigma_f": MAX_NPY_HEADER_BYTES + 4 * spec.dim,
         "z_sums": MAX_NPY_HEADER_BYTES + 8 * NUM_POWERS * spec.dim,
         "z_class_sums": MAX_NPY_HEADER_BYTES + 8 * NUM_POWERS * spec.num_classes,

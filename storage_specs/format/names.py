@@ -24,6 +24,7 @@ EXPORT_FILE = "export.json"  # in a folder of tuples: which store they are from
 
 MAX_VERSION = 1_000_000
 MAX_METADATA_BYTES = 1 << 26  # of a JSON document
+MAX_CARD_BYTES = 1 << 28  # croissant.json has a record for each of up to a million classes
 MAX_DOCUMENT_BYTES = 1 << 30  # of any file beside those of columns; a larger one is damaged or hostile
 
 

@@ -20,6 +20,7 @@ from nfm.storage_specs.format.names import (
     COST_FILE,
     CROISSANT_FILE,
     DATASET_FILE,
+    MAX_CARD_BYTES,
     MAX_METADATA_BYTES,
     README_FILE,
     TAGS_FOLDER,
@@ -265,7 +266,7 @@ def _without_empty(value: Any) -> Any:
 
 def _check_card(store: Store, card: DocumentFile, copied_to: str | None) -> None:
     """Raise StoreError if a card is damaged, or its copy in the folder of the store, where there is one."""
-    data = store.read_document(card.path, card.sha256, MAX_METADATA_BYTES)
+    data = store.read_document(card.path, card.sha256, MAX_CARD_BYTES)
     if copied_to is not None:
         _compare(store, copied_to, data, f"{card.path}, the card of the newest version")
 
@@ -309,7 +310,7 @@ def describe_weak_promises(store: Store) -> Iterable[str]:
         return
     documents, expected = store.dataset.documents, make_cards(store.dataset)
     for name, card in (("readme", documents.readme), ("croissant", documents.croissant)):
-        data = store.read_document(card.path, card.sha256, MAX_METADATA_BYTES)
+        data = store.read_document(card.path, card.sha256, MAX_CARD_BYTES)
         # The prose of README.md differs between versions of nfm.
         is_same = data == expected[name] or (name == "readme" and list_code(data) == list_code(expected[name]))
         if not is_same:

@@ -23,6 +23,7 @@ from nfm.storage_specs.format.names import (
     DATASET_FILE,
     LEASE_FILE,
     MANIFEST_NAME,
+    MAX_CARD_BYTES,
     MAX_DOCUMENT_BYTES,
     MAX_METADATA_BYTES,
     MAX_VERSION,
@@ -319,7 +320,7 @@ def _publish_documents(root: Root, dataset: Dataset) -> Dataset:
     for path, data in layout_of(dataset).metadata_files(dataset.spec).items():
         root.write(path, data)
     for path, card in ((README_FILE, dataset.documents.readme), (CROISSANT_FILE, dataset.documents.croissant)):
-        root.write(path, root.read(card.path, MAX_METADATA_BYTES))
+        root.write(path, root.read(card.path, MAX_CARD_BYTES))
     root.write(DATASET_FILE, root.read(version_file(dataset.version), MAX_METADATA_BYTES))
     return dataset
 
