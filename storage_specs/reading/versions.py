@@ -7,6 +7,7 @@ from nfm.storage_specs.format.dataset import parse_dataset
 from nfm.storage_specs.format.names import (
     COPY_FILE,
     DATASET_FILE,
+    EXPORT_FILE,
     MAX_METADATA_BYTES,
     SPEC_FILE,
     TAGS_FOLDER,
@@ -100,7 +101,7 @@ def _read_tag(root: Root, name: str) -> Tag:
     path = _tag_file(name)
     tag = parse_json(Tag, root.read(path, MAX_TAG_BYTES), f"{root.url}/{path}")
     if not root.exists(version_file(tag.version)):
-        raise StoreError(f"{root.url}/{path}: got version {tag.version}, which is missing; the file is damaged")
+        raise StoreError(f"{root.url}/{path}: got the tag of version {tag.version}, whose document is missing")
     return tag
 
 
@@ -135,7 +136,12 @@ def _open_version(root: Root, version: int, read: OpenedDocument | None = None) 
         versions = list_versions(root)
         if not versions and root.exists(DATASET_FILE):
             raise StoreError(f"{root.url}@v{version}: a store of schema 1.0 has no versions; give {root.url}")
-        existing = f"versions 1 to {versions[-1]}" if len(versions) > 1 else "version 1" if versions else "none"
+        newest = versions[-1] if versions else 0
+        existing = f"versions 1 to {newest}" if newest > 1 else "version 1" if newest else "none"
+        if version < newest:
+            raise StoreError(
+                f"{root.url}/{path} is missing, while version {newest} is there: put it back from a copy of the store"
+            )
         raise StoreError(f"{root.url}@v{version}: got a version that the store does not have; it has {existing}")
     opened = _read_document(root, path, read)
     if opened.dataset.version != version:
@@ -151,6 +157,8 @@ def _no_store_error(root: Root) -> StoreError:
         return StoreError(f"{root.url}: got a folder of stores, expected one of them: {urls}")
     if root.exists(COPY_FILE):
         return StoreError(f"{root.url}: no dataset.json: its copy was interrupted; run nfm store copy again")
+    if root.exists(EXPORT_FILE):
+        return StoreError(f"{root.url}: got tuples that were exported for other readers; nfm reads the store itself")
     if root.exists(SPEC_FILE):
         return StoreError(
             f"{root.url}: no dataset.json: the job that writes the store was interrupted, or nfm store repair took the "
