@@ -47,6 +47,17 @@ def test_pages_are_counted_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
         read_table(data, TABLE.schema, LIMITS, "table")
 
 
+def test_dictionaries_have_no_more_texts_than_rows() -> None:
+    """A few bytes of a compressed dictionary become a million empty texts."""
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array([""] * 900_000))
+    table = pa.table({"text": texts})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", store_schema=False, dictionary_pagesize_limit=1 << 23)
+    schema = pa.schema({"text": pa.string()})
+    with pytest.raises(StoreError, match="table: got more texts in dictionaries than rows"):
+        read_table(buffer.getvalue(), schema, LIMITS._replace(value_bytes=1 << 23), "table")
+
+
 def test_the_header_of_a_page_has_few_fields() -> None:
     """Each takes a byte of the file, and a hundred times as long to read as others."""
     reader = parquet._CompactReader(memoryview(b"\x11" * 1000 + b"\0"), 0)

@@ -1,7 +1,7 @@
 """Parquet files in memory, of which nothing is believed: neither how large their values are, nor how many they have."""
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,6 +83,7 @@ def _check_pages(data: memoryview, metadata: pq.FileMetaData, limits: Limits, na
     """Raise StoreError unless the pages of all columns are within the file, apart from each other, and within `limits`,
     by their own headers: those say how much a reader allocates."""
     num_bytes = num_pages = 0
+    remaining_texts = limits.rows * metadata.num_columns  # a dictionary has no more of them than its column has rows
     chunks = sorted(_iterate_chunks(metadata))
     if chunks and not 0 < chunks[0][0] <= max(stop for _, stop in chunks) <= len(data):
         raise StoreError(f"{name}: a column lies outside the file")
@@ -98,7 +99,10 @@ def _check_pages(data: memoryview, metadata: pq.FileMetaData, limits: Limits, na
                 if num_pages > MAX_PAGES:
                     raise StoreError(f"{name}: got more than {MAX_PAGES} pages; the file is not one that nfm wrote")
                 if page.is_dictionary and column.physical_type == "BYTE_ARRAY":
-                    _check_dictionary(data, page, column.compression, limits.text_bytes, name)
+                    texts = _iterate_texts(data, page, column.compression, limits.text_bytes, name)
+                    remaining_texts -= sum(1 for _ in islice(texts, remaining_texts + 1))
+                    if remaining_texts < 0:
+                        raise StoreError(f"{name}: got more texts in dictionaries than rows")
                 if page.encoding not in _ENCODINGS:
                     raise StoreError(f"{name}: column {column.path_in_schema} has an encoding that nfm does not write")
                 num_bytes += max(page.uncompressed_bytes, page.compressed_bytes)
@@ -126,9 +130,9 @@ def _extent(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
     return start, start + column.total_compressed_size
 
 
-def _check_dictionary(data: memoryview, page: "_Page", compression: str, max_bytes: int, name: str) -> None:
-    """Raise StoreError if a text in a dictionary is longer than `max_bytes`: any number of rows may have it, at no cost
-    in the file."""
+def _iterate_texts(data: memoryview, page: "_Page", compression: str, max_bytes: int, name: str) -> Iterator[int]:
+    """The length of each text in a dictionary. Raises StoreError if one is longer than `max_bytes`: any number of rows
+    may have it, at no cost in the file."""
     if page.uncompressed_bytes > MAX_DICTIONARY_BYTES:
         raise StoreError(
             f"{name}: got a dictionary of {page.uncompressed_bytes} bytes, expected at most {MAX_DICTIONARY_BYTES}"
@@ -143,6 +147,7 @@ def _check_dictionary(data: memoryview, page: "_Page", compression: str, max_byt
         length = int.from_bytes(content[position : position + 4], "little")
         if length > max_bytes:
             raise StoreError(f"{name}: got a text of {length} bytes, expected at most {max_bytes}")
+        yield length
         position += 4 + length
 
 
