@@ -25,7 +25,7 @@ from nfm.storage_specs.format.attribution import Attribution
 from nfm.storage_specs.storage.files import absolute_url, expand_home, set_file_system_options
 from nfm.storage_specs.storage.text import HIDDEN, shown_options
 
-MAX_TOML_BYTES = 1 << 16  # of a preset; those that nfm ships have a twentieth
+MAX_TOML_BYTES = 1 << 15  # of a preset; what nfm config prints has a third
 MAX_DEPTH = 16  # of tables and arrays inside each other, and of the parts of a key
 
 

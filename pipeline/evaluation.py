@@ -32,6 +32,7 @@ def evaluate_and_report(
     settings = config.model_dump(mode="json", exclude={"storage"})  # storage changes no result, and may hold secrets
     metrics = _read_metrics(root, inputs, settings)
     if metrics is None:
+        root.check_writable()
         measured, grids = evaluate(config.evaluate, samples, couplings, teacher, students)
         metrics = measured | {"version": METRICS_VERSION, "config": settings, "inputs": inputs}
         save_evaluation(root, metrics, grids)

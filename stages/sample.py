@@ -178,6 +178,8 @@ def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
     check_request(request, network, document)
     x_spec = read_x_spec(document, checkpoint)
     check_size(request, network, x_spec, as_grid=suffix == ".png")
+    root, name = split_url(out)
+    root.check_writable()
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     eta = 0.0
     if isinstance(network, TarFlow):
@@ -191,7 +193,6 @@ def sample(checkpoint: str, out: str, request: SampleRequest) -> None:
         np.savez(buffer, x=values, label=labels)
     else:
         grid_image(values, grid_shape(len(values))[1]).save(buffer, "PNG")
-    root, name = split_url(out)
     root.write(name, buffer.getvalue())
 
 

@@ -39,6 +39,7 @@ from nfm.storage_specs.reading.batches import Batch
 from nfm.storage_specs.reading.stream import CouplingStream, Source, View
 from nfm.storage_specs.storage.documents import list_differences
 from nfm.storage_specs.storage.errors import StoreError
+from nfm.storage_specs.storage.files import Root
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -266,6 +267,7 @@ class Trainer:
             with Progress("read model.safetensors", enabled=self.world.is_first_rank):
                 document = load(self.model_url).document
             return check_same_run(document, self.document, self.model_url)
+        self._on_first_rank(Root(self.out).check_writable)
         if exists(self.state_url):
             self._restore()
         done = min(self.images, self.config.images)
@@ -365,14 +367,14 @@ class Trainer:
             "best_val": self.best_val if self.best else None,
         }
         with progress.step("write state.safetensors"):
-            self._save(self.state_url, Checkpoint(tensors, document))
+            self._on_first_rank(lambda: save(self.state_url, Checkpoint(tensors, document)))
 
-    def _save(self, url: str, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint on the first rank. If that fails, every rank raises, so that none waits for another."""
+    def _on_first_rank(self, write: Callable[[], None]) -> None:
+        """Write to `out` on the first rank. If that fails, every rank raises, so that none waits for another."""
         failure: OSError | StoreError | None = None
         if self.world.is_first_rank:
             try:
-                save(url, checkpoint)
+                write()
             except (OSError, StoreError) as error:
                 failure = error
         failures = torch.tensor(float(failure is not None), device=self.world.device)
@@ -381,7 +383,7 @@ class Trainer:
         if failure is not None:
             raise failure
         if failures:
-            raise StageError(f"{url}: the first process could not write it, and says why")
+            raise StageError(f"{self.out}: the first process could not write it, and says why")
 
     def _restore(self) -> None:
         """Continue from `state.safetensors`. Raises StageError if it is of another run, or not what one wrote."""
@@ -421,7 +423,7 @@ class Trainer:
             "curves": vars(self.curves),
         }
         with Progress("write model.safetensors", enabled=self.world.is_first_rank):
-            self._save(self.model_url, Checkpoint(add_prefix("model", weights), document))
+            self._on_first_rank(lambda: save(self.model_url, Checkpoint(add_prefix("model", weights), document)))
         if self.world.is_first_rank:
             remove(self.state_url)
         return document

@@ -15,6 +15,7 @@ from nfm.stages.checkpoint import Checkpoint, add_prefix, architecture, load, sa
 from nfm.stages.errors import StageError
 from nfm.stages.sample import SampleRequest, sample
 from nfm.storage_specs.format.pixels import to_uint8
+from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.progress_log import record_progress
 from tests.tools.small_run import Run
 
@@ -159,3 +160,11 @@ def test_large_images_pass_in_smaller_batches(tmp_path: Path, monkeypatch: pytes
     assert ("sample", 4 * 31, 4 * 31) in ended
     whole, parts = (np.load(f"{tmp_path}/{name}.npz", allow_pickle=False)["x"] for name in ("whole", "parts"))
     np.testing.assert_array_equal(whole, parts)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_generated(
+    student: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("nfm.stages.sample.generate")
+    with pytest.raises(StoreError, match=r"^/dev/null: File exists; expected a folder to write to"):
+        sample(student, "/dev/null/x.png", SampleRequest(count=1))

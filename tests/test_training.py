@@ -239,6 +239,16 @@ def test_a_training_that_diverges_stops_and_says_so(run: Run, tmp_path: Path) ->
         train_student(config, run.couplings["webdataset"], str(tmp_path))
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_first_step(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Trainer, "_step")
+    (tmp_path / "file").write_text("")
+    for out in (f"{tmp_path}/file", "/proc/nothing"):
+        with pytest.raises(StoreError, match=rf"^{out}: .*; expected a folder to write to, or a new one$"):
+            train_student(run.config.student, run.couplings["zarr"], out)
+
+
 def test_learning_rate() -> None:
     config = TrainConfig(
         images=1000, batch_size=10, lr=1.0, lr_schedule="cosine", warmup_images=100, log_images=1, checkpoint_images=1

@@ -7,6 +7,7 @@ import posixpath
 import random
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -274,6 +275,17 @@ class Root:
         except FileNotFoundError as error:
             reason = remote.describe(error.__cause__ or error)
             raise StorageError(f"{self._name(path)}: {reason}; expected a bucket or a folder that exists") from error
+
+    def check_writable(self) -> None:
+        """Write an empty file and delete it, before the work whose result is to be written here. Makes missing folders.
+
+        Raises StoreError with the URL if a local folder cannot be written to, and StorageError as `write` does."""
+        path = f".{uuid.uuid4().hex}.tmp"
+        try:
+            self.write(path, b"")
+            self.delete(path)
+        except OSError as error:
+            raise StoreError(f"{self.url}: {error.strerror}; expected a folder to write to, or a new one") from error
 
     def delete_temporary_files(self, keep: str) -> None:
         """Delete the temporary files that killed writers left behind. Those of the file `keep` stay, because it may be
