@@ -71,6 +71,7 @@ class Soak:
         clean = str(folder / "clean")
         spec, _ = output_spec(self.config, Store(self.samples), self.teacher, clean)
         writer = StoreWriter(clean, spec)
+        self.spec = spec
         self.num_units = spec.num_blocks
         writer.initialize()
         encoder = UnitEncoder(self.samples, self.teacher, clean, spec.model_dump(mode="json"))
@@ -304,7 +305,9 @@ class Soak:
             return self.worker_killed(out, count)
 
     def torn_files(self, out: str, count: int) -> Outcome:
-        """What a node leaves that lost power: halves of files, under temporary names and under their own."""
+        """What a node leaves that lost power: halves of files, under temporary names and under their own, of a store
+        that was started."""
+        StoreWriter(out, self.spec).initialize()
         names = self.random.sample(
             [name for name in self.clean_content if name.startswith(("x/", "z/", "noise/"))], count
         )
