@@ -318,6 +318,7 @@ def find_bad_images(root: Root, folders: Mapping[str, Images], skip_bad_images: 
     quarantine = read_quarantine(root)
     if quarantine is not None and quarantine.source == source and (skip_bad_images or not quarantine.images):
         return quarantine.images
+    root.check_writable()
     bad: dict[str, str] = {}
     total = sum(len(images.names) for images in folders.values())
     with Progress("check", total, "image") as progress, ThreadPoolExecutor() as pool:

@@ -12,6 +12,7 @@ import torch
 
 from nfm.models.sit import SiT, SiTConfig
 from nfm.pipeline.cli import nfm
+from nfm.pipeline.evaluation import evaluate_and_report
 from nfm.stages.checkpoint import Checkpoint, add_prefix, architecture, load, save
 from nfm.stages.errors import StageError
 from nfm.stages.evaluate import (
@@ -177,6 +178,17 @@ def test_a_cost_that_is_none_is_refused_before_anything_is_computed(
     with pytest.raises(StoreError, match=message) as caught:
         evaluate(CONFIG, run.samples, str(couplings), run.teacher, {"a": student})
     assert "\n" not in str(caught.value)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed(
+    run: Run, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_computing(monkeypatch)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=rf"^{tmp_path}/file: File exists; expected a folder to write to"):
+        evaluate_and_report(
+            run.config, run.samples, run.couplings["zarr"], run.teacher, {"a": student}, f"{tmp_path}/file"
+        )
 
 
 @pytest.mark.parametrize("changed", ["teacher", "student"])

@@ -22,6 +22,8 @@ from nfm.stages.image_files import (
     read_image,
     without_pillow_warnings,
 )
+from nfm.stages.prepare import DataConfig, prepare
+from nfm.storage_specs.storage.errors import StoreError
 from tests.tools.memory import run_watched
 
 SIZE = 12
@@ -241,3 +243,12 @@ def test_what_a_file_says_of_its_size_takes_no_memory(
     outcome = run_watched(read, path, max_bytes=100 << 20, timeout=10)
     assert outcome.error == "BadImageError", outcome
     assert message in outcome.message
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_images_are_decoded(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("nfm.stages.prepare.find_fault")
+    config = DataConfig(source="folder", image_size=SIZE, channels=3, holdout=0.34, block_rows=4)
+    with pytest.raises(StoreError, match=r"^/proc/nothing: No such file or directory; expected a folder to write to"):
+        prepare(config, "/proc/nothing", images)
