@@ -225,7 +225,7 @@ class Root:
             raise self._missing_error(path) from error
 
     def _missing_error(self, path: str) -> StoreError:
-        return StoreError(f"{self._name(path)} is missing; the URL is wrong, or what writes it has not finished")
+        return StoreError(f"{self._name(path)} is missing; repair or copy the store, or give another URL")
 
     def _check_size(self, path: str, size: int, max_bytes: int) -> None:
         if size > max_bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 # Jobs of each kind of 66 faults, and how often each is hit before its bytes are looked at: most of a job is the start
 # of its workers. A soak hits each job once.
 PLAN = {
-    "worker killed": (2, 6),
+    "worker killed": (3, 4),  # at most as often as the job retries one unit
     "driver killed": (1, 2),
     "driver told to end": (1, 2),
     "Ray head killed": (1, 1),
