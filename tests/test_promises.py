@@ -358,6 +358,12 @@ def test_an_empty_url_is_no_folder() -> None:
         Root("")
 
 
+@pytest.mark.parametrize("url", ["s3:/bucket/x", "https:/host/x", "memory:/x"])
+def test_a_url_with_one_slash_is_no_folder(url: str) -> None:
+    with pytest.raises(StoreError, match="expected two, as in s3://bucket/folder"):
+        Root(url)
+
+
 OCCUPANTS: dict[str, Callable[[Path, Path], object]] = {
     "a complete store": lambda store, out: write_random_couplings(str(out), "webdataset", SHAPE, 40, 1, seed=1),
     "a store that is being written": lambda store, out: StoreWriter(str(out), sample_spec()).initialize(),

@@ -5,6 +5,7 @@ import hashlib
 import os
 import posixpath
 import random
+import re
 import sys
 import time
 import uuid
@@ -30,6 +31,7 @@ IO_THREADS = 8  # threads that read or write files of one store at a time
 RETRY_SECONDS = 300.0  # how long requests to a server that fails are repeated
 _FIRST_PAUSE = 0.1  # seconds between two attempts, doubled each time up to the next
 _LONGEST_PAUSE = 10.0
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # more than one letter: others are drives of Windows
 
 
 def sha256(data: bytes | NDArray[np.uint8]) -> str:
@@ -60,6 +62,8 @@ class Root:
         """Raises StoreError if there is no file system for the URL, or if it is empty."""
         if not url.strip():
             raise StoreError("got an empty URL; expected a path or a URL")
+        if _ONE_SLASH.match(url):
+            raise StoreError(f"got {url}, a URL with one slash; expected two, as in s3://bucket/folder")
         self.url = expand_home(url).rstrip("/") or "/"
         options = dict(options or {})
         hide_url(self.url)
@@ -69,7 +73,9 @@ class Root:
         except (StoreError, MemoryError):
             raise
         except Exception as error:  # file systems are plugins, and some open a file or a connection here
-            raise StoreError(f"cannot open {url!r}: {remote.describe(error)}") from error
+            raise StoreError(
+                f"cannot open {url!r}: {remote.describe(error)}; expected a path, or a URL such as s3://bucket/folder"
+            ) from error
         self.local = isinstance(self.fs, LocalFileSystem)
         self.stop_retrying = Event()
 
