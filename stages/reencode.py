@@ -112,7 +112,7 @@ def _teacher_input(store: Store, image: int, draw: int) -> tuple[torch.Tensor, i
             f"with seed {noise_spec.seed}; the store is not what its spec says"
         )
     x = to_float(store.x_of(block, draw)[row], store.spec.x)
-    noisy = x + store.spec.nfm.eta * torch.from_numpy(np.asarray(noise, dtype=np.float32))
+    noisy = x + store.spec.nfm.eta * torch.from_numpy(np.array(noise, dtype=np.float32))
     return noisy, int(store.column("label", block)[row])
 
 
