@@ -26,6 +26,7 @@ from nfm.stages.prepare import prepare
 from nfm.stages.train_student import train_student
 from nfm.stages.train_teacher import train_teacher
 from nfm.storage_specs.format.schema import LayoutName
+from nfm.storage_specs.storage import lease
 from tests.tools.kind_checks import WrittenKinds
 from tests.tools.object_store import ObjectStore
 from tests.tools.ray_cluster import MARK
@@ -65,6 +66,13 @@ def _interrupts() -> None:
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Remote files of the tests, away from the user's."""
     os.environ["NFM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process nothing competes for a lease, but in the tests of leases."""
+    if request.path.name != "test_lease.py":
+        monkeypatch.setattr(lease, "CONFIRM_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="session")
