@@ -4,6 +4,7 @@ It counts images, not epochs. All random numbers of a step come from a generator
 rank), so a resumed run is bit-identical on CPU, and there is no generator state to save.
 """
 
+import gc
 import hashlib
 import math
 import os
@@ -113,9 +114,8 @@ class World:
 def join_world() -> Iterator[World]:
     """Join the process group that torchrun or Ray Train describe in environment variables, if there is one."""
     has_gpu = torch.cuda.is_available()
-    device = torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if has_gpu else torch.device("cpu")
     if has_gpu:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -128,6 +128,7 @@ def join_world() -> Iterator[World]:
         yield World(dist.get_rank(), size, device)
     finally:
         if starts_group:
+            gc.collect()  # DDP is in a cycle, and keeps the threads of the group alive until Python ends under them
             dist.destroy_process_group()
 
 
