@@ -36,7 +36,7 @@ from ray._common.tls_utils import load_certs_from_env
 from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub leaves both out
-from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]  # likewise
 from ray.exceptions import RayError
 
 ANSWER_SECONDS = 5.0  # within which a cluster's head must answer

@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from nfm.stages.errors import StageError
 from nfm.stages.image_files import (
     MAX_FILE_BYTES,
     MAX_SCANS,
@@ -252,3 +253,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_images_are_decoded(
     config = DataConfig(source="folder", image_size=SIZE, channels=3, holdout=0.34, block_rows=4)
     with pytest.raises(StoreError, match=r"^/proc/nothing: No such file or directory; expected a folder to write to"):
         prepare(config, "/proc/nothing", images)
+
+
+@pytest.mark.parametrize("out", ["train/stores", "train", "val/deep/er"])
+def test_stores_are_not_written_into_a_folder_of_images(images: Path, out: str) -> None:
+    """There they would be a class."""
+    with pytest.raises((StageError, StoreError), match="lies inside|expected an empty folder"):
+        prepare(
+            DataConfig(source="folder", image_size=8, channels=3, holdout=0.34, block_rows=4), f"{images}/{out}", images
+        )
+    assert not (images / out / "train").exists()

@@ -446,11 +446,3 @@ def test_real_photographs_when_they_are_at_hand(tmp_path: Path) -> None:
     prepare(config, f"{tmp_path}/out", tmp_path / "images")
     assert Store(f"{tmp_path}/out/train").spec.rows == 40
     assert list(find_faults(Store(f"{tmp_path}/out/train"))) == []
-
-
-@pytest.mark.parametrize("out", ["train/stores", "train", "val/deep/er"])
-def test_stores_are_not_written_into_a_folder_of_images(images: Path, out: str) -> None:
-    """There they would be a class."""
-    with pytest.raises((StageError, StoreError), match="lies inside|expected an empty folder"):
-        prepare(FOLDER, f"{images}/{out}", images)
-    assert not (images / out / "train").exists()

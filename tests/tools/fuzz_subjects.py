@@ -274,13 +274,13 @@ class Subjects:
                 save(url, checkpoint)
                 raise InterruptedError_
 
-            training.save = save_and_stop  # type: ignore[attr-defined]
+            training.save = save_and_stop  # type: ignore[attr-defined]  # the name that the trainer calls
             try:
                 train_student(CONFIG.student, couplings, out)
             except InterruptedError_:
                 pass
             finally:
-                training.save = save  # type: ignore[attr-defined]
+                training.save = save  # type: ignore[attr-defined]  # as it was
 
         files = read_files(Path(self._once("state", interrupted_training)))
         return Subject(
